@@ -1,0 +1,42 @@
+"""Run notebooks top to bottom in a fresh kernel and save their outputs: `python nbs/_site/execute.py NOTEBOOK…`
+
+Cells that carry one of the flags in `tst_flags` of settings.ini, or `eval: false`, are left as they are, just as `nbdev_test` leaves them.
+"""
+import re, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+root = Path(__file__).resolve().parents[2]
+
+
+def flags() -> list[str]:
+    "The cell flags that are not run by default."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(root / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]["tst_flags"].split()
+
+
+class Client(NotebookClient):
+    "A notebook client that passes over the cells that are not run by default."
+
+    def passed_over(self, source: str) -> bool:
+        directives = re.findall(r"^#\|\s*(.+?)\s*$", source, re.M)
+        return any(d in flags() or re.match(r"eval:\s*false", d) for d in directives)
+
+    async def async_execute_cell(self, cell, cell_index, **kwargs):
+        if cell.cell_type == "code" and self.passed_over(cell.source): return cell
+        return await super().async_execute_cell(cell, cell_index, **kwargs)
+
+
+def execute(path: Path, timeout: int = 600) -> None:
+    "Run the notebook at `path` from the notebooks' folder and save it in place."
+    notebook = nbformat.read(path, as_version=4)
+    Client(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]: execute(Path(name).resolve())

@@ -1,0 +1,50 @@
+"What every test may ask for: the real data, nussl, and one thread."
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+REAL = "musdb"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs in `make test-all`")
+    config.addinivalue_line("markers", "musdb: reads the real MUSDB18 songs under MUSDB_PATH")
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "browser: drives a real browser")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs in `make test-all`"))
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    ran = [r for r in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []) if REAL in r.keywords]
+    terminalreporter.write_line(f"real-data tests that ran: {len(ran)}")
+
+
+@pytest.fixture(scope="session")
+def musdb_path() -> Path:
+    "The folder of MUSDB18 (7-second previews or full), or a skip that says why."
+    root = os.environ.get("MUSDB_PATH")
+    if not root: pytest.skip("MUSDB_PATH is not set")
+    if not (Path(root) / "train").is_dir(): pytest.skip(f"MUSDB_PATH has no train folder")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def nussl():
+    "nussl with the shim that it needs on today's SciPy, or a skip that says why."
+    from deepdemix.baseline import import_nussl
+    try: return import_nussl()
+    except ImportError as e: pytest.skip(f"nussl is not installed: {e}")
