@@ -16,7 +16,8 @@ pythons = [f"Programming Language :: Python :: 3.{n}" for n in range(minor(cfg["
 
 words = lambda key: cfg.get(key, "").split()
 extras = {name: words(f"{name}_requirements") for name in ("dev", "nussl", "bench", "docs", "browser", "export", "hub")}
-extras["dev"] = extras["dev"] + extras["nussl"]
+extras["dev-core"] = extras["dev"]
+extras["dev"] = extras["dev-core"] + extras["nussl"]
 
 setup(
     name=cfg["lib_name"],

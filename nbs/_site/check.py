@@ -1,0 +1,28 @@
+"""Nothing may change when the notebooks are exported, cleaned and turned into the README: `python nbs/_site/check.py`
+
+Exit status 1, with the list of files, where something does.
+"""
+import hashlib, subprocess, sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[2]
+steps = [["nbdev_export"], ["nbdev_clean"], [sys.executable, str(root / "nbs/_site/readme.py")]]
+
+
+def digests() -> dict[str, str]:
+    "The digest of every file that a step may write."
+    files = [*root.glob("nbs/*.ipynb"), *root.glob("deepdemix/*.py"), root / "README.md"]
+    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
+
+
+def main() -> int:
+    before = digests()
+    for step in steps: subprocess.run(step, cwd=root, check=True)
+    after = digests()
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    for name in changed: print(f"not up to date: {name}", file=sys.stderr)
+    if not changed: print("export, clean and README change nothing")
+    return int(bool(changed))
+
+
+if __name__ == "__main__": sys.exit(main())
