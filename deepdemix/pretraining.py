@@ -43,7 +43,8 @@ class DeepDeMixEncoder(nn.Module):
     def __init__(self,
                  n_t:int=1724, # time frames of the spectrogram
                  n_f:int=257, # frequency bins
-                 channels:Sequence=(1, 16, 32, 64, 128), # audio channels, then the convolutions' channels, two to a block
+                 n_ac:int=1, # audio channels
+                 conv_channels:Sequence=(16, 32, 64, 128), # channels of the convolutions, two to a block
                  kernels:Sequence=((8, 16), (8, 16), (4, 8), (4, 8)), # kernel of each convolution (time, frequency)
                  pools:Sequence=((16, 4), (8, 4)), # pooling of each block: kernel = stride (time, frequency)
                  linears:Sequence=(500, 250), # widths of the linear layers before the latent
@@ -52,9 +53,9 @@ class DeepDeMixEncoder(nn.Module):
                 ):
         "Raises `UserError` where the poolings leave nothing."
         super().__init__()
-        self.args = dict(n_t=n_t, n_f=n_f, channels=list(channels), kernels=[list(k) for k in kernels], pools=[list(p) for p in pools],
+        self.args = dict(n_t=n_t, n_f=n_f, n_ac=n_ac, conv_channels=list(conv_channels), kernels=[list(k) for k in kernels], pools=[list(p) for p in pools],
                          linears=list(linears), latent=latent, dropout=dropout)
-        self.norm = nn.LayerNorm((channels[0], n_t, n_f))
+        self.norm, channels = nn.LayerNorm((n_ac, n_t, n_f)), [n_ac, *conv_channels]
         self.blocks = nn.ModuleList(conv_block(*channels[2*i:2*i+3], kernels[2*i:2*i+2], p, dropout) for i, p in enumerate(pools))
         sizes = [channels[-1] * math.prod(self.map_sizes[-1]), *linears]
         layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))]
@@ -93,7 +94,7 @@ class DeepDeMixEncoder(nn.Module):
 
     def check(self, spectrogram):
         "A spectrogram that does not fit is a `UserError` that says so."
-        want = (self.args["n_t"], self.args["n_f"], self.args["channels"][0])
+        want = (self.args["n_t"], self.args["n_f"], self.args["n_ac"])
         if tuple(spectrogram.shape[1:]) != want:
             raise UserError(f"encoder: takes spectrograms (batch, n_t, n_f, n_ac) = (batch, {', '.join(map(str, want))}), got {tuple(spectrogram.shape)}")
 
