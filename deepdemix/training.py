@@ -13,7 +13,7 @@ __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE',
            'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
-import contextlib, csv, difflib, functools, hashlib, importlib, importlib.metadata, inspect, json, logging, math, platform, random
+import contextlib, csv, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, platform, random
 import signal, subprocess, sys, threading, time, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -63,6 +63,26 @@ def _no_such(
     return UserError(f"no {what} is called '{name}'; {hint}")
 
 # %% ../nbs/03_training.ipynb #d64f5936
+def _keywords(
+    factory, # a class or a function
+) -> set: # the keyword arguments that it takes, those included that a class hands on to its bases
+    "The settings of a factory."
+    known = dict(inspect.signature(factory).parameters)
+    if inspect.isclass(factory) and any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        for base in factory.__mro__[1:-1]: known = {**inspect.signature(base).parameters, **known}
+    return {k for k, p in known.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)} - {"self"}
+
+def _check_settings(
+    what:str, # what the error calls a setting
+    settings, # names that were given
+    factory, # what they are for
+):
+    "Raise a `UserError` for the first setting that a factory does not take."
+    known = _keywords(factory)
+    for name in settings:
+        if name not in known: raise _no_such(what, name, known)
+
+# %% ../nbs/03_training.ipynb #07d9cab9
 def build_network(
     name:str, # a registered name
     **args, # the network's own settings
@@ -70,11 +90,8 @@ def build_network(
     "Build a network by name. An unknown name or setting raises a `UserError`; an unknown name lists the known ones."
     if name not in NETWORKS: _import_rooms()
     if name not in NETWORKS: raise UserError(f"no network is called '{name}'; known: {', '.join(sorted(NETWORKS))}")
-    factory = NETWORKS[name]
-    known = inspect.signature(factory).parameters
-    for a in args:
-        if a not in known: raise _no_such(f"setting of the network '{name}'", a, known)
-    return factory(**args)
+    _check_settings(f"setting of the network '{name}'", args, NETWORKS[name])
+    return NETWORKS[name](**args)
 
 # %% ../nbs/03_training.ipynb #f9188520
 @dataclass
@@ -100,7 +117,7 @@ class Recipe:
     precision: str = "32" # "32", "bf16-mixed" or "16-mixed"
     loss: str = "l1_magnitude" # a name of `LOSSES`, or one of the task's own
     mixer: dict = field(default_factory=dict) # settings of the examples: see `Mixer`
-    task_args: dict = field(default_factory=dict) # what a task of another kind needs besides
+    task: dict = field(default_factory=dict) # what a task of another kind needs besides
     valid_examples: int = 300 # fixed validation mixes
     validation: str = "mixes" # "mixes": the loss on them; "songs": also SDR on whole songs
     monitor: str = "" # the figure that decides which weights are best; "": the task's own
@@ -117,8 +134,8 @@ class Recipe:
 @patch
 def __post_init__(self:Recipe):
     "Bring nested settings to the form that they have when read from JSON."
-    self.betas = tuple(self.betas)
-    for f in ("network_args", "mixer", "task_args"): setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
+    if isinstance(self.betas, list): self.betas = tuple(self.betas)
+    for f in ("network_args", "mixer", "task"): setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
 
 @patch
 def to_dict(self:Recipe) -> dict: # of what JSON can hold
@@ -194,8 +211,8 @@ def _fits(
 ) -> bool:
     "Whether `value` is of the kind that a field with this default takes."
     if isinstance(default, bool): return isinstance(value, (bool, int))
-    if isinstance(default, (int, float)): return isinstance(value, (int, float)) and not isinstance(value, bool) and (isinstance(default, float) or value == int(value))
-    if isinstance(default, tuple): return isinstance(value, (list, tuple)) and len(value) == len(default)
+    if isinstance(default, (int, float)): return isinstance(value, (int, type(default))) and not isinstance(value, bool)
+    if isinstance(default, tuple): return isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_fits, value, default))
     if default is None: return value is None or isinstance(value, str)
     return isinstance(value, type(default))
 
@@ -255,7 +272,8 @@ def check(self:Recipe): # itself
     for name in POSITIVE + NOT_NEGATIVE:
         value = getattr(self, name)
         if not math.isfinite(value) or value < 0 or (value == 0 and name in POSITIVE): raise UserError(f"the recipe field '{name}' can't be {value}")
-    if self.ema >= 1 or self.warmup >= 1: raise UserError("the recipe fields 'ema' and 'warmup' lie in [0, 1)")
+    for name, values in dict(ema=[self.ema], warmup=[self.warmup], betas=self.betas).items():
+        if not all(0 <= v < 1 for v in values): raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
     return self
 
 # %% ../nbs/03_training.ipynb #336fec95
@@ -297,7 +315,7 @@ def recipe_for(
     if profile not in PROFILES: raise _no_such("profile", profile, PROFILES)
     p = PROFILES[profile]
     kind, network = ("pretraining", "encoder") if name == "pretraining" else ("separation", name)
-    if network not in NETWORKS and network not in known_networks(): raise _no_such("network", network, NETWORKS)
+    if name not in PAPER_EPOCHS and network not in known_networks(): raise _no_such("network", network, NETWORKS)
     settings = dict(kind=kind, network=network, network_args=p["network_args"].get(name, {}), epochs=p["epochs"].get(name, 45), examples_per_epoch=p["examples"],
                     valid_examples=p["valid"], batch_size=p["batch_size"], mixer=PAPER_MIXER)
     if kind == "pretraining": settings.update(loss="triplet", mixer=dict(duration=PAPER_MIXER["duration"]))
@@ -401,7 +419,9 @@ class SeparationTask(Task):
         self.valid = self._mixer("valid", VALID_SEED, recipe.valid_examples)
         if recipe.validation == "songs": self.monitor = "valid_sdr"
 
-    def train_batch(self, step): return self.mixer.batch(self.recipe.batch_size, start=step * self.recipe.batch_size)
+    def train_batch(self, step):
+        n, here = self.recipe.batch_size, self.device.type == "cuda" and torch.utils.data.get_worker_info() is None
+        return self.mixer.batch(n, start=step * n, device=self.device if here else None)
 
     def training_loss(self, batch): return self.loss(self.network, *batch), {}
 
@@ -412,10 +432,8 @@ def _mixer(self:SeparationTask, split, seed, size):
     from deepdemix.augmentation import Mixer
     songs = self.store.split(split)
     if not len(songs): raise UserError(f"the data has no songs in its '{split}' split")
-    settings, known = self.recipe.mixer, inspect.signature(Mixer).parameters
-    for name in settings:
-        if name not in known: raise _no_such("setting of the mixer", name, known)
-    return Mixer(songs, **{"channels": self.network.channels, **settings, "seed": seed, "size": size})
+    _check_settings("setting of the mixer", self.recipe.mixer, Mixer)
+    return Mixer(songs, **{"channels": self.network.channels, **self.recipe.mixer, "seed": seed, "size": size})
 
 # %% ../nbs/03_training.ipynb #6920ffd3
 @patch
@@ -458,9 +476,9 @@ def song_sdr(
         if network.channels == 1: stems = to_mono(stems)
         fn = lambda x: network(x.to(device)).float().cpu()
         estimates = overlap_add(fn, stems.sum(0), int(duration * store.sample_rate))
-        rows.append(np.nanmedian(np.asarray(framewise_sdr(stems, estimates, store.sample_rate)), axis=-1))
-    sdr = np.nanmedian(np.stack(rows), axis=0)
-    return {"valid_sdr": float(np.nanmean(sdr)), **{f"valid_sdr_{s}": float(v) for s, v in zip(network.sources, sdr)}}
+        rows.append(framewise_sdr(stems, estimates, store.sample_rate).nanquantile(0.5, -1))
+    sdr = torch.stack(rows).nanquantile(0.5, 0)
+    return {"valid_sdr": float(sdr.nanmean()), **{f"valid_sdr_{s}": float(v) for s, v in zip(network.sources, sdr)}}
 
 # %% ../nbs/03_training.ipynb #935db490
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th")
@@ -532,15 +550,28 @@ def load_network(
     pickles = [p.name for p in sorted(run.iterdir()) if p.suffix.lower() in PICKLES]
     if pickles and not (run/"model.safetensors").exists(): read_weights(run/pickles[0])
     record, weights = read_record(run), read_weights(run/"model.safetensors")
-    return load_into(_stored_network(record, run), weights, f"{run}/model.safetensors").eval()
+    if not all(bool(torch.isfinite(v).all()) for v in weights.values()): raise UserError(f"{run}/model.safetensors holds numbers that are not finite")
+    return load_into(_stored_network(record, run, sum(v.numel() for v in weights.values())), weights, f"{run}/model.safetensors").eval()
 
-def _stored_network(record, run):
-    "The network that a record describes; settings that it does not take raise a `UserError`."
-    recipe = record["recipe"]
-    name, args = record.get("network") or (recipe.get("network"), recipe.get("network_args", {}))
-    try: return build_network(name, **args)
+# %% ../nbs/03_training.ipynb #adee55c8
+def _stored_network(
+    record:dict, # of a recipe.json, maybe a stranger's
+    run, # its folder, for the error
+    limit:int, # numbers in the file of weights
+) -> nn.Module:
+    "The network that a record describes, unless it asks for more memory than its weights can fill."
+    count = 0
+    def too_large(module, name, parameter):
+        nonlocal count
+        count += 0 if parameter is None else parameter.numel()
+        if count > limit: raise UserError(f"{run}/recipe.json describes a larger network than model.safetensors holds")
+    hook = nn.modules.module.register_module_parameter_registration_hook(too_large)
+    try:
+        name, args = record.get("network") or (record["recipe"]["network"], record["recipe"].get("network_args", {}))
+        with torch.random.fork_rng(devices=[]): return build_network(name, **args)
     except UserError: raise
-    except Exception as e: raise UserError(f"{run}/recipe.json does not describe a network '{name}': {e}") from None
+    except Exception as e: raise UserError(f"{run}/recipe.json does not describe a network: {e}") from None
+    finally: hook.remove()
 
 # %% ../nbs/03_training.ipynb #9ee81f6d
 def file_digest(
@@ -570,7 +601,8 @@ def new_record(
     "The record of a run that begins."
     count = sum(p.numel() for p in network.parameters())
     data = {"digest": store.digest, "songs": len(store)} if store is not None else {}
-    return dict(format=FORMAT, status="running", recipe=recipe.to_dict(), network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
+    if recipe.encoder: data["encoder"] = file_digest(Path(recipe.encoder)/"model.safetensors")
+    return dict(format=FORMAT, status="running", finished=False, recipe=recipe.to_dict(), network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
                 parameters=count, versions=_versions(), revision=_revision(), step=0, epoch=0, examples=0, hours=0.)
 
 def save_network(
@@ -582,7 +614,7 @@ def save_network(
     "Write a network as a folder that `load_network` reads: how weights are bundled."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record = recipe if isinstance(recipe, dict) else new_record(recipe, network) | {"status": "finished"}
+    record = recipe if isinstance(recipe, dict) else new_record(recipe, network) | {"status": "finished", "finished": True}
     state = {k: v.half() if half and v.is_floating_point() else v for k, v in network.state_dict().items()}
     write_weights(folder/"model.safetensors", state, {"format": "pt"})
     _write_json(folder/"recipe.json", record)
@@ -803,7 +835,7 @@ def loss(self:Loop, batch):
 @patch
 def _not_finite(self:Loop):
     "Say what to do; the state on disk is the last good one."
-    raise UserError(f"the loss or the weights are no longer finite at step {self.step}: try a lower lr (now {self.recipe.lr:g}) or grad_clip=1; the last good state is kept in {self.out}")
+    raise UserError(f"the loss or the weights are no longer finite after step {self.step}: begin again with a lower lr (now {self.recipe.lr:g}) or grad_clip=1; {self.out} keeps the last good state")
 
 # %% ../nbs/03_training.ipynb #0df94468
 @patch
@@ -859,12 +891,12 @@ def _keep(self:Loop, cost, row):
     "Write the best weights so far, with the figure that made them so."
     self.best = cost
     write_weights(self.out/"model.safetensors", self.network.state_dict(), {"format": "pt", "epoch": str(row["epoch"]), "cost": repr(cost)})
-    self.record["best"] = {k: row[k] for k in row if k in ("epoch", "step") or k.startswith("valid")}
+    self.record["best"] = {k: v if math.isfinite(v) else None for k, v in row.items() if k in ("epoch", "step") or k.startswith("valid")}
 
 @patch
 def write_record(self:Loop, status):
     "Write recipe.json with how far the run came."
-    self.record |= dict(status=status, step=self.step, epoch=self.epoch, examples=self.step * self.recipe.examples_per_step, hours=round(self.spent / 3600, 5))
+    self.record |= dict(status=status, finished=status == "finished", step=self.step, epoch=self.epoch, examples=self.step * self.recipe.examples_per_step, hours=round(self.spent / 3600, 5))
     _write_json(self.out/"recipe.json", self.record)
 
 # %% ../nbs/03_training.ipynb #5a92a61b
@@ -874,7 +906,7 @@ def save_state(self:Loop, trainer):
     if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()): self._not_finite()
     heads = self.task.heads.state_dict() if self.task.heads else {}
     state = dict(format=FORMAT, step=self.step, network=self.network.state_dict(), heads=heads, optimizer=self.optimizer.state_dict(), random=random_state(),
-                 precision=trainer.precision_plugin.state_dict(), average=self.average.mean if self.average else [], rows=self.rows, best=self.best,
+                 precision=trainer.precision_plugin.state_dict(), average=self.average.mean if self.average else [], rows=self.rows,
                  sums={k: torch.stack([x.cpu() for x in v]) for k, v in self.sums.items()}, seconds=self.spent, epoch_seconds=self.spent - self.epoch_began)
     write_state(self.out/"resume.safetensors", state)
     self.saved = time.monotonic()
@@ -882,12 +914,18 @@ def save_state(self:Loop, trainer):
 @patch
 def load_state(self:Loop, state):
     "Take up the counters and weights of an earlier start; the rest waits for `start`."
-    self.step, self.rows, self.best, self.seconds = state["step"], state["rows"], state["best"], state["seconds"]
+    self.step, self.rows, self.seconds, self.best = state["step"], state["rows"], state["seconds"], _best_cost(self.out)
     self.sums = {k: list(v) for k, v in state["sums"].items()}
     load_into(self.network, state["network"], "the saved state")
     if self.task.heads: load_into(self.task.heads, state["heads"], "the saved state")
     self.epoch_began = state["seconds"] - state["epoch_seconds"]
     self.state = state
+
+def _best_cost(out):
+    "The figure of the best weights so far, from the file of the weights itself; None if there are none."
+    path = Path(out)/"model.safetensors"
+    cost = read_weights(path, metadata=True)[1].get("cost") if path.exists() else None
+    return None if cost is None else float(cost)
 
 # %% ../nbs/03_training.ipynb #f32a9a41
 @patch
@@ -917,13 +955,19 @@ class _Batches(torch.utils.data.Dataset):
 
 def _same(x): return x
 
+def _start_worker(i):
+    "Ctrl-C is for the training process; it ends its workers itself."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
 def _loader(
     loop, # where the run stands
 ):
     "A loader of all batches that are left; it draws nothing from the global random generators."
     r = loop.recipe
     numbers = range(loop.step * r.accumulate, r.steps * r.accumulate)
-    return torch.utils.data.DataLoader(_Batches(loop.task), batch_size=None, sampler=numbers, num_workers=r.num_workers, collate_fn=_same, generator=torch.Generator().manual_seed(r.seed))
+    return torch.utils.data.DataLoader(_Batches(loop.task), batch_size=None, sampler=numbers, num_workers=r.num_workers, collate_fn=_same, worker_init_fn=_start_worker,
+                                       generator=torch.Generator().manual_seed(r.seed))
 
 # %% ../nbs/03_training.ipynb #90be7fe0
 def _lightning_module(loop):
@@ -955,7 +999,7 @@ def _quiet():
     finally:
         for l, level in zip(loggers, levels): l.setLevel(level)
         if threading.current_thread() is threading.main_thread():
-            for s, h in handlers.items(): signal.signal(s, h)
+            for s, h in handlers.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
 
 # %% ../nbs/03_training.ipynb #e3560a10
 def _trainer(
@@ -1023,9 +1067,7 @@ class Reporter:
         if logger not in ("csv", "tensorboard"): raise _no_such("logger", logger, ("csv", "tensorboard"))
         self.recipe, self.progress, self.bar, self.epoch = recipe, progress, None, 0
         self.board = _tensorboard(out) if logger == "tensorboard" else None
-        if progress and sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=recipe.steps, desc=Path(out).name, unit="step", dynamic_ncols=True)
+        self.name, self.on_terminal = Path(out).name, progress and sys.stderr.isatty()
 
 def _tensorboard(out):
     "A TensorBoard writer in the run folder."
@@ -1037,7 +1079,7 @@ def _tensorboard(out):
 @patch
 def __call__(self:Reporter, loop):
     "Show where the loop stands."
-    if self.bar is not None: self.bar.update(loop.step - self.bar.n)
+    if self.on_terminal: self._advance(loop.step)
     if not loop.rows or loop.rows[-1]["epoch"] == self.epoch or loop.rows[-1]["step"] != loop.step: return
     row = loop.rows[-1]
     self.epoch = row["epoch"]
@@ -1046,6 +1088,13 @@ def __call__(self:Reporter, loop):
     elif self.progress: print(f"epoch {row['epoch']}/{self.recipe.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + f"  {row['seconds']:.0f} s", file=sys.stderr, flush=True)
     if self.board:
         for k, v in row.items(): self.board.add_scalar(k, v, row["step"])
+
+@patch
+def _advance(self:Reporter, step):
+    "Move the bar; a resumed run begins where it stopped."
+    from tqdm import tqdm
+    if self.bar is None: self.bar = tqdm(total=self.recipe.steps, initial=step - 1, desc=self.name, unit="step", dynamic_ncols=True)
+    self.bar.update(step - self.bar.n)
 
 @patch
 def close(self:Reporter):
@@ -1124,6 +1173,9 @@ def _drive(loop, trainer):
     if loop.step >= loop.recipe.steps or loop._stale: return loop.out
     loop.write_record("running")
     try: trainer.fit(_lightning_module(loop), _loader(loop))
+    except UserError:
+        loop.write_record("failed")
+        raise
     except (SystemExit, KeyboardInterrupt): raise Interrupted(f"stopped at once at step {loop.step}; what {loop.out} holds can be resumed") from None
     if not (loop.out/"model.safetensors").exists(): _keep_unvalidated(loop)
     loop.write_record(loop.stop or "finished")

@@ -1,0 +1,383 @@
+"The training loop under faults: stopped, killed, resumed, fed with nonsense."
+import json, os, signal, subprocess, sys, threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from deepdemix import training as T
+from deepdemix.audio import SOURCES, STFT, UserError
+from deepdemix.training import (Interrupted, Recipe, SeparationTask, fit, load_encoder, load_network, lr_factor, read_metrics, read_record, read_state,
+                                read_weights, recipe_for, register_network, save_network, write_state, write_weights)
+
+
+@register_network("tiny_dropout")
+class Tiny(nn.Module):
+    "One frame at a time, with dropout."
+    def __init__(self, hidden=6, dropout=0.5):
+        super().__init__()
+        self.args, self.sources, self.sample_rate, self.channels = dict(hidden=hidden, dropout=dropout), SOURCES, 8000, 1
+        self.stft = STFT(64, 32)
+        self.encoder = nn.Sequential(nn.Linear(33, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.norm, self.decoder = nn.BatchNorm1d(hidden), nn.Linear(hidden, 132)
+
+    def mask(self, magnitude):
+        x = self.encoder(magnitude.transpose(2, 3))
+        x = self.norm(x.flatten(0, 2)).view_as(x)
+        return self.decoder(x).sigmoid().unflatten(-1, (33, 4)).transpose(2, 3)
+
+    def forward(self, waveform):
+        x = self.stft(waveform)
+        return self.stft.inverse_stems(self.mask(x.abs()) * x[..., None], waveform.shape[-1])
+
+
+class MemoryStore:
+    "Four songs of three seconds, in memory."
+    sources, sample_rate, digest, path = SOURCES, 8000, "four songs", "memory"
+    def __init__(self, songs=4):
+        generator, t = torch.Generator().manual_seed(0), torch.arange(24000) / 8000
+        self.waves = [torch.stack([torch.sin(6.28 * 110 * (s + 1 + k / 7) * t) * 0.1 for s in range(4)])[:, None] + 0.01 * torch.randn(4, 1, 24000, generator=generator) for k in range(songs)]
+        self.songs = [SimpleNamespace(title=f"song {k}", split="train", frames=24000, duration=3., present=SOURCES, flags=[], channels=1) for k in range(songs)]
+    def __len__(self): return len(self.songs)
+    def split(self, name): return self
+    def stems(self, i, start=0, frames=None): return self.waves[i][..., start:None if frames is None else start + frames].clone()
+
+
+PLAIN = dict(duration=0.5, pitch=None, stretch=None, level=["gain", [-5, 5]])
+STORE = MemoryStore()
+
+def recipe(**fields):
+    "Three epochs of six steps."
+    base = dict(network="tiny_dropout", epochs=3, examples_per_epoch=24, batch_size=4, valid_examples=4, mixer=PLAIN, device="cpu", lr=0.01)
+    return Recipe.from_dict(base | fields)
+
+def stopping_after(n, action):
+    "A task that does something while it computes its n-th loss."
+    class Stopping(SeparationTask):
+        count = 0
+        def training_loss(self, batch):
+            self.count += 1
+            if self.count == n: action()
+            return super().training_loss(batch)
+    return Stopping
+
+def same_runs(a, b):
+    "Whether two runs hold the same weights, bit by bit, the same optimiser and the same figures."
+    x, y = read_state(a/"resume.safetensors"), read_state(b/"resume.safetensors")
+    for part in ("network", "average"):
+        for p, q in zip(*(v[part].values() if isinstance(v[part], dict) else v[part] for v in (x, y))): assert torch.equal(p, q)
+    for i in x["optimizer"]["state"]:
+        for k, v in x["optimizer"]["state"][i].items(): assert torch.equal(v, y["optimizer"]["state"][i][k])
+    for k, v in read_weights(a/"model.safetensors").items(): assert torch.equal(v, read_weights(b/"model.safetensors")[k])
+    assert read_metrics(a).drop(columns="seconds").equals(read_metrics(b).drop(columns="seconds"))
+    return True
+
+
+WHOLE = dict(ema=0.9, grad_clip=1.0, lr_schedule="warmup_cosine", accumulate=2)
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory): return fit(recipe(**WHOLE), STORE, tmp_path_factory.mktemp("run")/"whole", progress=False)
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("loss", [3, 6, 9])
+def test_stopped_by_a_signal_and_resumed_is_the_same(tmp_path, whole, number, loss):
+    with pytest.raises(Interrupted, match=number.name):
+        fit(recipe(**WHOLE), STORE, tmp_path/"run", progress=False, task=stopping_after(loss, lambda: os.kill(os.getpid(), number)))
+    assert read_record(tmp_path/"run")["status"] == "interrupted" and not read_record(tmp_path/"run")["finished"]
+    fit(recipe(**WHOLE), STORE, tmp_path/"run", resume=True, progress=False)
+    assert read_record(tmp_path/"run")["finished"]
+    assert same_runs(whole, tmp_path/"run")
+
+def test_stopped_by_time_again_and_again_is_the_same(tmp_path, whole):
+    steps = []
+    for i in range(1, 30):
+        fit(recipe(**WHOLE, max_minutes=1e-9 * i), STORE, tmp_path/"run", resume=True, progress=False)
+        steps.append(read_record(tmp_path/"run")["step"])
+        load_network(tmp_path/"run")
+        if steps[-1] == 9: break
+    assert steps == list(range(1, 10)), "every start should do a single step"
+    assert same_runs(whole, tmp_path/"run")
+
+def test_killed_and_resumed_is_the_same(tmp_path, whole):
+    "SIGKILL in the fifth step of nine; the state was saved after each of the four before."
+    killed = subprocess.run([sys.executable, __file__, str(tmp_path/"run")], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert read_state(tmp_path/"run"/"resume.safetensors")["step"] == 4
+    assert read_record(tmp_path/"run")["status"] == "running"
+    fit(recipe(**WHOLE), STORE, tmp_path/"run", resume=True, progress=False)
+    assert same_runs(whole, tmp_path/"run")
+    assert not [p.name for p in (tmp_path/"run").iterdir() if p.name not in ("recipe.json", "model.safetensors", "metrics.csv", "resume.safetensors")]
+
+def test_workers_change_nothing(tmp_path, whole):
+    fit(recipe(**WHOLE, num_workers=2), STORE, tmp_path/"run", progress=False)
+    assert same_runs(whole, tmp_path/"run")
+
+def test_seed_decides_and_the_callers_random_state_stays(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)): fit(recipe(seed=seed, epochs=1), STORE, tmp_path/name, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same_runs(tmp_path/"a", tmp_path/"b")
+    assert not torch.equal(read_weights(tmp_path/"a"/"model.safetensors")["decoder.weight"], read_weights(tmp_path/"c"/"model.safetensors")["decoder.weight"])
+
+def test_signals_are_handed_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    fit(recipe(epochs=1), STORE, tmp_path/"run", progress=False)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+def test_trains_outside_the_main_thread(tmp_path):
+    thread = threading.Thread(target=lambda: fit(recipe(epochs=1), STORE, tmp_path/"run", progress=False))
+    thread.start(); thread.join()
+    assert read_record(tmp_path/"run")["finished"]
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    "Without dropout and batch statistics; the mixes are the same ones."
+    plain = dict(network_args=dict(dropout=0.), epochs=1, examples_per_epoch=32, lr=1e-3)
+    class Frozen(SeparationTask):
+        def training_loss(self, batch):
+            self.network.norm.eval()
+            return super().training_loss(batch)
+    for name, sizes in (("a", dict(batch_size=8)), ("b", dict(batch_size=2, accumulate=4))): fit(recipe(**plain, **sizes), STORE, tmp_path/name, progress=False, task=Frozen)
+    a, b = (load_network(tmp_path/n).state_dict() for n in "ab")
+    for k in a: assert torch.allclose(a[k], b[k], atol=2e-5), k
+
+def test_best_weights_are_those_of_the_best_epoch(tmp_path):
+    "The figure worsens after the second epoch; the weights of the second are kept."
+    class Worse(SeparationTask):
+        kept, figures = [], iter([3., 1., 2., 5.])
+        def validate(self):
+            self.kept.append({k: v.clone() for k, v in self.network.state_dict().items()})
+            return {"valid_loss": next(self.figures), "valid_extra": 7}
+    fit(recipe(epochs=4), STORE, tmp_path/"run", progress=False, task=Worse)
+    for k, v in read_weights(tmp_path/"run"/"model.safetensors").items(): assert torch.equal(v, Worse.kept[1][k])
+    assert read_record(tmp_path/"run")["best"] == {"epoch": 2, "step": 12, "valid_loss": 1.0, "valid_extra": 7.0}
+    assert list(read_metrics(tmp_path/"run").valid_extra) == [7] * 4
+
+def test_patience_ends_a_run_and_higher_is_better_for_sdr(tmp_path):
+    class Scored(SeparationTask):
+        monitor, figures = "valid_sdr", iter([1., 3., 2., 2., 9.])
+        def validate(self): return {"valid_sdr": next(self.figures)}
+    fit(recipe(epochs=5, patience=2), STORE, tmp_path/"run", progress=False, task=Scored)
+    record = read_record(tmp_path/"run")
+    assert (record["epoch"], record["best"]["epoch"], record["finished"]) == (4, 2, True)
+
+def test_a_figure_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="no figure 'valid_sdr'.*valid_loss"): fit(recipe(monitor="valid_sdr"), STORE, tmp_path/"run", progress=False)
+
+def test_frozen_encoder_stays_and_thaws(tmp_path):
+    start = recipe(epochs=1)
+    fit(start, STORE, tmp_path/"first", progress=False)
+    before = read_weights(tmp_path/"first"/"model.safetensors")["encoder.0.weight"]
+    after = {}
+    for freeze in (True, 1, 2, False):
+        fit(recipe(epochs=2, encoder=str(tmp_path/"first"), freeze_encoder=freeze), STORE, tmp_path/str(freeze), progress=False)
+        after[str(freeze)] = read_state(tmp_path/str(freeze)/"resume.safetensors")["network"]["encoder.0.weight"]
+    assert torch.equal(after["True"], before) and torch.equal(after["2"], before)
+    assert not torch.equal(after["1"], before) and not torch.equal(after["False"], before)
+    assert read_record(tmp_path/"True")["data"]["encoder"] == T.file_digest(tmp_path/"first"/"model.safetensors")
+
+def test_encoder_learns_at_its_own_rate():
+    task = SimpleNamespace(network=Tiny(), heads=None)
+    groups = T.build_optimizer(task, recipe(encoder_lr_scale=0.1)).param_groups
+    assert [round(g["lr"], 6) for g in groups] == [0.01, 0.001]
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in task.network.parameters())
+
+def test_heads_are_trained_resumed_and_left_out(tmp_path):
+    class Headed(SeparationTask):
+        stop = 0
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.heads = nn.Linear(1, 1)
+        def training_loss(self, batch):
+            self.stop += 1
+            if self.stop == 4 and not (tmp_path/"b"/"resume.safetensors").exists() and (tmp_path/"a").exists() and (tmp_path/"b").exists(): os.kill(os.getpid(), signal.SIGINT)
+            loss, _ = super().training_loss(batch)
+            return loss + self.heads(torch.ones(1)).square().mean(), {"head": self.heads.weight.sum()}
+    fit(recipe(), STORE, tmp_path/"a", progress=False, task=Headed)
+    with pytest.raises(Interrupted): fit(recipe(), STORE, tmp_path/"b", progress=False, task=Headed)
+    fit(recipe(), STORE, tmp_path/"b", resume=True, progress=False, task=Headed)
+    a, b = (read_state(tmp_path/n/"resume.safetensors") for n in "ab")
+    assert torch.equal(a["heads"]["weight"], b["heads"]["weight"]) and same_runs(tmp_path/"a", tmp_path/"b")
+    assert list(read_metrics(tmp_path/"a").columns).count("head") == 1
+    load_network(tmp_path/"a")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    class Exploding(SeparationTask):
+        count = 0
+        def training_loss(self, batch):
+            self.count += 1
+            loss, logs = super().training_loss(batch)
+            return loss * (float("nan") if self.count == 9 else 1), logs
+    with pytest.raises(UserError, match="no longer finite after step 8"): fit(recipe(save_minutes=0), STORE, tmp_path/"run", progress=False, task=Exploding)
+    assert read_record(tmp_path/"run")["status"] == "failed"
+    state = read_state(tmp_path/"run"/"resume.safetensors")
+    assert state["step"] == 8 and all(torch.isfinite(v).all() for v in state["network"].values())
+    load_network(tmp_path/"run")
+
+def test_spoilt_weights_are_never_saved(tmp_path):
+    class Spoiling(SeparationTask):
+        count = 0
+        def training_loss(self, batch):
+            self.count += 1
+            loss, logs = super().training_loss(batch)
+            return (loss + (0 * self.network.decoder.bias.sum()).sqrt() if self.count == 3 else loss), logs
+    with pytest.raises(UserError, match="no longer finite"): fit(recipe(save_minutes=0), STORE, tmp_path/"run", progress=False, task=Spoiling)
+    assert read_state(tmp_path/"run"/"resume.safetensors")["step"] == 2
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path):
+    fit(recipe(epochs=1), STORE, tmp_path/"run", progress=False)
+    with pytest.raises(UserError, match="already holds a run"): fit(recipe(epochs=1), STORE, tmp_path/"run")
+    with pytest.raises(UserError, match="lr was 0.01 and is 0.5.*seed was 0 and is 1|seed was 0 and is 1.*lr was 0.01 and is 0.5"): fit(recipe(lr=0.5, seed=1), STORE, tmp_path/"run", resume=True)
+    other = MemoryStore()
+    other.digest = "other songs"
+    with pytest.raises(UserError, match="other data"): fit(recipe(epochs=1), other, tmp_path/"run", resume=True)
+    record = json.loads((tmp_path/"run"/"recipe.json").read_text())
+    (tmp_path/"run"/"recipe.json").write_text(json.dumps(record | {"format": 99}))
+    for call in (lambda: fit(recipe(epochs=1), STORE, tmp_path/"run", resume=True), lambda: load_network(tmp_path/"run")):
+        with pytest.raises(UserError, match="format 99"): call()
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(tmp_path):
+    out = fit(recipe(epochs=1), STORE, tmp_path/"run", progress=False)
+    stamp = (out/"model.safetensors").stat().st_mtime_ns, (out/"recipe.json").read_text()
+    fit(recipe(epochs=1), STORE, out, resume=True, progress=False)
+    assert stamp == ((out/"model.safetensors").stat().st_mtime_ns, (out/"recipe.json").read_text())
+    fit(recipe(epochs=3), STORE, out, resume=True, progress=False)
+    assert same_runs(out, fit(recipe(epochs=3), STORE, tmp_path/"at once", progress=False))
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(network="no such"), "known:"), (dict(network_args=dict(hiden=3)), "did you mean hidden"), (dict(mixer=dict(ptich=1)), "did you mean pitch"), (dict(loss="l2"), "loss"),
+    (dict(device="cuda"), "no cuda device"), (dict(precision="16-mixed"), "needs a GPU"), (dict(kind="dreaming"), "kind of task"), (dict(encoder="nowhere"), "nowhere")])
+def test_what_a_user_can_fix_is_said(tmp_path, fields, message):
+    if fields.get("device") == "cuda" and torch.cuda.is_available(): pytest.skip("there is a CUDA device")
+    with pytest.raises(UserError, match=message): fit(recipe(**fields), STORE, tmp_path/"run", progress=False)
+    assert not (tmp_path/"run").exists()
+
+def test_a_file_in_the_way_and_data_without_songs(tmp_path):
+    (tmp_path/"file").write_text("")
+    with pytest.raises(UserError, match="is a file"): fit(recipe(), STORE, tmp_path/"file")
+    with pytest.raises(UserError, match="no songs in its 'train' split"): fit(recipe(), MemoryStore(0), tmp_path/"run")
+
+def test_tensorboard_missing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"): fit(recipe(), STORE, tmp_path/"run", logger="tensorboard")
+
+def test_lower_precision_trains(tmp_path):
+    fit(recipe(epochs=1, precision="bf16-mixed"), STORE, tmp_path/"run", progress=False)
+    assert load_network(tmp_path/"run").decoder.weight.dtype == torch.float32
+
+@pytest.mark.cuda
+def test_trains_and_resumes_on_cuda(tmp_path):
+    fields = dict(device="cuda", precision="16-mixed", ema=0.9)
+    with pytest.raises(Interrupted): fit(recipe(**fields), STORE, tmp_path/"run", progress=False, task=stopping_after(9, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    fit(recipe(**fields), STORE, tmp_path/"run", resume=True, progress=False)
+    assert read_record(tmp_path/"run")["finished"] and read_metrics(tmp_path/"run").train_loss.is_monotonic_decreasing
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_network(Tiny(), recipe(), tmp_path/"model")
+    return tmp_path/"model"
+
+class Bomb:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "model.ckpt", "pytorch_model.bin"])
+@pytest.mark.parametrize("protocol", ["zip", "old"])
+def test_pickles_are_refused_and_not_executed(tmp_path, folder, name, protocol):
+    (folder/"model.safetensors").unlink()
+    torch.save(Bomb(tmp_path/"executed"), folder/name, _use_new_zipfile_serialization=protocol == "zip")
+    for path in (folder, folder/name):
+        with pytest.raises(UserError, match="pickle"): load_network(path)
+    with pytest.raises(UserError, match="pickle"): load_encoder(Tiny(), folder)
+    assert not (tmp_path/"executed").exists()
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"", lambda b: (2**60).to_bytes(8, "little") + b[8:], lambda b: (len(b) + 1).to_bytes(8, "little") + b[8:],
+                                    lambda b: b[:20] + b"\xff" + b[21:], lambda b: b + b"more"])
+def test_damaged_weights_are_refused(folder, damage):
+    whole = (folder/"model.safetensors").read_bytes()
+    (folder/"model.safetensors").write_bytes(damage(whole))
+    with pytest.raises(UserError, match="safetensors"): load_network(folder)
+
+def test_weights_that_do_not_fit_name_their_layers(folder):
+    state = read_weights(folder/"model.safetensors")
+    write_weights(folder/"model.safetensors", {**{k: v for k, v in state.items() if k != "norm.bias"}, "decoder.bias": torch.zeros(131), "extra": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"decoder.bias has shape \(131,\) instead of \(132,\); norm.bias is missing; extra is unknown"): load_network(folder)
+    write_weights(folder/"model.safetensors", state | {"norm.bias": torch.full((6,), torch.nan)})
+    with pytest.raises(UserError, match="not finite"): load_network(folder)
+
+@pytest.mark.parametrize("change", [dict(network=["tiny_dropout", {"hidden": 10**8}]), dict(network=["tiny_dropout", {"hidden": "x"}]), dict(network=["no such", {}]), dict(network=[1]),
+                                    dict(network=["tiny_dropout", {"hidden": -1}]), dict(format=None)])
+def test_a_strangers_recipe_is_not_believed(folder, change):
+    record = json.loads((folder/"recipe.json").read_text())
+    (folder/"recipe.json").write_text(json.dumps(record | change))
+    with pytest.raises(UserError): load_network(folder)
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"recipe": 3, "format": 1}'])
+def test_a_damaged_recipe_is_said(folder, text):
+    (folder/"recipe.json").write_text(text)
+    with pytest.raises(UserError, match="recipe.json"): load_network(folder)
+
+def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path):
+    net = Tiny(hidden=200).eval()
+    for half in (False, True): save_network(net, recipe(network_args=dict(hidden=200)), tmp_path/str(half), half=half)
+    sizes = [(tmp_path/n/"model.safetensors").stat().st_size for n in ("True", "False")]
+    assert sizes[0] < 0.55 * sizes[1]
+    x = torch.randn(1, 2, 4000)
+    assert load_network(tmp_path/"True").decoder.weight.dtype == torch.float32
+    x = torch.randn(2, 1, 4000)
+    assert (load_network(tmp_path/"True")(x) - net(x)).abs().max() < 1e-3 * net(x).abs().max()
+
+def test_an_encoder_that_does_not_fit_names_its_layers(folder):
+    with pytest.raises(UserError, match=r"0.weight has shape \(6, 33\) instead of \(5, 33\)"): load_encoder(Tiny(hidden=5), folder)
+    with pytest.raises(UserError, match="no encoder"): load_encoder(nn.Linear(1, 1), folder)
+    assert torch.equal(load_encoder(Tiny(), folder).encoder[0].weight, load_network(folder).encoder[0].weight)
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-2**40, 2**40) | st.floats() | st.text() | st.lists(st.floats(width=32), max_size=4).map(torch.tensor)
+TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.integers(), inner, max_size=4), max_leaves=12)
+
+def same_tree(a, b):
+    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    if isinstance(a, dict): return list(a) == list(b) and all(same_tree(a[k], b[k]) for k in a)
+    if isinstance(a, list): return len(a) == len(b) and all(map(same_tree, a, b))
+    return a == b or (a != a and b != b)
+
+@settings(max_examples=60, deadline=None)
+@given(tree=TREES)
+def test_any_state_survives_the_file(tmp_path_factory, tree):
+    path = tmp_path_factory.mktemp("state")/"state.safetensors"
+    write_state(path, tree)
+    assert same_tree(tree, read_state(path))
+
+NAMES = st.sampled_from(["lr", "betas", "mixer.pitch", "network", "freeze_encoder", "epochs", "ema", "task.margin", "encoder"])
+@settings(max_examples=200, deadline=None)
+@given(name=NAMES, value=st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5) | st.lists(st.floats(0, 1), max_size=3))
+def test_override_accepts_or_says_which_field(name, value):
+    try: new = Recipe().override([f"{name}={json.dumps(value)}"])
+    except UserError as e: assert name.split(".")[0] in str(e)
+    else: assert Recipe.from_dict(json.loads(json.dumps(new.to_dict()))) == new
+
+@settings(max_examples=60, deadline=None)
+@given(schedule=st.sampled_from(["none", "cosine", "warmup_cosine", "plateau"]), epochs=st.integers(1, 20), share=st.floats(0, 1))
+def test_learning_rates_stay_between_nothing_and_lr(schedule, epochs, share):
+    r = Recipe(lr_schedule=schedule, epochs=epochs, examples_per_epoch=64)
+    assert 0 <= lr_factor(r, int(share * r.steps), [1.0] * int(share * epochs)) <= 1
+
+@pytest.mark.parametrize("profile", list(T.PROFILES))
+@pytest.mark.parametrize("name", ["baseline", "ddm", "ddm_skip", "recurrent", "pretraining"])
+def test_every_model_has_a_recipe_in_every_profile_that_builds(profile, name):
+    if profile in ("author", "paper") and name in ("ddm", "ddm_skip", "pretraining"): pytest.skip("the paper's sizes: their own rooms build them")
+    r = recipe_for(name, profile, seed=3)
+    assert (r.seed, r.batch_size <= 16, Recipe.from_dict(r.to_dict())) == (3, True, r)
+    T.build_network(r.network, **r.network_args)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fit(recipe(**WHOLE, save_minutes=0), STORE, Path(sys.argv[1]), progress=False, task=stopping_after(9, lambda: os.kill(os.getpid(), signal.SIGKILL)))
