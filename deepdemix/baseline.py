@@ -12,6 +12,7 @@ __all__ = ['NUSSL_NAMES', 'GLUE', 'FAMILIES', 'MaskNetwork', 'fold_channels', 'A
 import contextlib
 import copy
 import itertools
+import json
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class MaskNetwork(nn.Module):
         super().__init__()
         front = dict(sources=list(sources), sample_rate=sample_rate, channels=channels,
                      window_length=window_length, hop_length=hop_length, window_type=window_type)
-        self.args = dict(sizes or {}) | front
+        self.args = json.loads(json.dumps((sizes or {}) | front))
         self.sources, self.sample_rate, self.channels = tuple(sources), sample_rate, channels
         self.stft = STFT(window_length, hop_length, window_type)
         self.n_f = window_length // 2 + 1
