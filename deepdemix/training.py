@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER',
-           'SMALL', 'PROFILES', 'LOSSES', 'TASKS', 'VALID_SEED', 'PICKLES', 'HEADER_LIMIT', 'MAY_CHANGE',
-           'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record', 'recipe_for',
+           'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'VALID_SEED', 'PICKLES', 'HEADER_LIMIT',
+           'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record', 'recipe_for',
            'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task', 'build_task', 'SeparationTask',
            'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record',
            'save_network', 'load_encoder', 'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded',
@@ -130,13 +130,12 @@ class Recipe:
     device: str = "auto" # "auto", "cpu", "cuda" or "mps"
     num_workers: int = 0 # processes that make batches; 0: the training process does
 
-# %% ../nbs/03_training.ipynb #a63aba70
-@patch
-def __post_init__(self:Recipe):
-    "Bring nested settings to the form that they have when read from JSON."
-    if isinstance(self.betas, list): self.betas = tuple(self.betas)
-    for f in ("network_args", "mixer", "task"): setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
+    def __post_init__(self):
+        "Bring nested settings to the form that they have when read from JSON."
+        if isinstance(self.betas, list): self.betas = tuple(self.betas)
+        for f in ("network_args", "mixer", "task"): setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
 
+# %% ../nbs/03_training.ipynb #a63aba70
 @patch
 def to_dict(self:Recipe) -> dict: # of what JSON can hold
     "The settings as JSON has them."
@@ -295,17 +294,25 @@ def steps(self:Recipe) -> int:
 # %% ../nbs/03_training.ipynb #1110b9d4
 PAPER_MIXER = dict(duration=5.0, coherent=1.0, level=["lufs", -20, [-5, 5]], pitch=[-2, 2], stretch=[0.8, 1.2])
 PAPER_EPOCHS = dict(baseline=30, pretraining=40, ddm=45, ddm_skip=45, recurrent=45)
-QUARTER = dict(ddm=dict(conv_channels=[4, 8, 16, 32]), ddm_skip=dict(conv_channels=[4, 8, 16, 32]), pretraining=dict(conv_channels=[4, 8, 16, 32]))
-SMALL = dict(ddm=dict(conv_channels=[2, 4, 4, 8]), ddm_skip=dict(conv_channels=[2, 4, 4, 8]), pretraining=dict(conv_channels=[2, 4, 4, 8]))
+QUARTER = {name: dict(conv_channels=[4, 8, 16, 32]) for name in ("pretraining", "ddm", "ddm_skip")}
+SMALL = {name: dict(conv_channels=[2, 4, 4, 8]) for name in ("pretraining", "ddm", "ddm_skip")}
+FEW_EPOCHS = dict(baseline=6, pretraining=4, ddm=4, ddm_skip=4, recurrent=4)
 
 PROFILES = {
-    "demo": dict(epochs=dict(baseline=6, pretraining=4, ddm=4, ddm_skip=4, recurrent=4), examples=64, valid=32, batch_size=8, network_args=SMALL),
-    "laptop": dict(epochs=PAPER_EPOCHS, examples=64, valid=64, batch_size=16, network_args=QUARTER),
-    "author": dict(epochs=PAPER_EPOCHS, examples=160, valid=300, batch_size=16, network_args={}),
-    "paper": dict(epochs=PAPER_EPOCHS, examples=6000, valid=300, batch_size=16, network_args={}),
+    "demo":   dict(epochs=FEW_EPOCHS,   examples_per_epoch=64,   valid_examples=32,  batch_size=8,  network_args=SMALL),
+    "laptop": dict(epochs=PAPER_EPOCHS, examples_per_epoch=64,   valid_examples=64,  batch_size=16, network_args=QUARTER),
+    "author": dict(epochs=PAPER_EPOCHS, examples_per_epoch=160,  valid_examples=300, batch_size=16, network_args={}),
+    "paper":  dict(epochs=PAPER_EPOCHS, examples_per_epoch=6000, valid_examples=300, batch_size=16, network_args={}),
 }
 
 # %% ../nbs/03_training.ipynb #7e503974
+MODELS = {
+    "pretraining": dict(kind="pretraining", network="encoder", loss="triplet", mixer=dict(duration=5.0)),
+    "recurrent": dict(loss="l1_phase_sensitive", validation="songs", ema=0.99, grad_clip=1.0,
+                      mixer=dict(duration=5.0, coherent=0.5, level=["gain", [-6, 6]], pitch=[-2, 2], stretch=[0.8, 1.2], swap=0.5)),
+}
+
+# %% ../nbs/03_training.ipynb #69e47d19
 def recipe_for(
     name:str, # "baseline", "ddm", "ddm_skip", "recurrent" or "pretraining"
     profile:str="laptop", # a name of `PROFILES`
@@ -313,12 +320,10 @@ def recipe_for(
 ) -> Recipe:
     "The recipe of one of the paper's models at the scale of a profile."
     if profile not in PROFILES: raise _no_such("profile", profile, PROFILES)
+    if name not in PAPER_EPOCHS and name not in known_networks(): raise _no_such("network", name, NETWORKS)
     p = PROFILES[profile]
-    kind, network = ("pretraining", "encoder") if name == "pretraining" else ("separation", name)
-    if name not in PAPER_EPOCHS and network not in known_networks(): raise _no_such("network", network, NETWORKS)
-    settings = dict(kind=kind, network=network, network_args=p["network_args"].get(name, {}), epochs=p["epochs"].get(name, 45), examples_per_epoch=p["examples"],
-                    valid_examples=p["valid"], batch_size=p["batch_size"], mixer=PAPER_MIXER)
-    if kind == "pretraining": settings.update(loss="triplet", mixer=dict(duration=PAPER_MIXER["duration"]))
+    sizes = dict(network_args=p["network_args"].get(name, {}), epochs=p["epochs"].get(name, PAPER_EPOCHS["ddm"]))
+    settings = dict(network=name, mixer=PAPER_MIXER) | p | sizes | MODELS.get(name, {})
     return Recipe.from_dict({**settings, **overrides}).check()
 
 # %% ../nbs/03_training.ipynb #82e8ba85
@@ -413,6 +418,7 @@ class SeparationTask(Task):
     "Mixes in, a loss of `LOSSES` out; validated on fixed mixes and, if the recipe says so, on whole songs."
     def __init__(self, network, recipe, store):
         super().__init__(network, recipe, store)
+        if recipe.loss not in LOSSES: _import_rooms()
         if recipe.loss not in LOSSES: raise _no_such("loss", recipe.loss, LOSSES)
         self.loss = LOSSES[recipe.loss]
         self.mixer = self._mixer("train", recipe.seed, recipe.examples_per_epoch)
