@@ -432,10 +432,10 @@ def _check(self: Mixer):
 def _place(self: Mixer, rng, song: int, sources: list[int], index: int) -> list[Piece]:
     variant, place, rate = int(rng.integers(self.variants)), rng.random(), self.store.sample_rate
     if self.shift == "exact":
-        v, at, start = self._fresh(rng, song, place), 0.0, 0
+        v, at, start = self._fresh(rng, song, place), 0, 0
     else:
         v = self.bank.get(song, variant, index)
-        at = place * (v.frames - self._reach(v.frames, v.stretch))
+        at = int(place * (v.frames - self._reach(v.frames, v.stretch) + 1))
         start = round(at * v.stretch)
     frames = min(self.frames, round(self._reach(v.frames, v.stretch) * v.stretch), v.length - start)
     lufs = v.loudness(start, frames)
