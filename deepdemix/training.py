@@ -117,7 +117,7 @@ class Recipe:
     precision: str = "32" # "32", "bf16-mixed" or "16-mixed"
     loss: str = "l1_magnitude" # a name of `LOSSES`, or one of the task's own
     mixer: dict = field(default_factory=dict) # settings of the examples: see `Mixer`
-    task: dict = field(default_factory=dict) # what a task of another kind needs besides
+    task_args: dict = field(default_factory=dict) # what a task of another kind needs besides
     valid_examples: int = 300 # fixed validation mixes
     validation: str = "mixes" # "mixes": the loss on them; "songs": also SDR on whole songs
     monitor: str = "" # the figure that decides which weights are best; "": the task's own
@@ -133,7 +133,7 @@ class Recipe:
     def __post_init__(self):
         "Bring nested settings to the form that they have when read from JSON."
         if isinstance(self.betas, list): self.betas = tuple(self.betas)
-        for f in ("network_args", "mixer", "task"): setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
+        for f in ("network_args", "mixer", "task_args"): setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
 
 # %% ../nbs/03_training.ipynb #a63aba70
 @patch
@@ -497,10 +497,10 @@ def _check_header(
     path = Path(path)
     with open(path, "rb") as f: start = f.read(9)
     length, size = int.from_bytes(start[:8], "little"), path.stat().st_size
-    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+    if start[8:] == b"{" and length <= min(HEADER_LIMIT, size - 8): return
+    if start[:2] == b"PK" or start[:1] == b"\x80":
         raise UserError(f"{path} is a pickle, not safetensors: refused, because a pickle can run any code when it is read")
-    if len(start) < 9 or start[8:] != b"{" or length > min(HEADER_LIMIT, size - 8):
-        raise UserError(f"{path} is not a safetensors file, or is cut off: its header would have {length} of the file's {size} bytes")
+    raise UserError(f"{path} is not a safetensors file, or is cut off: its header would have {length} of the file's {size} bytes")
 
 # %% ../nbs/03_training.ipynb #81c7f8e9
 def read_weights(
@@ -1053,12 +1053,17 @@ def show_metrics(
     "Plot figures of one or several runs; the best epoch of the last key is marked."
     import matplotlib.pyplot as plt
     runs = run if isinstance(run, dict) else {"": run}
-    ax = ax or plt.subplots(figsize=(5, 2.6), dpi=75)[1]
+    ax = ax or plt.subplots(figsize=(5, 2.6), dpi=75, layout="constrained")[1]
     for i, (label, folder) in enumerate(runs.items()):
         table = read_metrics(folder)
-        for j, key in enumerate(k for k in keys if k in table):
-            ax.plot(table[x], table[key], color=f"C{i if len(runs) > 1 else j}", ls=("--", "-", ":")[j % 3], marker="." if len(table) < 40 else None, label=f"{label} {key.replace('_', ' ')}".strip())
-    ax.set(xlabel=x, ylabel="loss" if all("loss" in k for k in keys) else ", ".join(keys))
+        keys_here = [k for k in keys if k in table]
+        for j, key in enumerate(keys_here):
+            name, marker = f"{label} {key.replace('_', ' ')}".strip(), "." if len(table) < 40 else None
+            line, = ax.plot(table[x], table[key], color=f"C{i if len(runs) > 1 else j}", ls=("--", "-", ":")[j % 3] if len(keys) > 1 else "-", marker=marker, label=name)
+        best = table[key].idxmin() if "loss" in key else table[key].idxmax()
+        ax.plot(table[x][best], table[key][best], "o", mfc="none", color=line.get_color())
+    ax.set(xlabel=x, ylabel="loss" if all("loss" in k for k in keys) else ", ".join(k.replace("_", " ") for k in keys))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False)
     return ax
 

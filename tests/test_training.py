@@ -355,7 +355,7 @@ def test_any_state_survives_the_file(tmp_path_factory, tree):
     write_state(path, tree)
     assert same_tree(tree, read_state(path))
 
-NAMES = st.sampled_from(["lr", "betas", "mixer.pitch", "network", "freeze_encoder", "epochs", "ema", "task.margin", "encoder"])
+NAMES = st.sampled_from(["lr", "betas", "mixer.pitch", "network", "freeze_encoder", "epochs", "ema", "task_args.margin", "encoder"])
 @settings(max_examples=200, deadline=None)
 @given(name=NAMES, value=st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5) | st.lists(st.floats(0, 1), max_size=3))
 def test_override_accepts_or_says_which_field(name, value):
