@@ -58,8 +58,8 @@ def windowed(network: nn.Module, duration: float=5., **kwargs) -> Windowed:
 # %% ../nbs/07_evaluation.ipynb #a9137103
 def binary_mask(stems: Tensor, mixture: Tensor) -> Tensor:
     "1 for the loudest source of each bin; stems (…, sources) and mixture (…, 1) complex."
-    loudest = stems.abs().argmax(-1)
-    return nn.functional.one_hot(loudest, stems.shape[-1]).to(stems.real.dtype)
+    magnitude = stems.abs()
+    return (magnitude == magnitude.amax(-1, keepdim=True)).to(magnitude.dtype)
 
 
 def ratio_mask(stems: Tensor, mixture: Tensor) -> Tensor:
@@ -85,6 +85,22 @@ def _basis(size: int, cells: int, mode: str) -> Tensor:
     return nn.functional.interpolate(eye, size=size, mode=mode)[0].T
 
 
+def _cells(x: Tensor, time: Tensor, freq: Tensor) -> Tensor:
+    "Sums of `x` (batch, n_t, n_f, …) over the cells of a grid: (batch, cells in time, cells in frequency, …)."
+    return torch.einsum("btf...,ta,fd->bad...", x, time, freq)
+
+
+def _coupled(power: Tensor, right: Tensor, time: Tensor, freq: Tensor) -> Tensor:
+    "Least squares where neighbouring cells share bins; `power` (batch, n_t, n_f, channels), `right` (batch, *grid, channels, sources)."
+    def pairs(basis): return torch.einsum("xa,xb->xab", basis, basis).flatten(1)
+    gram = _cells(power, pairs(time), pairs(freq)).double().movedim(-1, 1)
+    rows, columns = time.shape[1], freq.shape[1]
+    gram = gram.unflatten(2, (rows, rows)).unflatten(4, (columns, columns)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    ridge = 1e-7 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + 1e-20
+    right = right.double().movedim(3, 1).flatten(2, 3)
+    return torch.linalg.solve(gram + ridge * torch.eye(rows * columns, dtype=torch.float64), right).unflatten(2, (rows, columns)).movedim(1, 3)
+
+
 def grid_mask(
     stems: Tensor,         # complex (batch, n_t, n_f, channels, sources)
     mixture: Tensor,       # complex (batch, n_t, n_f, channels, 1)
@@ -92,14 +108,12 @@ def grid_mask(
     mode: str="nearest",   # or "linear": how the grid is upsampled
 ) -> Tensor:               # (batch, n_t, n_f, channels, sources) in [0, 1]
     "The best mask that is an upsampled grid: what a decoder without a skip path can reach."
-    time, freq = _basis(stems.shape[1], grid[0], mode), _basis(stems.shape[2], grid[1], mode)
-    power, product = mixture[..., 0].abs().square().double(), (stems * mixture.conj()).real.double()
-    right = torch.einsum("btfcs,ta,fd->bcads", product, time, freq).flatten(2, 3)
-    gram = torch.einsum("btfc,fd,fe->btcde", power, freq, freq)
-    gram = torch.einsum("btcde,ta,tg->bcadge", gram, time, time).flatten(4, 5).flatten(2, 3)
-    ridge = 1e-9 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + 1e-20
-    values = torch.linalg.solve(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype), right).clamp(0, 1)
-    return torch.einsum("bcads,ta,fd->btfcs", values.unflatten(2, grid), time, freq).to(stems.real.dtype)
+    time, freq = (_basis(n, k, mode).to(stems.real.dtype) for n, k in zip(stems.shape[1:3], grid))
+    power, product = mixture[..., 0].abs().square(), (stems * mixture.conj()).real
+    right = _cells(product, time, freq)
+    if mode == "nearest": values = right / _cells(power, time, freq).clamp_min(1e-20).unsqueeze(-1)
+    else: values = _coupled(power, right, time, freq).to(right.dtype)
+    return torch.einsum("badcs,ta,fd->btfcs", values.clamp(0, 1), time, freq)
 
 # %% ../nbs/07_evaluation.ipynb #a7d5a218
 MASKS = {"ideal binary mask": binary_mask, "ideal ratio mask": ratio_mask, "best real mask": real_mask, "ideal complex mask": complex_mask}
@@ -212,7 +226,14 @@ class Scores:
         import pandas as pd
         rows = pd.concat([self.rows, other.rows]).drop_duplicates(COLUMNS[:-1], keep="last").reset_index(drop=True)
         failed = self.failed + [f for f in other.failed if f not in self.failed]
-        return Scores(rows, {**other.info, **self.info}, failed, {**self.frames, **other.frames})
+        return Scores(rows, _merged(self.info, other.info), failed, {**self.frames, **other.frames})
+
+
+def _merged(a: dict, b: dict) -> dict:
+    "Both dictionaries; where they differ, a list of what occurs."
+    def listed(x): return x if isinstance(x, list) else [x]
+    def both(x, y): return x if x == y else listed(x) + [v for v in listed(y) if v not in listed(x)]
+    return {k: both(a[k], b[k]) if k in a and k in b else (a | b)[k] for k in {**a, **b}}
 
 # %% ../nbs/07_evaluation.ipynb #5d4acaa3
 def _record(key: tuple, names: tuple, values: dict, frames: dict) -> dict:
@@ -346,12 +367,19 @@ def _mean(values: np.ndarray) -> np.ndarray:
         return np.nanmean(values, -1)
 
 
+def _one_split(a: Scores, b: Scores) -> str:
+    "The split that both have; test if there are several."
+    both = [s for s in a.rows.split.unique() if s in set(b.rows.split)]
+    if not both: raise UserError("the two were scored on different splits")
+    return "test" if "test" in both else both[0]
+
+
 @patch
 def array(self: Scores, metric: str, model: str, split: str=None) -> tuple[np.ndarray, list]:
-    "Values (seeds, songs, sources) of a model with NaN where there is none, and the titles."
-    rows = self.rows[(self.rows.metric == metric) & (self.rows.model == model)]
-    if split: rows = rows[rows.split == split]
-    if rows.empty: raise UserError(f"no {metric} of {model!r}" + (f" on the {split} songs" if split else ""))
+    "Values (seeds, songs, sources) of a model with NaN where there is none, and the titles; the test songs if there are several splits."
+    split = split or _one_split(self, self)
+    rows = self.rows[(self.rows.metric == metric) & (self.rows.model == model) & (self.rows.split == split)]
+    if rows.empty: raise UserError(f"no {metric} of {model!r} on the {split} songs")
     titles, sources, seeds = list(rows.song.unique()), self.sources, list(rows.seed.unique())
     out = np.full((len(seeds), len(titles), len(sources)), np.nan)
     out[rows.seed.map(seeds.index), rows.song.map(titles.index), rows.source.map(sources.index)] = rows.value
@@ -455,9 +483,8 @@ def _numbers(self: Scores, metric: str, model: str, split: str, intervals: bool)
 @patch
 def overall(self: Scores, metric: str="SDR", model: str=None, split: str=None) -> float:
     "The table's overall number of one model."
-    part = self.only(model=model or self._single(), **({"split": split} if split else {}))
-    if part.rows.split.nunique() != 1: raise UserError(f"name one of the splits: {', '.join(part.rows.split.unique())}")
-    return float(part.summary([metric])[metric, OVERALL].iloc[0])
+    values, _ = self.array(metric, model or self._single(), split)
+    return float(_mean(average_songs(values, metric).mean(0)))
 
 # %% ../nbs/07_evaluation.ipynb #de8d63cd
 class Table:
@@ -735,7 +762,7 @@ def _pick(scores, model: str | None) -> tuple[Scores, str]:
 
 def _same_protocol(a: Scores, b: Scores) -> None:
     "Refuse to compare what was not measured alike."
-    for key in ("channels", "mixture", "sample_rate", "data"):
+    for key in ("channels", "mixture", "sample_rate"):
         x, y = a.info.get(key), b.info.get(key)
         if x is not None and y is not None and x != y: raise UserError(f"the scores cannot be compared: {key} is {x} in one and {y} in the other")
 
@@ -763,19 +790,13 @@ def compare(
     numbers = tuple(float(_mean(average_songs(v, metric).mean(0))) for v in (x, y))
     head = dict(a=model_a, b=model_b, metric=metric, seeds=(len(x), len(y)), name=name)
     each = {s: Verdict(**head, **paired(x[..., [k]], y[..., [k]], average, seed=seed), overall=tuple(float(average_songs(v, metric).mean(0)[k]) for v in (x, y))) for k, s in enumerate(sources)}
-    return Verdict(**head, **paired(x, y, average, seed=seed), overall=numbers, per_source=each, notes=_verdict_notes(x, y, common, titles, others, numbers, average, metric))
+    return Verdict(**head, **paired(x, y, average, seed=seed), overall=numbers, per_source=each, notes=_verdict_notes(x, y, titles, others, numbers, average, a.info.get("data") == b.info.get("data")))
 
 # %% ../nbs/07_evaluation.ipynb #2ff5d4db
-def _one_split(a: Scores, b: Scores) -> str:
-    "The split that both have; test if there are several."
-    both = [s for s in a.rows.split.unique() if s in set(b.rows.split)]
-    if not both: raise UserError("the two were scored on different splits")
-    return "test" if "test" in both else both[0]
-
-
-def _verdict_notes(x, y, common, titles, others, numbers, average, metric) -> list[str]:
+def _verdict_notes(x, y, titles, others, numbers, average, same) -> list[str]:
     "What a reader of the verdict must know."
     notes = [f"Table numbers: {numbers[0]:.2f} and {numbers[1]:.2f} dB. Differences are the {average} over songs of paired differences, so they need not equal the difference of the table's numbers."]
+    if not same: notes.append("The scores come from different versions or selections of the data.")
     left = len(set(titles) ^ set(others))
     if left: notes.append(f"{left} songs have a score in only one of the two and were left out.")
     if min(len(x), len(y)) < 2: notes.append(f"Seeds: {len(x)} and {len(y)}. With one training run of a model the interval covers other songs, not other runs.")
