@@ -675,11 +675,11 @@ class Triplets(Excerpts):
 @patch
 def draw(self: Triplets, i: int) -> tuple[list[Piece], tuple[int, int, int]]: # pieces and their labels
     "Choose anchor, positive and negative of the triplet `i`."
-    rng = generator(self.seed, TRIPLET, i)
-    label, other = rng.choice(len(self.instruments), 2, replace=False).tolist()
-    anchor = self.find(rng, label, i)
-    positive = self.find(rng, label, i, {anchor.song})
-    return [anchor, positive, self.find(rng, other, i)], (label, label, other)
+    chance = [generator(self.seed, TRIPLET, i, k) for k in range(4)]
+    label, other = chance[3].choice(len(self.instruments), 2, replace=False).tolist()
+    anchor = self.find(chance[0], label, i)
+    positive = self.find(chance[1], label, i, {anchor.song})
+    return [anchor, positive, self.find(chance[2], other, i)], (label, label, other)
 
 @patch
 def __getitem__(self: Triplets, i: int) -> Tensor: # (3, channels, time)
@@ -742,10 +742,10 @@ def batch(self: BalancedBatches,
     device: str | torch.device | None = None, # where to put it together
 ) -> tuple[Tensor, Tensor, Tensor]: # waveforms (instruments * per_class, channels, time), labels, numbers of the songs
     "One batch, instrument by instrument."
-    rng, waves, labels, songs = generator(self.seed, BALANCED, start), [], [], []
-    first = start * self.per_class * len(self.instruments)
+    waves, labels, songs, first = [], [], [], start * self.per_class * len(self.instruments)
     for label in range(len(self.instruments)):
         for k in range(self.per_class):
+            rng = generator(self.seed, BALANCED, start, len(songs))
             piece = self.find(rng, label, first, songs[len(songs) - k:])
             waves.append(self._under(rng, piece, self.cut(piece, device)))
             labels.append(label); songs.append(piece.song)
