@@ -11,8 +11,8 @@ __all__ = ['NUSSL_NAMES', 'GLUE', 'FAMILIES', 'MaskNetwork', 'fold_channels', 'A
 # %% ../nbs/04_baseline.ipynb #e9e846b1
 import contextlib
 import copy
-import itertools
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -227,10 +227,10 @@ def load_nussl_weights(self:Baseline, state):
 class NusslMask(nn.Module):
     "A mask network as a module of a nussl `SeparationModel`: magnitude `(b, n_t, n_f, n_ac)` -> mask `(b, n_t, n_f, n_ac, s)`."
     def __init__(self,
-                 network=None, # a registered name; None leaves the place empty
-                 args=None): # the network's arguments
+                 network, # any `MaskNetwork`, or the registered name of one
+                 args=None): # with a name: the network's arguments
         super().__init__()
-        self.network = build_network(network, **(args or {})) if network else None
+        self.network = build_network(network, **(args or {})) if isinstance(network, str) else network
 
     def forward(self, data): return self.network.mask(data)
 
@@ -239,11 +239,11 @@ def to_nussl(network): # any `MaskNetwork`
     "A nussl `SeparationModel` around `network` (shared, not copied), with the outputs `mask` and `estimates`."
     ml = import_nussl().ml
     ml.register_module(NusslMask)
-    modules = {"mix_magnitude": {}, "mask": {"class": "NusslMask"}, "estimates": {"class": "Mask"}}
+    modules = {"mix_magnitude": {}, "mask": {"class": "Alias"}, "estimates": {"class": "Mask"}}
     links = [["mask", ["mix_magnitude"]], ["estimates", ["mask", "mix_magnitude"]]]
     model = ml.SeparationModel(dict(name=type(network).__name__, modules=modules, connections=links, output=["mask", "estimates"]))
-    model.layers["mask"].network = network
-    modules["mask"]["args"] = dict(network=getattr(network, "name", None), args=network.args)
+    model.layers["mask"] = NusslMask(network)
+    modules["mask"] = {"class": "NusslMask", "args": dict(network=getattr(network, "name", None), args=network.args)}
     return model.train(network.training)
 
 # %% ../nbs/04_baseline.ipynb #f62e5dfe
@@ -280,13 +280,13 @@ def describe(module):
     "The sizes of a module in a few characters: channels, kernel, features."
     by = lambda size: f"{size[0]}×{size[1]}" if isinstance(size, (tuple, list)) else str(size)
     if isinstance(module, nn.Conv2d): return f"{module.in_channels} → {module.out_channels}, {by(module.kernel_size)}"
-    if isinstance(module, nn.Linear): return f"{module.in_features} → {module.out_features}"
+    if isinstance(module, nn.Linear): return f"{module.in_features:,} → {module.out_features:,}"
     if isinstance(module, nn.MaxPool2d): return by(module.kernel_size)
-    if isinstance(module, nn.Upsample): return f"to {by(module.size)}, {module.mode}"
+    if isinstance(module, nn.Upsample): return f"{module.mode}, to {by(module.size)}"
     if isinstance(module, (nn.LSTM, nn.GRU)):
         ways = "both ways" if module.bidirectional else "one way"
         return f"{type(module).__name__}, {module.num_layers} × {module.hidden_size}, {ways}"
-    return next((describe(child) for child in module.children() if describe(child)), "")
+    return next((describe(child) for child in module.children()), "") if getattr(module, "one_box", False) else ""
 
 # %% ../nbs/04_baseline.ipynb #9cc7a777
 def find_boxes(module, whole=(), path=""):
@@ -334,7 +334,7 @@ def _draw_box(ax, box, x, y, width, height, share):
     ax.text(middle, y + height - 0.33, box.detail.replace(", both", ",\nboth"), ha="center", va="top", fontsize=7.5, linespacing=1.05)
     ax.text(middle, y + 0.43, ", ".join(box.glue), ha="center", va="center", fontsize=7, style="italic", color="#444444")
     if box.parameters: ax.text(middle, y + 0.23, f"{box.parameters:,}", ha="center", va="center", fontsize=7)
-    ax.text(middle, y - 0.13, " × ".join(map(str, box.shape)), ha="center", va="center", fontsize=7.5, color="#333333")
+    ax.text(middle, y - 0.13, " × ".join(f"{n:,}" for n in box.shape), ha="center", va="center", fontsize=7.5, color="#333333")
 
 
 def _draw_arrows(ax, places, width, height):
@@ -350,17 +350,16 @@ def _draw_arrows(ax, places, width, height):
 
 
 def box_rows(boxes, per_row):
-    "Boxes by the part of the network they are in, at most `per_row` to a row; one row if no part has several."
-    parts = [list(part) for _, part in itertools.groupby(boxes, lambda box: box.path.split(".")[0])]
-    if max(map(len, parts)) == 1: parts = [boxes]
-    return [part[i:i + per_row] for part in parts for i in range(0, len(part), per_row)]
+    "Boxes in rows of equal length, at most `per_row` to a row."
+    length = math.ceil(len(boxes) / math.ceil(len(boxes) / per_row))
+    return [boxes[i:i + length] for i in range(0, len(boxes), length)]
 
 
 def draw_network(boxes, # from `trace_shapes`
                  title="", # above the drawing
                  start="", # what goes in, left of the first box
                  end="", # what comes out, right of the last box
-                 per_row=7): # boxes in a row
+                 per_row=5): # boxes in a row, at most
     "A drawing of the traced network: kind, sizes, parameters and output shape of every box. Returns the matplotlib axes."
     import matplotlib.pyplot as plt
     rows, width, height, gap, step = box_rows(boxes, per_row), 1.5, 1.0, 0.34, 1.7
@@ -368,13 +367,14 @@ def draw_network(boxes, # from `trace_shapes`
     places = [(first + column * (width + gap), -row * step) for row, part in enumerate(rows) for column in range(len(part))]
     total = sum(box.parameters for box in boxes) or 1
     right, bottom = max(x for x, _ in places) + width + 0.3 + 0.75 * bool(end), places[-1][1] - 0.3
-    _, ax = plt.subplots(figsize=(right, height + 0.45 - bottom), dpi=80)
+    fig, ax = plt.subplots(figsize=(right, height + 0.45 - bottom), dpi=72)
+    fig.subplots_adjust(0, 0, 1, 1)
     for box, (x, y) in zip(boxes, places): _draw_box(ax, box, x, y, width, height, box.parameters / total)
     before, after = (first - width - gap, 0), (places[-1][0] + width + gap, places[-1][1])
     _draw_arrows(ax, [before] * bool(start) + places + [after] * bool(end), width, height)
-    ax.text(0.02, height / 2, start, ha="left", va="center", fontsize=8)
+    ax.text(0.06, height / 2, start, ha="left", va="center", fontsize=8)
     ax.text(after[0] + 0.06, after[1] + height / 2, end, ha="left", va="center", fontsize=8)
     ax.set(xlim=(0, right), ylim=(bottom, height + 0.45))
-    ax.set_title(title, fontsize=10, pad=0)
+    ax.text(first, height + 0.22, title, fontsize=10)
     ax.axis("off")
     return ax
