@@ -1,0 +1,458 @@
+"Separating songs of any length, rate, format and number of channels: what a notebook cell is the wrong place for."
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from deepdemix.audio import OverlapAdd, UserError, Writer, probe, read, read_streams, write
+from deepdemix.baseline import Baseline, MaskNetwork
+from deepdemix.deepdemix import DeepDeMix
+from deepdemix.recurrent import Recurrent
+from deepdemix.separation import Cancelled, Separator, export, push_to_hub
+from deepdemix.training import Recipe, save_network
+
+RATE = 8000
+
+
+class Convolutions(MaskNetwork):
+    "Masks from three convolutions over time: a reach of 9 frames on each side, and none in loudness."
+    def __init__(self, channels=2):
+        super().__init__(channels=channels, sample_rate=RATE, window_length=256, hop_length=64)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layer = lambda n, m: nn.Conv2d(n, m, (7, 3), padding=(3, 1))
+            self.layers = nn.Sequential(layer(channels, 6), nn.ReLU(), layer(6, 6), nn.ReLU(), layer(6, 4 * channels))
+
+    def predict(self, magnitude):
+        x = self.layers(magnitude.permute(0, 3, 1, 2) * 20)
+        return (x.unflatten(1, (4, -1)).permute(0, 3, 4, 2, 1) * 30).softmax(-1)
+
+
+class Shares(nn.Module):
+    "Fixed shares of the mixture, sample by sample: what comes out is known for every input."
+    shares = (0.4, 0.3, 0.2, 0.1)
+    def __init__(self, channels=2, sample_rate=RATE, gain=1.0):
+        super().__init__()
+        self.sources, self.channels, self.sample_rate, self.gain = ("drums", "bass", "other", "vocals"), channels, sample_rate, gain
+        self.seen = []
+
+    def forward(self, x):
+        assert x.shape[1] == self.channels
+        self.seen.append(tuple(x.shape))
+        return x.unsqueeze(1) * torch.tensor(self.shares)[:, None, None] * self.gain
+
+
+def noise(channels, frames, seed=0):
+    return torch.randn(channels, frames, generator=torch.Generator().manual_seed(seed)).clamp(-3, 3) / 8
+
+
+def chord(channels, frames, rate):
+    "Tones below 3 kHz, a different one in each channel, faded in and out."
+    t, fade = torch.arange(frames) / rate, torch.hann_window(frames, periodic=False)
+    return torch.stack([torch.sin(2 * torch.pi * (440 + 310 * c) * t) for c in range(channels)]) * fade / 3
+
+
+def db(error, reference): return 20 * torch.log10(error.norm() / reference.norm() + 1e-12)
+
+
+def files_in(folder): return sorted(str(x.relative_to(folder)) for x in Path(folder).rglob("*") if x.is_file())
+
+
+@pytest.fixture(scope="module")
+def convolutions(): return Convolutions().eval()
+
+
+@pytest.fixture
+def shares(): return Separator(Shares(), "shares", chunk=1.0)
+
+
+@pytest.fixture
+def song(tmp_path):
+    write(tmp_path / "song.wav", noise(2, 3 * RATE), RATE)
+    return tmp_path / "song.wav"
+
+
+# Chunks
+
+def test_chunked_equals_unchunked(convolutions):
+    x = noise(2, 10 * RATE + 17)
+    with torch.no_grad(): whole = convolutions(x[None])[0]
+    for batch_size in (1, 3):
+        chunked = Separator(convolutions, chunk=1.5, overlap=0.25, batch_size=batch_size)(x)
+        assert db(chunked - whole, whole) < -60
+    bare = Separator(convolutions, chunk=1.5, overlap=0, context=0)(x)
+    assert db(bare - whole, whole) > -60
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_shift_by_chunk_steps(convolutions, steps):
+    separator = Separator(convolutions, chunk=1.5, overlap=0.25)
+    x, plan = noise(2, 8 * RATE), separator.plan
+    shift = steps * OverlapAdd(None, plan["chunk"], plan["overlap"], plan["context"], align=plan["align"]).step
+    stems, shifted = separator(x), separator(torch.cat([torch.zeros(2, shift), x], 1))
+    inside = slice(2000, -12000)
+    assert db((shifted[..., shift:] - stems)[..., inside], stems[..., inside]) < -50
+
+
+def test_no_steps_at_seams():
+    "A network that sees all of its chunk may change its mind from chunk to chunk; no seam may be louder or rougher than the rest."
+    torch.manual_seed(0)
+    network = Baseline(hidden_size=8, sample_rate=RATE, window_length=256, hop_length=64)
+    separator = Separator(network, chunk=1.0, overlap=0.25)
+    stems = separator(torch.sin(torch.arange(20 * RATE) * 0.05)[None])[:, 0]
+    step = separator.plan["chunk"] - separator.plan["chunk"] // 4
+    jumps = stems.diff(n=2).abs()
+    near = torch.zeros(jumps.shape[-1], dtype=torch.bool)
+    for seam in range(step, 20 * RATE, step): near[seam:seam + 2000] = True
+    inside = slice(RATE, -RATE)
+    assert jumps[:, inside][:, near[inside]].max() < 1.1 * jumps[:, inside][:, ~near[inside]].max()
+    energy = stems.unfold(-1, 126, 126).square().mean(-1)[:, 80:-80]
+    assert (10 * (energy[:, 1:] / energy[:, :-1]).log10()).abs().max() < 1.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(frames=st.integers(0, 3 * RATE), channels=st.integers(1, 7), chunk=st.floats(0.1, 2), overlap=st.floats(0, 0.8), batch=st.integers(1, 4))
+def test_any_length_and_channels(frames, channels, chunk, overlap, batch):
+    x = noise(channels, frames) if frames > channels else noise(1, frames)
+    separator = Separator(Shares(), chunk=chunk, overlap=overlap, batch_size=batch)
+    stems = separator.separate(x)
+    for share, stem in zip(Shares.shares, stems.values()): assert stem.shape == x.shape and torch.allclose(stem, x * share, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 255, 256, 257, 7999, 8000, 8001, 16000])
+def test_lengths_around_frames_and_chunks(convolutions, length):
+    x = noise(2, length) if length > 2 else noise(1, length)
+    stems = Separator(convolutions, chunk=1.0)(x)
+    assert stems.shape == (4, *x.shape)
+    assert db(stems.sum(0) - x, x) < -60
+
+
+@settings(max_examples=25, deadline=None)
+@given(rate=st.sampled_from([8000, 11025, 16000, 22050, 32000, 44100, 48000, 88200, 96000, 192000]), channels=st.integers(1, 3), extra=st.integers(0, 999), model=st.sampled_from([8000, 44100]))
+def test_any_rate(rate, channels, extra, model):
+    x = chord(channels, rate // 2 + extra, rate)
+    stems = Separator(Shares(sample_rate=model), chunk=0.2).separate(x, rate)
+    for share, stem in zip(Shares.shares, stems.values()):
+        assert stem.shape == x.shape
+        assert db(stem - share * x, x) < -60
+
+
+def test_channels_go_in_pairs():
+    network = Shares(channels=2)
+    Separator(network, chunk=1.0)(noise(5, 100))
+    assert network.seen == [(2, 2, 100), (1, 2, 100)]
+    network = Shares(channels=1)
+    Separator(network, chunk=1.0)(noise(5, 100))
+    assert network.seen == [(2, 1, 100), (2, 1, 100), (1, 1, 100)]
+
+
+# Kinds of input and output
+
+def test_kinds_in_memory(shares, song):
+    x, rate = read(song)
+    from_file = shares.separate(song)["vocals"]
+    assert torch.equal(from_file, shares.separate(x, rate)["vocals"])
+    as_array = shares.separate(x.numpy().astype(np.float64), rate)["vocals"]
+    assert as_array.dtype == np.float64 and np.allclose(as_array, from_file.numpy())
+    assert shares.separate(x[0].half(), rate)["vocals"].dtype == torch.float16
+    summary = shares.separate_file(song, song.parent / "out", subtype="float")
+    assert torch.equal(read(summary["outputs"]["vocals"])[0], from_file)
+
+
+def encode(path, x, rate, codec, layout=None):
+    "Write what soundfile can't, through PyAV."
+    import av
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.layout = layout or {1: "mono", 2: "stereo", 6: "5.1"}[len(x)]
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x.numpy()), format="fltp", layout=stream.layout.name)
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]: container.mux(packet)
+
+
+INPUTS = [("u8.wav", 44100, 2, "PCM_U8"), ("s16.wav", 48000, 1, "PCM_16"), ("s24.wav", 96000, 2, "PCM_24"), ("s32.wav", 22050, 6, "PCM_32"), ("f32.wav", 192000, 2, "FLOAT"),
+          ("f64.wav", 8000, 3, "DOUBLE"), ("a.flac", 44100, 2, "PCM_24"), ("a.ogg", 32000, 2, None), ("a.mp3", 44100, 1, None), ("b.mp3", 48000, 2, None), ("a.opus", 48000, 2, None),
+          ("a.m4a", 44100, 2, "aac"), ("surround.m4a", 48000, 6, "aac"), ("a.mkv", 44100, 2, "ac3"), ("a.mov", 48000, 1, "alac")]
+
+
+@pytest.mark.parametrize("name,rate,channels,subtype", INPUTS, ids=[x[0] for x in INPUTS])
+def test_formats_in(shares, tmp_path, name, rate, channels, subtype):
+    x, path = chord(channels, rate + 123, rate), tmp_path / name
+    if path.suffix in (".m4a", ".mkv", ".mov"):
+        try: encode(path, x, rate, subtype)
+        except Exception as e: pytest.skip(f"this build of PyAV cannot make the file: {e}")
+    else: write(path, x, rate, subtype)
+    decoded, _ = read(path)
+    for kind in ("wav", "flac"):
+        summary = shares.separate_file(path, tmp_path / "out", format=kind)
+        assert summary["damage"] is None
+        stems = [read(file) for file in summary["outputs"].values()]
+        assert [(s.shape, r) for s, r in stems] == [(decoded.shape, rate)] * 4
+        assert db(sum(s for s, _ in stems) - decoded, decoded) < (-30 if subtype == "PCM_U8" else -45)
+
+
+def test_formats_out(shares, song):
+    x, rate = read(song)
+    for kind in ("mp3", "ogg", "opus"):
+        summary = shares.separate_file(song, song.parent / kind, format=kind)
+        vocals, kept = read(summary["outputs"]["vocals"])
+        assert abs(vocals.shape[1] / kept - x.shape[1] / rate) < 0.2
+    assert {probe(shares.separate_file(song, song.parent / "b", subtype=bits)["outputs"]["bass"]).codec for bits in (16, 24, 32)} == {"pcm_s16le", "pcm_s24le", "pcm_f32le"}
+
+
+@pytest.mark.parametrize("rate,channels", [(96000, 2), (48000, 6)])
+def test_mp3_says_what_it_cannot_hold(shares, tmp_path, rate, channels):
+    write(tmp_path / "song.wav", noise(channels, 1000), rate)
+    with pytest.raises(UserError, match="wav"): shares.separate_file(tmp_path / "song.wav", tmp_path / "out", format="mp3")
+    assert files_in(tmp_path) == ["song.wav"]
+
+
+# Options
+
+def test_stems_sum_to_the_mixture(convolutions, tmp_path):
+    separator, x = Separator(Shares(gain=0.7), chunk=1.0), noise(2, 2 * 44100)
+    write(tmp_path / "song.wav", x, 44100, "FLOAT")
+    for options in dict(two_stems="vocals"), dict(residual_to="other"), dict(residual_to="bass"):
+        outputs = separator.separate_file(tmp_path / "song.wav", tmp_path / "out", subtype="float", **options)["outputs"]
+        assert (sum(read(file)[0] for file in outputs.values()) - x).abs().max() < 1e-6
+    outputs = separator.separate_file(tmp_path / "song.wav", tmp_path / "out", two_stems="drums")["outputs"]
+    assert list(outputs) == ["drums", "no_drums"]
+    assert (sum(read(file)[0] for file in outputs.values()) - x).abs().max() < 2.1 / 2**15
+
+
+def test_only_some_stems(shares, song):
+    outputs = shares.separate_file(song, song.parent / "out", stems=["bass", "vocals"])["outputs"]
+    assert list(outputs) == ["bass", "vocals"] and files_in(song.parent / "out") == ["song/bass.wav", "song/vocals.wav"]
+    assert torch.equal(shares.separate(song, stems="bass")["bass"], shares.separate(song)["bass"])
+    for options in dict(stems=["piano"]), dict(two_stems="piano"), dict(residual_to="piano"), dict(two_stems="vocals", stems=["bass"]), dict(format="doc"), dict(clip="maybe"), dict(subtype="99"):
+        with pytest.raises(UserError): shares.separate_file(song, song.parent / "no", **options)
+        assert files_in(song.parent / "no") == []
+
+
+def test_clipping(song):
+    "Eight times too loud: rescaled by one factor for all stems, clamped, or kept in floats."
+    separator, x = Separator(Shares(gain=8.0), chunk=1.0), read(song)[0]
+    loudest, out = float(x.abs().max()) * 8 * 0.4, song.parent / "out"
+    summary = separator.separate_file(song, out, clip="rescale")
+    assert summary["gain"] == pytest.approx(1 / loudest, rel=1e-4)
+    stems = [read(file)[0] for file in summary["outputs"].values()]
+    assert torch.allclose(stems[1] * 2, stems[2] * 3, atol=1e-3) and stems[0].abs().max() > 0.999
+    clamped = read(separator.separate_file(song, out, clip="clamp")["outputs"]["drums"])[0]
+    assert torch.allclose(clamped, (x * 3.2).clamp(-1, 1), atol=1e-4)
+    kept = separator.separate_file(song, out, subtype="float")
+    assert kept["gain"] == 1.0 and torch.allclose(read(kept["outputs"]["drums"])[0], x * 3.2, atol=1e-5)
+
+
+def test_collisions_are_numbered(shares, song):
+    out = song.parent / "out"
+    folders = [Path(shares.separate_file(song, out, stems=["bass"])["folder"]).name for _ in range(3)]
+    assert folders == ["song", "song-2", "song-3"]
+    (out / "song" / "mine.txt").write_text("keep")
+    again = shares.separate_file(song, out, overwrite=True)
+    assert Path(again["folder"]).name == "song"
+    assert files_in(out / "song") == ["bass.wav", "drums.wav", "mine.txt", "other.wav", "vocals.wav"]
+
+
+def test_songs_of_one_name(shares, tmp_path):
+    for i, name in enumerate(("a/song.wav", "b/song.wav", "b/song.flac")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, noise(1, 1000 + i), RATE)
+    for _ in range(2):
+        summary = shares.separate_files([tmp_path / "a", tmp_path / "b"], tmp_path / "out", overwrite=True, stems="bass")
+        assert sorted(read(x["outputs"]["bass"])[0].shape[1] for x in summary["songs"]) == [1000, 1001, 1002]
+    json.dumps(summary)
+
+
+def test_tags_are_copied(shares, tmp_path):
+    import mutagen.flac
+    write(tmp_path / "song.flac", noise(2, RATE), RATE)
+    file = mutagen.flac.FLAC(tmp_path / "song.flac")
+    file.update({"title": "Für Élise", "artist": "Ludwig", "albumartist": "Various", "tracknumber": "7", "date": "1810"})
+    file.save()
+    for kind in ("wav", "flac", "mp3", "ogg", "opus"):
+        summary = shares.separate_file(tmp_path / "song.flac", tmp_path / kind, format=kind, stems="bass")
+        tags = probe(summary["outputs"]["bass"]).tags
+        assert (tags["title"], tags["artist"]) == ("Für Élise", "Ludwig") and tags["date"].startswith("1810"), kind
+        assert summary["notes"] == []
+    bare = shares.separate_file(tmp_path / "song.flac", tmp_path / "bare", format="flac", stems="bass", tags=False)
+    assert "title" not in probe(bare["outputs"]["bass"]).tags
+
+
+def test_same_bytes_twice(convolutions, song):
+    separator, out = Separator(convolutions, chunk=1.0), song.parent / "out"
+    kinds = [("wav", None), ("wav", "float"), ("flac", 24), ("mp3", None), ("ogg", None), ("opus", None)]
+    def run(i): return {kind: separator.separate_file(song, out / str(i), format=kind[0], subtype=kind[1], overwrite=False)["outputs"] for kind in kinds}
+    first = run(0)
+    time.sleep(1.1)
+    second = run(1)
+    for kind in kinds:
+        for stem, path in first[kind].items(): assert Path(path).read_bytes() == Path(second[kind][stem]).read_bytes(), (kind, stem)
+
+
+# Progress
+
+def test_progress_and_cancelling(shares, song, capsys):
+    seen = []
+    shares.separate_file(song, song.parent / "out", progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and seen[-1] == (3.0, 3.0)
+    with pytest.raises(Cancelled): shares.separate_file(song, song.parent / "no", progress=lambda done, total: done < 1)
+    assert list((song.parent / "no").iterdir()) == []
+    with pytest.raises(Cancelled): shares.separate_files([song], song.parent / "no", progress=lambda done, total: False)
+    shares.separate_file(song, song.parent / "out", progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 10 and all("song.wav" in line and "%" in line for line in lines) and "100%" in lines[-1]
+
+
+def test_threads_are_put_back(song):
+    before = torch.get_num_threads()
+    seen = []
+    network = Shares()
+    network.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    Separator(network, threads=before + 1).separate(song)
+    assert seen == [before + 1] and torch.get_num_threads() == before
+    with pytest.raises(UserError): Separator(network, threads=0)
+
+
+# Killed, and long
+
+SCRIPT = """
+import sys, resource, time
+import torch
+torch.set_num_threads(1)
+from deepdemix.recurrent import Recurrent
+from deepdemix.separation import Separator
+path, out, seconds, kind = sys.argv[1:5]
+class Quarter(torch.nn.Module):
+    sources, channels, sample_rate = ("drums", "bass", "other", "vocals"), 2, 44100
+    def forward(self, x):
+        time.sleep(float(seconds))
+        return torch.stack([x / 4] * 4, 1)
+def tell(done, total): print(done, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
+network = Recurrent() if kind == "recurrent" else Quarter()
+print(Separator(network, device="cpu").separate_file(path, out, progress=tell)["frames"], flush=True)
+"""
+
+
+def start(tmp_path, path, seconds=0.0, kind="quarter"):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, str(script), str(path), str(tmp_path / "out"), str(seconds), kind], stdout=subprocess.PIPE, text=True)
+
+
+def long_file(path, seconds):
+    "A stereo song of many seconds, written in blocks."
+    block = noise(2, 10 * 44100)
+    with Writer(path, 44100, 2) as writer:
+        for _ in range(seconds // 10): writer.write(block)
+    return path
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_killed_half_way(tmp_path, how):
+    process = start(tmp_path, long_file(tmp_path / "song.wav", 90), seconds=0.5)
+    assert process.stdout.readline()
+    os.kill(process.pid, getattr(signal, how))
+    process.communicate()
+    assert process.returncode != 0
+    assert [x for x in files_in(tmp_path / "out") if not x.startswith(".")] == []
+    if how == "SIGINT": assert files_in(tmp_path / "out") == []
+
+
+def memory(tmp_path, seconds, kind):
+    "Pairs of seconds done and the most memory that was used until then, in GiB."
+    process = start(tmp_path, long_file(tmp_path / "song.wav", seconds), kind=kind)
+    *lines, frames = process.communicate()[0].splitlines()
+    assert process.returncode == 0 and int(frames) == seconds * 44100
+    assert sorted(x.name for x in (tmp_path / "out").rglob("*.wav")) == ["bass.wav", "drums.wav", "other.wav", "vocals.wav"]
+    for path in (tmp_path / "out").rglob("*.wav"): path.unlink()
+    return [tuple(map(float, line.split())) for line in lines]
+
+
+def test_memory_over_five_minutes(tmp_path):
+    seen = memory(tmp_path, 300, "quarter")
+    early = next(peak for done, peak in seen if done > 60)
+    assert seen[-1][0] == 300 and seen[-1][1] < min(0.8, early + 0.06)
+
+
+@pytest.mark.slow
+def test_memory_over_an_hour(tmp_path):
+    seen = memory(tmp_path, 3600, "recurrent")
+    print(f"an hour of stereo: {seen[-1][1]:.2f} GiB")
+    assert seen[-1][1] < 1.5
+
+
+# Real songs
+
+@pytest.mark.musdb
+def test_a_real_song(musdb_path, tmp_path):
+    path = sorted((musdb_path / "test").glob("*.stem.mp4"))[0]
+    separator = Separator(Convolutions().eval(), chunk=2.0)
+    summary = separator.separate_file(path, tmp_path, residual_to="other", subtype="float")
+    mixture = read_streams(path)[0][0]
+    stems = [read(file)[0] for file in summary["outputs"].values()]
+    assert [s.shape for s in stems] == [mixture.shape] * 4
+    assert (sum(stems) - mixture).abs().max() < 1e-5
+
+
+# The Hub
+
+def test_hub(tmp_path, monkeypatch, song):
+    import huggingface_hub
+    network = Baseline(hidden_size=3, window_length=256, hop_length=64)
+    save_network(network, Recipe(network="baseline", network_args=network.args), tmp_path / "run")
+    (tmp_path / "run" / "resume.ckpt").write_bytes(b"not to be sent")
+    (tmp_path / "hub" / "someone").mkdir(parents=True)
+    class Api:
+        def create_repo(self, repo, private, exist_ok): (tmp_path / "hub" / repo).mkdir(exist_ok=exist_ok)
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            for name in allow_patterns:
+                if (Path(folder_path) / name).exists(): (tmp_path / "hub" / repo_id / name).write_bytes((Path(folder_path) / name).read_bytes())
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, revision, allow_patterns: str(tmp_path / "hub" / repo))
+    assert push_to_hub(tmp_path / "run", "someone/model") == "hf:someone/model"
+    assert files_in(tmp_path / "hub") == ["someone/model/model.safetensors", "someone/model/recipe.json"]
+    there, here = (Separator.from_pretrained(x).separate(song)["bass"] for x in ("hf:someone/model", tmp_path / "run"))
+    assert torch.equal(there, here)
+    def offline(*_, **__): raise ConnectionError("no network")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="no network"): Separator.from_pretrained("hf:someone/model")
+
+
+# Export
+
+TWINS = {"baseline": lambda: Baseline(hidden_size=4, window_length=256, hop_length=64),
+         "recurrent": lambda: Recurrent(hidden=8, layers=2, single=20, window_length=256, hop_length=64),
+         "ddm": lambda: DeepDeMix(duration=0.5, sample_rate=RATE, window_length=128, hop_length=64, conv_channels=(2, 3, 4, 5), linears=(8, 8), latent=6, pools=((4, 4), (2, 2)), grid=(2, 4, 4), hidden=5)}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("kind", ["pt", "onnx"])
+def test_export(tmp_path, name, kind):
+    if kind == "onnx": onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(1)
+    network = TWINS[name]().eval()
+    path = export(network, tmp_path / f"network.{kind}")
+    frames = network.frames if name == "ddm" else 71
+    x = torch.rand(2, frames, network.n_f, network.channels)
+    with torch.no_grad(): mask = network.mask(x)
+    if kind == "pt": exported = torch.jit.load(str(path))(x)
+    else: exported = torch.from_numpy(onnxruntime.InferenceSession(str(path)).run(None, {"magnitude": x.numpy()})[0])
+    assert exported.shape == mask.shape and (exported - mask).abs().max() < 1e-4
+    assert files_in(tmp_path) == [f"network.{kind}"]
+
+
+def test_export_refuses(tmp_path):
+    with pytest.raises(UserError, match="onnx"): export(TWINS["baseline"](), tmp_path / "x.tflite")
+    with pytest.raises(UserError, match="mask"): export(Shares(), tmp_path / "x.pt")
+    assert files_in(tmp_path) == []
