@@ -187,7 +187,7 @@ class Variant:
 
 # %% ../nbs/02_augmentation.ipynb #1c399104
 class Bank:
-    "Shifted copies of the songs of a store, each rendered when it is first asked for and forgotten when `memory` is full."
+    "Shifted copies of the songs of a store, each rendered when it is first asked for; two generations at most are kept, as far as `memory` goes."
     def __init__(self,
         store, # a `Store`
         channels: int | None = None, # None: the store's; 1: mono
@@ -202,7 +202,8 @@ class Bank:
         cache: str | None = None, # folder where processes share copies as memory maps; None: each has its own
         workers: int = 0, # processes that render copies ahead
     ):
-        self.store, self.channels, self.pitch, self.stretch, self.shift, self.seed = store, channels, pitch, stretch, shift, seed
+        self.store, self.pitch, self.stretch, self.shift, self.seed = store, pitch, stretch, shift, seed
+        self.channels = channels or max((s.channels for s in store.songs), default=1)
         self.variants, self.refresh, self.excerpt, self.memory, self.cache, self.workers = variants, refresh, excerpt, memory, cache, workers
         self.kept, self.coming, self.pool = OrderedDict(), {}, None
         self._check()
@@ -213,10 +214,9 @@ class Bank:
 @patch
 def need(self: Bank) -> float:
     "GiB that one copy of every song takes, times `variants`."
-    channels = self.channels or max(s.channels for s in self.store.songs)
     longest = max(self.stretch or (1, 1)) if self.shift else 1
     frames = [min(s.frames, self.excerpt * self.store.sample_rate) if self.shift else s.frames for s in self.store.songs]
-    return sum(frames) * longest * len(self.store.sources) * channels * self.variants * 4 / 2**30
+    return sum(frames) * longest * len(self.store.sources) * self.channels * self.variants * 4 / 2**30
 
 @patch
 def _check(self: Bank):
@@ -281,12 +281,13 @@ def get(self: Bank,
     if self.workers: self._ahead(key, index)
     if key not in self.kept:
         self.kept[key] = (self.coming.pop(key).result() if key in self.coming else None) or self._make(key)
-        self._forget()
+        self._forget(key)
     self.kept.move_to_end(key)
     return self.kept[key]
 
 @patch
-def _forget(self: Bank):
+def _forget(self: Bank, new):
+    for old in [k for k in self.kept if k[:2] == new[:2] and abs(k[2] - new[2]) > 1]: del self.kept[old]
     sizes = {k: 0 if v.stems is None else v.stems.nbytes for k, v in self.kept.items()}
     total = sum(sizes.values())
     for key in list(self.kept)[:-1]:
@@ -541,7 +542,7 @@ def _sum(self: Mixer, out: Tensor, mixture: Tensor) -> Tensor: # out (sources, c
     torch.sum(out, 0, out=mixture)
     peak = torch.stack(torch.aminmax(mixture)).abs().amax()
     scale = 1 / torch.clamp(peak * (1 + 1e-6), min=1.0)
-    if mixture.is_cuda or scale < 1: out *= scale; mixture *= scale
+    if mixture.device.type != "cpu" or scale < 1: out *= scale; mixture *= scale
     return scale
 
 # %% ../nbs/02_augmentation.ipynb #2b8ad01c
@@ -556,7 +557,7 @@ def batch(self: Mixer,
 
 @patch
 def _assemble(self: Mixer, drawn, device=None):
-    channels = self.channels or self.store.stems(0, 0, 1).shape[1]
+    channels = self.bank.channels
     sources = _block((len(drawn), len(self.pools), channels, self.frames), device)
     mixture, scales = _block((len(drawn), channels, self.frames), device), []
     for k, (i, pieces) in enumerate(drawn):

@@ -278,3 +278,14 @@ def test_triplets_of_real_songs(real_store):
     waves, labels, songs = Triplets(real_store, pitch=(-2, 2), level=("gain", (-5, 5))).batch(6)
     assert waves.shape == (6, 3, 1, 220500) and torch.isfinite(waves).all()
     assert (songs[:, 0] != songs[:, 1]).all() and waves.square().mean(-1).min() > 1e-7
+
+
+def test_mono_and_stereo_songs_go_together():
+    band = Band(songs=4)
+    for k in (0, 2): band.waves[k], band.songs[k].channels = band.waves[k][:, :1], 1
+    mixer = Mixer(band, coherent=0.0, pitch=None, stretch=None, duration=1.0)
+    for i in range(6):
+        mix = mixer[i]
+        assert mix.sources.shape == (4, 2, RATE)
+        for s, title in enumerate(mix.songs): assert torch.equal(mix.sources[s, 0], mix.sources[s, 1]) == (band.songs[int(title[-1])].channels == 1)
+    assert Triplets(band, channels=None, duration=1.0)[0].shape == (3, 2, RATE)
