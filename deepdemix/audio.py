@@ -278,22 +278,26 @@ def _missing_bytes(path):
 
 # %% ../nbs/00_audio.ipynb #9d0f7607
 def _ends_open(path):
-    "Whether the last page of an Ogg file is not marked as the last one."
+    "Whether the last page of an Ogg file is not whole, or not marked as the last one."
     with open(path, "rb") as f:
         f.seek(max(0, os.path.getsize(path) - (1 << 17)))
         tail = f.read()
-    at = tail.rfind(b"OggS")
-    return 0 <= at < len(tail) - 5 and not tail[at + 5] & 4
+    page = tail[max(0, tail.rfind(b"OggS")):]
+    if len(page) < 27: return True
+    return not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]])
 
 # %% ../nbs/00_audio.ipynb #d15cb288
 def _counts_frames(path):
-    "Whether an mp3 says how long it is (a Xing, Info or VBRI header), so that its length is no guess."
+    "Whether an mp3 says how many frames it has (a Xing, Info or VBRI header), and is not much longer than that header says."
     with open(path, "rb") as f:
         head = f.read(10)
         start = 10 + sum((b & 127) << s for b, s in zip(head[6:], (21, 14, 7, 0))) if head[:3] == b"ID3" else 0
         f.seek(start)
         first = f.read(4096)
-    return any(mark in first for mark in (b"Xing", b"Info", b"VBRI"))
+    at = max(first.find(b"Xing"), first.find(b"Info"))
+    if at < 0: return b"VBRI" in first
+    flags, size = first[at + 7] if len(first) > at + 7 else 0, int.from_bytes(first[at + 12:at + 16], "big")
+    return flags & 3 == 3 and os.path.getsize(path) - start < size * 17 / 16
 
 # %% ../nbs/00_audio.ipynb #9794ce22
 class Decoder:
@@ -434,8 +438,8 @@ def resample(
     "The same sound at another rate (soxr, very high quality): (…, time * new / orig, rounded), on the same device."
     if orig == new: return waveform
     import soxr
+    if not waveform.numel(): return waveform.new_zeros(*waveform.shape[:-1], int(waveform.shape[-1] * new / orig + 0.5))
     flat = waveform.detach().cpu().float().reshape(-1, waveform.shape[-1])
-    if flat.numel() == 0: return waveform.new_zeros(*waveform.shape[:-1], int(waveform.shape[-1] * new / orig + 0.5))
     out = soxr.resample(np.ascontiguousarray(flat.numpy().T), orig, new, quality="VHQ")
     return torch.from_numpy(np.ascontiguousarray(out.T)).reshape(*waveform.shape[:-1], -1).to(waveform)
 
@@ -551,14 +555,14 @@ def show_waveform(
     ax=None, # axes to draw on, or a new figure
     title=None, # above the picture
     color=SOURCE_COLORS["mixture"], # of the line
-    points=1500, # the envelope is drawn at about this many places
+    points=500, # the envelope is drawn at about this many places
 ):
     "Draw the envelope of a waveform over seconds; return the axes."
     ax, x = _axes(ax), torch.as_tensor(waveform).detach().cpu().float()
     x = x.mean(0) if x.ndim == 2 else x
     n = max(1, len(x) // points)
     bins = x[:len(x) // n * n].view(-1, n)
-    ax.fill_between(np.arange(len(bins)) * n / sample_rate, bins.amin(1).numpy(), bins.amax(1).numpy(), color=color, lw=0.6)
+    ax.fill_between(np.arange(len(bins)) * n / sample_rate, bins.amin(1).numpy(), bins.amax(1).numpy(), color=color, lw=0)
     ax.set(xlim=(0, len(x) / sample_rate), xlabel="time (s)", title=title)
     return ax
 
@@ -631,8 +635,8 @@ class STFT(nn.Module):
         if not 0 < hop_length <= window_length: raise UserError(f"hop_length {hop_length} must be between 1 and window_length {window_length}")
         window = _window(window_type, window_length)
         self.register_buffer("window", window.float(), persistent=False)
-        self.scale, self.half = 1 / window.sum().item(), window_length // 2
-        self.n_f = self.half + 1
+        self.scale, self.edge = 1 / window.sum().item(), window_length // 2
+        self.n_f = self.edge + 1
         self._check()
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -644,7 +648,7 @@ class STFT(nn.Module):
 @patch
 def frames(self: STFT, samples):
     "How many frames n_t a waveform of so many samples gives."
-    return -(-max(samples + 2 * self.half - self.window_length, 0) // self.hop_length) + 1
+    return -(-max(samples + 2 * self.edge - self.window_length, 0) // self.hop_length) + 1
 
 @patch
 def _norm(self: STFT, n_t, dtype=torch.float32):
@@ -654,7 +658,7 @@ def _norm(self: STFT, n_t, dtype=torch.float32):
 @patch
 def _check(self: STFT):
     "`UserError` if some sample would be lost between the windows."
-    lowest = min(self._norm(self.frames(n))[self.half:self.half + n].min() for n in (1, self.hop_length, 3 * self.window_length))
+    lowest = min(self._norm(self.frames(n))[self.edge:self.edge + n].min() for n in (1, self.hop_length, 3 * self.window_length))
     if lowest < 1e-6: raise UserError(f"a {self.window_type} window of {self.window_length} cannot be undone with hop {self.hop_length}; take a smaller hop")
 
 # %% ../nbs/00_audio.ipynb #6abb1594
@@ -663,7 +667,7 @@ def forward(self: STFT, waveform):
     "(…, channels, time) to complex (…, n_t, n_f, channels): `scipy.signal.stft` as nussl calls it, scaled by 1 / sum(window)."
     if waveform.dtype in (torch.float16, torch.bfloat16): waveform = waveform.float()
     total = (self.frames(waveform.shape[-1]) - 1) * self.hop_length + self.window_length
-    x = nn.functional.pad(waveform, (self.half, total - self.half - waveform.shape[-1]))
+    x = nn.functional.pad(waveform, (self.edge, total - self.edge - waveform.shape[-1]))
     x = x.unfold(-1, self.window_length, self.hop_length) * (self.window * self.scale).to(x.dtype)
     return torch.fft.rfft(x).movedim(-3, -1)
 
@@ -672,12 +676,12 @@ def forward(self: STFT, waveform):
 def inverse(self: STFT, spectrogram, length=None):
     "Complex (…, n_t, n_f, channels) to (…, channels, length); undoes `forward` exactly. Without `length`, all that the frames cover."
     n_t = spectrogram.shape[-3]
-    most = (n_t - 1) * self.hop_length + self.window_length - 2 * self.half
+    most = (n_t - 1) * self.hop_length + self.window_length - 2 * self.edge
     length = most if length is None else length
     if length > most: raise UserError(f"{n_t} frames give at most {most} samples, not {length}")
     x = torch.fft.irfft(spectrogram.movedim(-1, -3), n=self.window_length)
-    x = _overlap_sum(x * self.window.to(x.dtype), self.hop_length)[..., self.half:self.half + length]
-    return x / (self._norm(n_t, x.dtype)[self.half:self.half + length] * self.scale)
+    x = _overlap_sum(x * self.window.to(x.dtype), self.hop_length)[..., self.edge:self.edge + length]
+    return x / (self._norm(n_t, x.dtype)[self.edge:self.edge + length] * self.scale)
 
 # %% ../nbs/00_audio.ipynb #157c9d4a
 @patch
