@@ -105,7 +105,8 @@ class Separator:
 @patch
 def _stems(self:Separator, batch):
     "The network on a batch of chunks `(b, channels, time)`, in `(b, s, channels, time)`; `UserError` if it gives NaN."
-    stems = by_groups(self.network, batch.to(self.device), self.channels).float().cpu()
+    try: stems = by_groups(self.network, batch.to(self.device), self.channels).float().cpu()
+    except torch.cuda.OutOfMemoryError as e: raise UserError(f"{self.device} has too little memory: choose a smaller batch_size or chunk, or the device cpu") from e
     if not torch.isfinite(stems).all(): raise UserError(f"the model {self.name} turns sound into NaN: its weights are broken, train it again")
     return stems
 
@@ -299,9 +300,10 @@ def find_model(name): # a bundled model, a run folder, or "hf:owner/name"
     "The folder of a model. `UserError` with what there is, if there is none of that name."
     if str(name) in pretrained_names(): return WEIGHTS / str(name)
     if str(name).startswith("hf:"): return fetch_from_hub(str(name)[3:])
-    if Path(name).is_dir() or Path(name).is_file(): return Path(name)
+    with contextlib.suppress(OSError, ValueError):
+        if Path(str(name)).is_dir() or Path(str(name)).is_file(): return Path(str(name))
     known = ", ".join(pretrained_names()) or "none is installed"
-    raise UserError(f"there is no model {str(name)!r}: name a bundled one ({known}), a run folder (it holds recipe.json and model.safetensors), or hf:owner/name")
+    raise UserError(f"there is no model {str(name)[:200]!r}: name a bundled one ({known}), a run folder (it holds recipe.json and model.safetensors), or hf:owner/name")
 
 
 @patch(cls_method=True)
@@ -310,10 +312,12 @@ def from_pretrained(cls:Separator,
                     **kwargs): # device, chunk, overlap, context, batch_size, threads
     "A separator from weights on disk. `UserError` for unknown names, pickles, and weights that don't fit their recipe."
     folder = find_model(name)
-    network = load_network(folder)
+    try: network = load_network(folder)
+    except UserError: raise
+    except Exception as e: raise UserError(f"{folder} holds no model that can be read ({type(e).__name__}: {str(e)[:200]})") from e
     missing = [x for x in ("sources", "sample_rate", "channels") if not hasattr(network, x)]
     if missing: raise UserError(f"{folder} holds no separator: its network has no {', '.join(missing)}. A pretrained encoder is used with train --encoder")
-    return cls(network, name=Path(name).name if Path(name).exists() else name, **kwargs)
+    return cls(network, name=str(name) if str(name) in pretrained_names() or str(name).startswith("hf:") else folder.name, **kwargs)
 
 # %% ../nbs/08_separation.ipynb #57cc76dc
 MODEL_FILES = ["recipe.json", "model.safetensors", "README.md"]
@@ -513,6 +517,7 @@ def _hidden_folder(out):
         hidden = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
         hidden.chmod(0o755)
         try: yield hidden
+        except UserError as e: raise UserError(str(e).replace(str(hidden), str(out))) from e
         finally: shutil.rmtree(hidden, ignore_errors=True)
 
 
@@ -552,6 +557,7 @@ def find_songs(paths, # files and folders
         inside = [x for x in inside if out not in x.absolute().parents or out in (path.absolute(), *path.absolute().parents)] if path.is_dir() else [path]
         if not inside: raise UserError(f"{path}: no audio files in this folder")
         found += inside
+    if not found: raise UserError("there is nothing to separate: name at least one file or folder")
     return list(dict.fromkeys(found))
 
 # %% ../nbs/08_separation.ipynb #5c531ebe
@@ -576,9 +582,8 @@ def _one_of_many(self:Separator, path, out, taken, options):
         warnings.simplefilter("ignore", DamagedAudio)
         try: song = self.separate_file(path, out, **options, taken=taken)
         except UserError as e: return dict(input=str(path), error=str(e))
-        except (Exception, torch.OutOfMemoryError) as e:
-            if isinstance(e, Cancelled): raise
-            return dict(input=str(path), error=f"{path}: {type(e).__name__}: {e}")
+        except Cancelled: raise
+        except Exception as e: return dict(input=str(path), error=f"{path}: {type(e).__name__}: {e}")
     if song["damage"]: song["error"] = f"{song['damage']}; what could be read is in {song['folder']}"
     return song
 
