@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .audio import SAMPLE_RATE, SOURCES, Decoder, UserError, atomic_path, check_finite, probe, resample
+from .audio import SAMPLE_RATE, SOURCES, Decoder, UserError, atomic_path, check_finite, probe, read, resample
 
 # %% ../nbs/01_data.ipynb #0ec1d294
 _SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "dorian": (0, 2, 3, 5, 7, 9, 10), "mixolydian": (0, 2, 4, 5, 7, 9, 10)}
@@ -65,21 +65,19 @@ def compose(
     return Score(seed, float(duration), tempo, int(rng.integers(36, 48)), mode, float(rng.choice([0, 0, 0, 0.2, 1 / 3])), sections, chords)
 
 # %% ../nbs/01_data.ipynb #b873f7e1
-_TABLE = 2048
+_TABLE = 2**14
 
 def _table(amplitudes):
     "One period, with the given amplitude for harmonic 1, 2, …; peak 1."
     spectrum = np.zeros(_TABLE // 2 + 1, np.complex64)
     spectrum[1:len(amplitudes) + 1] = -1j * np.asarray(amplitudes)
     period = np.fft.irfft(spectrum).astype(np.float32)
-    period /= np.abs(period).max() + 1e-9
-    return np.append(period, period[0])
+    return period / (np.abs(period).max() + 1e-9)
 
-def _play(table, phase):
-    "Read a table at the phases (in periods), interpolating: the same shape as `phase`, float32."
-    at = ((phase % 1.0) * _TABLE).astype(np.float32)
-    k = at.astype(np.int32).clip(0, _TABLE - 1)
-    return table[k] + (table[k + 1] - table[k]) * (at - k)
+def _places(periods):
+    "Where in a table a tone is, whose pitch is given in periods per sample (n,): the phase runs in 32 bits, which wrap by themselves."
+    steps = (np.asarray(periods) * 2.0**32).astype(np.uint32)
+    return (np.cumsum(steps, dtype=np.uint32) - steps) >> np.uint32(32 - 14)
 
 # %% ../nbs/01_data.ipynb #25e251dd
 def _noise(rng, n, low, high, rate, order=4):
@@ -109,9 +107,10 @@ def _drumkit(rng, rate):
     tone = _falling(n, u(220, 330), u(150, 210), .02, u(.04, .1), rate)
     snare = u(.4, 1) * tone + u(.25, .6) * _noise(rng, n, u(300, 1200), u(6000, 12000), rate, 1) * _decay(n, u(.05, .16), rate)
     hiss = _noise(rng, 3 * n, u(4500, 8500), 16000, rate)
+    mix = np.exp(u(-.7, .4, 4))
     toms = {f"tom{k}": _falling(n, 1.5 * f, f, .05, .14, rate) for k, f in enumerate(u(70, 90) * np.array([2.4, 1.8, 1.3]))}
-    return dict(kick=kick, snare=snare, hat=.3 * hiss[:n // 3] * _decay(n // 3, u(.015, .045), rate), open=.3 * hiss[:n] * _decay(n, u(.1, .25), rate),
-                crash=.35 * hiss * _decay(3 * n, u(.3, .6), rate), **toms)
+    return dict(kick=mix[0] * kick, snare=mix[1] * snare, hat=.3 * mix[2] * hiss[:n // 3] * _decay(n // 3, u(.015, .045), rate), open=.3 * mix[2] * hiss[:n] * _decay(n, u(.1, .25), rate),
+                crash=.35 * mix[3] * hiss * _decay(3 * n, u(.3, .6), rate), **toms)
 
 # %% ../nbs/01_data.ipynb #e2027741
 _BEATS = (("x.....x...x.....", "....x.......x...", "x.x.x.x.x.x.x.x."), ("x.........x.....", "....x.......x...", "x.x.x.x.x.x.x.o."), ("x..x..x...x..x..", "....x..x.x..x...", "xxxxxxxxxxxxxxxx"),
@@ -159,16 +158,16 @@ class Timbre:
 def _tone(timbre, pitch, length, rate):
     "One note: (2, samples), float32."
     hz, n = 440 * 2 ** ((pitch - 69) / 12), int((length + timbre.release) * rate)
-    t = np.arange(n) / rate
+    t = np.arange(n, dtype=np.float32) / rate
     k = np.arange(1, max(2, min(len(timbre.harmonics), int(.45 * rate / hz))) + 1)[:len(timbre.harmonics)]
     bright, dark = _table(timbre.harmonics[:len(k)]), _table(timbre.harmonics[:len(k)] * k ** -timbre.dull)
     envelope = np.minimum(1, t / timbre.attack) * np.exp(-t / timbre.decay) * np.clip((n / rate - t) / timbre.release, 0, 1)
-    settle, wobble, out = np.exp(-t / timbre.fade).astype(np.float32), timbre.vibrato[1] * np.sin(2 * np.pi * timbre.vibrato[0] * t), np.zeros((2, n), np.float32)
+    wobble, settle, out = timbre.vibrato[1] * np.sin(2 * np.pi * timbre.vibrato[0] * t), np.exp(-t / timbre.fade), np.zeros((2, n), np.float32)
     for i, detune in enumerate(timbre.voices):
-        phase = np.cumsum(hz / rate * 2 ** ((wobble + detune) / 12)) + i * .37
-        x, side = _play(dark, phase) * (1 - settle) + _play(bright, phase) * settle, (i + .5) / len(timbre.voices) * np.pi / 2
-        out += np.float32([[np.cos(side)], [np.sin(side)]]) * x
-    return out * envelope.astype(np.float32)
+        at, side = _places(hz / rate * 2 ** ((wobble + detune) / 12)), (i + .5) / len(timbre.voices) * np.pi / 2
+        x = dark[at] + settle * (bright - dark)[at]
+        for row, gain in zip(out, (math.cos(side), math.sin(side))): row += gain * x
+    return out * envelope
 
 # %% ../nbs/01_data.ipynb #8902dc24
 def _perform(timbre, notes, frames, rate):
@@ -202,7 +201,7 @@ def _bass_notes(score, rng):
         for step, stop in zip(rhythm, (*rhythm[1:], _STEPS)):
             degree = score.chords[bar] + (0 if step == 0 else int(rng.choice([0, 0, 0, 4, 7, 2])))
             if stop == _STEPS and bar + 1 < len(score.chords) and rng.random() < .3: degree = score.chords[bar + 1] - 1
-            yield score.time(bar, step), (stop - step) * score.bar / _STEPS * .9, score.pitch(degree) - (12 if score.root > 41 else 0), rng.uniform(.8, 1)
+            yield score.time(bar, step), (stop - step) * score.bar / _STEPS * .9, 28 + (score.pitch(degree) - 28) % 24, rng.uniform(.8, 1)
 
 # %% ../nbs/01_data.ipynb #19ed4551
 def _harmony_timbre(rng, kind):
@@ -270,10 +269,10 @@ def _resonate(source, formants, bandwidths, rate, window=1024):
     x = np.pad(source, (hop, window))
     frames = np.lib.stride_tricks.sliding_window_view(x, window)[::hop] * np.hanning(window + 1)[:-1].astype(np.float32)
     f = np.fft.rfftfreq(window, 1 / rate).astype(np.float32)
-    gain = np.ones((len(frames), len(f)), np.float32)
-    for centre, width in zip(formants[:, np.minimum(np.arange(len(frames)) * hop // 256, formants.shape[1] - 1)], bandwidths):
-        r = (f / centre[:, None]) ** 2
-        gain /= np.sqrt((1 - r) ** 2 + r * np.square(width / centre)[:, None])
+    gain = np.full((len(frames), len(f)), .01, np.float32)
+    for centre, width, level in zip(formants[:, np.minimum(np.arange(len(frames)) * hop // 256, formants.shape[1] - 1)], bandwidths, (1, .6, .4, .3)):
+        r, q = (f / centre[:, None]) ** 2, np.square(np.float32(width) / centre)[:, None]
+        gain += level * np.sqrt(r * q / ((1 - r) ** 2 + r * q))
     y = np.fft.irfft(np.fft.rfft(frames) * gain, axis=1).astype(np.float32)
     out = np.zeros((len(frames) + 1, hop), np.float32)
     out[:-1] += y[:, :hop]; out[1:] += y[:, hop:]
@@ -298,26 +297,30 @@ def _vocals(score, frames, rate):
     pitch += u(.1, .45) * np.sin(2 * np.pi * u(4.8, 6.5) * t) * _smooth(loud, int(.3 * rate)) ** 2 + .04 * _smooth(rng.standard_normal(frames).astype(np.float32), int(.01 * rate)) * np.sqrt(.01 * rate)
     hz = 440 * 2 ** ((pitch - 69) / 12)
     k = np.arange(1, max(4, int(.42 * rate / hz.max())) + 1)
-    pulse = _play(_table(k ** -u(.8, 1.4)), np.cumsum(hz.astype(np.float64)) / rate)
+    pulse = _table(k ** -u(.6, 1.2))[_places(hz / rate)]
     breath = u(.01, .06) * rng.standard_normal(frames).astype(np.float32) * (1 + pulse)
-    voice = _resonate((pulse + breath) * loud, formants * u(.92, 1.22), np.array([80, 100, 140, 220]) * u(.8, 1.3), rate)
+    voice = _resonate((pulse + breath) * loud, formants * u(.92, 1.22), np.array([80, 110, 160, 240]) * u(.8, 1.3), rate)
     return (voice / (np.abs(voice).max() + 1e-9) + u(.1, .4) * _consonants(notes, rng, frames, rate))[None]
 
 # %% ../nbs/01_data.ipynb #544b7200
 def _room(rng, rate):
     "A stereo room: decaying noise (2, samples)."
-    n, length = int(.5 * rate), rng.uniform(.04, .16)
-    return np.stack([_noise(rng, n, 200, rng.uniform(3000, 9000), rate, 1) for _ in range(2)]) * _decay(n, length, rate) / np.sqrt(length * rate / 2)
+    n, length = int(.35 * rate), rng.uniform(.03, .12)
+    return np.stack([_noise(rng, n, 200, rng.uniform(3000, 9000), rate, 1) for _ in range(2)]) * _decay(n, length, rate) / math.sqrt(length * rate / 2)
 
-def _mixdown(stem, rng, room, level, wet, pan):
-    "One stem in the room, placed and levelled: (2, frames) at `level` dB RMS where it sounds."
+def _mixdown(stems, room, levels, wet, pans):
+    "Stems (4, 2, frames) in the room, each placed and set to its level in dB RMS where it sounds."
     from scipy.signal import oaconvolve
-    angle = (np.clip(pan, -1, 1) + 1) * np.pi / 4
-    out = np.float32([[np.cos(angle)], [np.sin(angle)]]) * stem * np.sqrt(2)
-    out = out + wet * oaconvolve(stem.mean(0, keepdims=True), room, axes=1)[:, :stem.shape[1]].astype(np.float32)
-    power = np.mean(out**2, axis=0)
-    active = power[power > 1e-3 * power.max()]
-    return out * (10 ** (level / 20) / (np.sqrt(active.mean()) + 1e-9) if len(active) else 0)
+    angle = (np.clip(pans, -1, 1) + 1) * np.pi / 4
+    out = stems * (math.sqrt(2) * np.stack([np.cos(angle), np.sin(angle)], 1))[..., None].astype(np.float32)
+    k = np.flatnonzero(wet)
+    sends = stems[k].mean(1, keepdims=True) * wet[k, None, None].astype(np.float32)
+    out[k] += oaconvolve(sends, room[None], axes=2)[..., :stems.shape[-1]]
+    for x, level in zip(out, levels):
+        power = np.square(x).mean(0)
+        active = power[power > 1e-3 * power.max()]
+        if len(active): x *= 10 ** (level / 20) / (float(np.sqrt(active.mean())) + 1e-9)
+    return out
 
 # %% ../nbs/01_data.ipynb #97ef02be
 def toy_song(
@@ -332,8 +335,8 @@ def toy_song(
     bass = score.rng("bass")
     stems = (_drums(score, frames, sample_rate), _perform(_bass_timbre(bass), _bass_notes(score, bass), frames, sample_rate),
              _perform(_harmony_timbre(harmony, kind), _harmony_notes(score, harmony, kind), frames, sample_rate), _vocals(score, frames, sample_rate))
-    levels, wet, pans = np.array([-19, -19, -21, -19]) + rng.uniform(-4, 4, 4), rng.uniform(0, 1, 4) * (.3, .05, .4, .4), rng.uniform(-1, 1, 4) * (.05, .05, .6, .25)
-    mix = np.stack([_mixdown(x, rng, room, *s) for x, *s in zip(stems, levels, wet, pans)])
+    levels, wet, pans = np.array([-19, -19, -21, -19]) + rng.uniform(-4, 4, 4), rng.uniform(0, 1, 4) * (.3, 0, .4, .4), rng.uniform(-1, 1, 4) * (.05, .05, .6, .25)
+    mix = _mixdown(np.stack([np.broadcast_to(x, (2, frames)) for x in stems]), room, levels, wet, pans)
     return torch.from_numpy((mix * (rng.uniform(.5, .95) / (np.abs(mix.sum(0)).max() + 1e-9))).astype(np.float32))
 
 # %% ../nbs/01_data.ipynb #60d60769
@@ -391,8 +394,8 @@ class _Maps:
 # %% ../nbs/01_data.ipynb #b0afc896
 class Store:
     "Songs, decoded once. `Store.open(path)` opens one; `split` and `select` give views of it with the same methods."
-    def __init__(self, path, index, songs, maps=None):
-        self.path, self.index, self.songs, self.maps = Path(path), index, list(songs), maps or _Maps()
+    def __init__(self, path, index, songs, maps):
+        self.path, self.index, self.songs, self.maps = Path(path), index, list(songs), maps
         self.sample_rate, self.sources = index["sample_rate"], tuple(index["sources"])
     def __len__(self): return len(self.songs)
     def __repr__(self): return f"Store of {len(self)} songs, {self.duration / 60:.1f} minutes ({', '.join(f'{n} {s}' for s, n in self.splits.items())})"
@@ -409,6 +412,7 @@ class Store:
 @patch(cls_method=True)
 def open(cls: Store,
     path, # the folder of a store
+    mapped=2**31, # bytes of arrays that a process keeps mapped at most
 ):
     "Open a store; nothing is read but its index. `UserError` if there is none, or if another version wrote it."
     path = Path(path)
@@ -416,7 +420,7 @@ def open(cls: Store,
     try: index = json.loads((path / "store.json").read_text())
     except (OSError, ValueError) as e: raise UserError(f"{path / 'store.json'} cannot be read ({e}); prepare the store again") from e
     if index.get("format") != FORMAT: raise UserError(f"{path}: this store has format {index.get('format')} and this version reads format {FORMAT}; prepare it again")
-    return cls(path.resolve(), index, map(_song, index["songs"]))
+    return cls(path.resolve(), index, map(_song, index["songs"]), _Maps(size=mapped))
 
 # %% ../nbs/01_data.ipynb #51523b3f
 @patch
@@ -447,8 +451,10 @@ def _read(self: Store, song, name, scales, start, frames):
     stop = song.frames if frames is None else start + frames
     if not 0 <= start <= stop <= song.frames: raise ValueError(f"{song.title}: samples {start} to {stop} asked for, it has {song.frames}")
     path = self.path / "songs" / name
-    try: x = self.maps.get(path)[..., start:stop]
-    except (OSError, ValueError) as e: raise UserError(f"{path}: cannot be read ({e}); prepare the store again") from e
+    try: whole = self.maps.get(path)
+    except (OSError, ValueError) as e: raise UserError(f"{path}: cannot be read ({e}); prepare the store again, with repair") from e
+    if whole.shape[-1] != song.frames or whole.dtype.name != song.dtype: raise UserError(f"{path}: not what the index of the store says; prepare the store again, with repair")
+    x = whole[..., start:stop]
     if x.dtype == np.float32: return torch.from_numpy(np.array(x))
     return torch.from_numpy(x.astype(np.float32) * np.float32(scales))
 
@@ -512,6 +518,8 @@ class _Array:
     def __exit__(self, *_): self.file.close()
 
 # %% ../nbs/01_data.ipynb #30ac01d2
+_LOSSLESS = {".wav", ".wave", ".flac", ".aif", ".aiff", ".w64"}
+
 @dataclass(frozen=True)
 class Take:
     "A song before it is decoded."
@@ -525,6 +533,8 @@ class Take:
     def file(self): return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.title).strip('-')[:48] or 'song'}-{hashlib.sha256(f'{self.split}/{self.title}'.encode()).hexdigest()[:8]}"
     @property
     def parts(self): return {**self.stems, **({"mixture": self.mixture} if self.mixture else {})}
+    @property
+    def lossless(self): return all(p.suffix.lower() in _LOSSLESS for p, _ in self.parts.values())
     def fingerprint(self):
         "What tells a changed song from one that is as it was: sizes and times of its files."
         return [[f, os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in sorted({str(p) for p, _ in self.parts.values()})]
@@ -543,13 +553,19 @@ def _decode(path, streams):
 @patch
 def reader(self: Take):
     "(the channels of each stem, a function from a name to its array and rate). Small stem files are decoded in one pass, others stream by stem to save memory."
-    paths = {p for p, _ in self.parts.values()}
-    if len(paths) == 1 and (path := paths.pop()).stat().st_size < _AT_ONCE:
-        names = sorted(self.parts, key=lambda n: self.parts[n][1])
+    files = {p for p, _ in self.parts.values()}
+    path, names = min(files), sorted(self.parts, key=lambda n: self.parts[n][1])
+    if len(files) == 1 and path.stat().st_size < _AT_ONCE:
         arrays, rate = _decode(path, [self.parts[n][1] for n in names])
         arrays = dict(zip(names, arrays))
-        return {n: len(arrays[n]) for n in self.stems}, lambda n: (arrays.pop(n), rate)
-    return {n: probe(*part).channels for n, part in self.stems.items()}, lambda n: (lambda a, rate: (a[0], rate))(*_decode(self.parts[n][0], [self.parts[n][1]]))
+        return {n: len(arrays[n]) for n in self.stems}, lambda name: (arrays.pop(name), rate)
+    return {n: probe(*part).channels for n, part in self.stems.items()}, lambda name: _one(*self.parts[name], len(files) == 1)
+
+def _one(path, stream, whole):
+    "One stream of a file: (array, sample rate); `whole` keeps what the file's header cuts off at the end."
+    if whole: return (lambda arrays, rate: (arrays[0], rate))(*_decode(path, [stream]))
+    x, rate = read(path, stream=stream)
+    return x.numpy(), rate
 
 # %% ../nbs/01_data.ipynb #5ffdff76
 @dataclass(frozen=True)
@@ -655,7 +671,8 @@ def _sum_snr(mixture, stems, scales, block=2**18):
 # %% ../nbs/01_data.ipynb #9277e8b1
 def _write_song(take, out, settings):
     "Prepare one song: its arrays first, then its receipt, each whole or not at all. Returns the index entry."
-    dtype, exact, frames = ("int16" if settings.dtype != "float32" else "float32"), settings.dtype == "auto", None
+    exact, frames = settings.dtype == "auto", None
+    dtype = "int16" if settings.dtype == "int16" or exact and take.lossless else "float32"
     base, stamp = Path(out) / "songs" / take.file, take.fingerprint() if not take.problem else None
     while True:
         try:
@@ -691,32 +708,69 @@ def _alone(out):
         yield
 
 # %% ../nbs/01_data.ipynb #da3ac77d
-def _finished(take, out, settings):
-    "The index entry of a song whose receipt fits, else None."
-    base = out / "songs" / take.file
+def _finished(take, out, settings, repair):
+    "The index entry of a song whose receipt fits (and with `repair`, whose digests do), else None."
     try:
-        receipt = json.loads(base.with_name(f"{take.file}.json").read_text())
-        whole = all(base.with_name(f"{take.file}{kind}.npy").is_file() for kind in ("", ".mixture")[:1 + bool(take.mixture)])
-        return receipt["song"] if whole and not take.problem and settings.fits(receipt, take) else None
-    except (OSError, ValueError, KeyError): return None
+        receipt = json.loads((out / "songs" / f"{take.file}.json").read_text())
+        if take.problem or not settings.fits(receipt, take): return None
+        entry = receipt["song"]
+        return entry if all(_intact(path, entry["dtype"], digest if repair else None) for path, digest in _arrays(out, _song(entry))) else None
+    except (OSError, ValueError, KeyError, TypeError): return None
+
+def _arrays(store, song):
+    "The files of a song with their digests."
+    files = [(f"{song.file}.npy", song.digest)] + ([(f"{song.file}.mixture.npy", song.mixture_digest)] if song.mixture == "stream" else [])
+    return [(Path(store) / "songs" / name, digest) for name, digest in files]
 
 # %% ../nbs/01_data.ipynb #c0a9de92
-def _decode_all(takes, out, settings, progress, workers):
-    "Prepare what is not finished: (entries by file, problems by title). On Ctrl-C songs in work are dropped or finished whole."
+def _intact(path, dtype, digest=None):
+    "Whether a .npy file is there in full and, if a digest is given, still has it."
+    try: x = np.load(path, mmap_mode="r")
+    except (OSError, ValueError): return False
+    if digest is None: return True
+    known = hashlib.sha256(f"{dtype} {x.shape}".encode())
+    for row in x.reshape(-1, x.shape[-1]):
+        for k in range(0, len(row), 2**20): known.update(np.ascontiguousarray(row[k:k + 2**20]))
+    return known.hexdigest() == digest
+
+# %% ../nbs/01_data.ipynb #c44071c6
+def _decode_all(takes, out, settings, progress, workers, repair):
+    "Prepare what is not finished: (entries by file, problems by title). On Ctrl-C songs in work are finished, those that wait are dropped."
     from tqdm import tqdm
-    entries = {t.file: e for t in takes if (e := _finished(t, out, settings))}
+    entries = {t.file: e for t in takes if (e := _finished(t, out, settings, repair))}
     problems, pool = {}, ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
-    jobs = {pool.submit(_write_song, t, out, settings): t for t in takes if t.file not in entries}
+    waiting = [t for t in takes if t.file not in entries]
+    if _indexed(out) & {t.file for t in waiting}: (out / "store.json").unlink()
+    jobs = {pool.submit(_write_song, t, out, settings): t for t in waiting}
     try:
-        for job in tqdm(as_completed(jobs), "preparing", total=len(jobs), unit="song", disable=not (progress and jobs)):
-            try: entries[jobs[job].file] = job.result()
-            except UserError as e:
-                problems[jobs[job].title] = str(e)
-                if isinstance(e.__cause__, OSError) and "cannot write" in str(e): raise
+        with tqdm(as_completed(jobs), "preparing", total=len(jobs), unit="song", disable=not (progress and jobs)) as bar:
+            for job in bar:
+                try: entries[jobs[job].file] = job.result()
+                except (UserError, OSError) as e:
+                    if _no_space(e): raise
+                    problems[jobs[job].title] = str(e)
     finally: pool.shutdown(wait=True, cancel_futures=True)
     return entries, problems
 
-# %% ../nbs/01_data.ipynb #c44071c6
+def _no_space(error):
+    "Whether an error is about the place that is written to: then no other song will fare better."
+    return isinstance(error.__cause__, OSError) and "cannot write" in str(error)
+
+# %% ../nbs/01_data.ipynb #1bcdfd1e
+def _indexed(out):
+    "The files of the songs in the index of a folder, if it has one."
+    try: return {s["file"] for s in json.loads((out / "store.json").read_text())["songs"]}
+    except (OSError, ValueError, KeyError, TypeError): return set()
+
+def _check_out(takes, out, dtype):
+    "Errors that need no decoding: an unknown type, two songs of one name, a folder that holds other songs."
+    if dtype not in ("float32", "int16", "auto"): raise UserError(f"a store is float32, int16 or auto, not {dtype!r}")
+    files = [t.file for t in takes]
+    if twice := [t for t in takes if files.count(t.file) > 1]: raise UserError(f"two songs are called {twice[0].title!r}: rename one")
+    old = _indexed(out)
+    if old and not old & set(files): raise UserError(f"{out} is a store of other songs: choose another folder, or remove it")
+
+# %% ../nbs/01_data.ipynb #96a26621
 def prepare(
     takes, # list of `Take`
     out, # folder of the store
@@ -726,20 +780,28 @@ def prepare(
     channels=None, # of every song: 1 takes the mean; None leaves them
     allow_missing=False, # a song may lack stems: they become silence, and `Song.present` names the others
     skip_bad=False, # leave out songs that cannot be prepared, instead of an error at the end
+    repair=False, # check the digests of finished songs too, and decode anew those that no longer fit
     progress=True, # show a bar
     workers=None, # threads; None: up to 4
 ) -> Store:
     "Decode songs into a store, go on where an earlier run stopped, and open it. `UserError` names the songs that cannot be prepared; the others are kept."
-    if dtype not in ("float32", "int16", "auto"): raise UserError(f"a store is float32, int16 or auto, not {dtype!r}")
-    out, settings = Path(out), _Settings(tuple(sources), sample_rate, channels, dtype, allow_missing)
+    out, settings = Path(out).expanduser(), _Settings(tuple(sources), sample_rate, channels, dtype, allow_missing)
+    _check_out(takes, out, dtype)
     with _alone(out):
-        entries, problems = _decode_all(takes, out, settings, progress, workers)
+        entries, problems = _decode_all(takes, out, settings, progress, workers, repair)
         if problems and not (skip_bad and entries): raise UserError(_complaint(problems, len(entries)))
         songs = [entries[t.file] for t in takes if t.file in entries]
         skipped = [dict(title=t, problem=p) for t, p in sorted(problems.items())]
         _write_json(out / "store.json", dict(format=FORMAT, sample_rate=sample_rate, sources=sources, digest=_digest(map(_song, songs)), skipped=skipped, songs=songs))
+        _tidy(out, {t.file for t in takes})
     return Store.open(out)
 
+def _tidy(out, files):
+    "Remove the arrays of songs that the data set no longer has."
+    for path in (out / "songs").iterdir():
+        if path.name.split(".")[0] not in files: path.unlink()
+
+# %% ../nbs/01_data.ipynb #ee9ce2c3
 def _complaint(problems, kept):
     "One line about the songs that could not be prepared."
     first = "; ".join(list(problems.values())[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
@@ -748,18 +810,8 @@ def _complaint(problems, kept):
 # %% ../nbs/01_data.ipynb #7cca26ed
 @patch
 def verify(self: Store):
-    "Titles of the songs whose arrays no longer fit their digests (or are gone); an empty list is good news. Reads everything."
-    return [s.title for s in self.songs if not (self._fits(s, f"{s.file}.npy", s.digest) and (s.mixture == "sum" or self._fits(s, f"{s.file}.mixture.npy", s.mixture_digest)))]
-
-@patch
-def _fits(self: Store, song, name, digest):
-    "Whether an array still has the digest of the index."
-    try: x = np.load(self.path / "songs" / name, mmap_mode="r")
-    except (OSError, ValueError): return False
-    known = hashlib.sha256(f"{song.dtype} {x.shape}".encode())
-    for row in x.reshape(-1, x.shape[-1]):
-        for k in range(0, len(row), 2**20): known.update(np.ascontiguousarray(row[k:k + 2**20]))
-    return known.hexdigest() == digest
+    "Titles of the songs whose arrays no longer have the digests of the index; an empty list is good news. Reads everything. `prepare` with `repair=True` decodes those anew."
+    return [s.title for s in self.songs if not all(_intact(path, s.dtype, digest) for path, digest in _arrays(self.path, s))]
 
 # %% ../nbs/01_data.ipynb #e5d1149d
 @lru_cache(1)
@@ -872,6 +924,7 @@ def prepare_stems(
     folder = _folder(folder, "songs, each a folder with drums, bass, other and vocals in it")
     parts = [(d, _SPLITS[d.name.lower()]) for d in sorted(folder.iterdir()) if d.is_dir() and d.name.lower() in _SPLITS]
     takes = [t for d, split in parts or [(folder, "train")] for t in _takes(d, split, sources)]
+    if _song_folder(folder, "train", sources).stems: raise UserError(f"{folder}: these are the stems of one song; give the folder that holds the song folders")
     if not any(t.stems for t in takes): raise UserError(f"{folder}: no songs here; expected folders with {', '.join(sources)} in them (any audio format), or .stem.mp4 files")
     have = {split for _, split in parts}
     if not have & {"valid", "test"} or have == {"train", "test"}:
