@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
-from fastcore.meta import delegates
 from torch import nn
 
 from .audio import SAMPLE_RATE, SOURCES, STFT, UserError, amplitude_to_db
@@ -146,7 +145,6 @@ class Embedding(nn.Module):
 
 # %% ../nbs/04_baseline.ipynb #29ffaa93
 @register_network("baseline")
-@delegates(MaskNetwork, but="sizes")
 class Baseline(MaskNetwork):
     "The paper's recurrent mask network (section 4.1): dB, batch norm, one bidirectional LSTM, linear and sigmoid."
     name = "baseline"

@@ -8,7 +8,6 @@ __all__ = ['Decoder', 'compact_rows', 'take', 'EncoderMaskNetwork', 'DeepDeMix',
 # %% ../nbs/06_deepdemix.ipynb #447fc387
 import torch
 from fastcore.basics import patch
-from fastcore.meta import delegates
 from torch import nn
 from torch.nn import functional as F
 
@@ -75,7 +74,6 @@ def forward(self:Decoder, latent):
     return self.to_mask(take(x, t_full, f_full))
 
 # %% ../nbs/06_deepdemix.ipynb #ce900be4
-@delegates(MaskNetwork, but="sizes")
 class EncoderMaskNetwork(MaskNetwork):
     "A mask network with the paper's encoder; a subclass writes `excerpt_mask` for excerpts of `duration` seconds."
     def __init__(self,
@@ -121,7 +119,6 @@ def embed(self:EncoderMaskNetwork, waveform):
 
 # %% ../nbs/06_deepdemix.ipynb #b27f1688
 @register_network("ddm")
-@delegates(EncoderMaskNetwork, but="sizes")
 class DeepDeMix(EncoderMaskNetwork):
     "The paper's separator (4.2, figures 1b and 2): the encoder, then a decoder that sees nothing but the latent."
     name = "ddm"
@@ -167,7 +164,6 @@ class SkipDecoder(nn.Module):
 
 # %% ../nbs/06_deepdemix.ipynb #7ba25bb3
 @register_network("ddm_skip")
-@delegates(EncoderMaskNetwork, but="sizes")
 class SkipDeepDeMix(EncoderMaskNetwork):
     "DeepDeMix whose decoder also sees the encoder's pooled maps, so that its mask has detail in time and frequency."
     name = "ddm_skip"
