@@ -237,7 +237,7 @@ class AudioInfo:
     path: Path # the file
     sample_rate: int # Hz
     channels: int # of the stream asked about
-    frames_estimate: int # samples per channel; exact for wav and flac and as a rule for mp4 and mp3, 0 if unknown
+    frames_estimate: int # samples per channel; exact for wav and flac and as a rule for mp3; an mp4 may decode to up to a frame of 1,024 more; 0 if unknown
     duration: float # seconds, from `frames_estimate`
     streams: int # audio streams in the file: 5 in a stem file, as a rule 1
     codec: str # e.g. pcm_s16le, mp3, aac, flac
@@ -329,7 +329,7 @@ def _pick(self: Decoder, indices):
     known = _counts_frames(self.path) if "mp3" in self.formats else bool(self.formats & _SURE)
     declared = [_declared(self.container, s) for s in self.streams]
     self.declared = [n if sure and known else 0 for n, sure in declared]
-    self.trim = [n if n and self.formats & {"ogg", "mov"} else math.inf for n in self.declared]
+    self.trim = [n if n and "ogg" in self.formats else math.inf for n in self.declared]
     self.count, self.origin, self.tails, self.jumped = [[x] * len(self.streams) for x in (0, None, None)] + [False]
     for s in self.streams:
         if s.codec_context.name == "flac": s.codec_context.options = {"err_detect": "crccheck+explode"}
