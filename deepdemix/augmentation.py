@@ -44,6 +44,7 @@ def k_weighting(
 # %% ../nbs/02_augmentation.ipynb #58df0ee3
 SILENCE = -70.0
 
+# %% ../nbs/02_augmentation.ipynb #62664d10
 class Loudness:
     "Integrated loudness of any window of a set of stems, from K-weighted energy added up every 10 ms."
     def __init__(self,
@@ -149,6 +150,7 @@ def _shelf_curve(s, gain):
     q = math.sqrt(2 * a)
     return a * (a * s * s + q * s + 1) / (s * s + q * s + a)
 
+# %% ../nbs/02_augmentation.ipynb #840f61e7
 def shelf(
     waveform: Tensor, # (…, time)
     sample_rate: int, # in Hz
@@ -218,6 +220,7 @@ def need(self: Bank) -> float:
     frames = [min(s.frames, self.excerpt * self.store.sample_rate) if self.shift else s.frames for s in self.store.songs]
     return sum(frames) * longest * len(self.store.sources) * self.channels * self.variants * 4 / 2**30
 
+# %% ../nbs/02_augmentation.ipynb #5fbf4ab7
 @patch
 def _check(self: Bank):
     if len(self.store) == 0: raise UserError("There are no songs here: the store, or this split of it, is empty.")
@@ -231,7 +234,7 @@ def _check(self: Bank):
     if self.shift and self.need() > self.memory and not self.cache:
         raise UserError(f"Shifted copies of these songs take {self.need():.1f} GiB and memory={self.memory:g} GiB is allowed: allow more, use a shorter excerpt, or give a cache folder.")
 
-# %% ../nbs/02_augmentation.ipynb #5fbf4ab7
+# %% ../nbs/02_augmentation.ipynb #00fd41d0
 def _between(rng, bounds, neutral):
     return neutral if bounds is None else bounds[0] + (bounds[1] - bounds[0]) * rng.random()
 
@@ -242,6 +245,7 @@ def _tied(self: Bank, share):
     if low > high: raise UserError(f"pitch={self.pitch} and stretch={self.stretch} have no tape speed in common: widen one of them.")
     return low + share * (high - low)
 
+# %% ../nbs/02_augmentation.ipynb #98e51aee
 @patch
 def parameters(self: Bank, song: int, variant: int, generation: int) -> tuple[float, float, int, int]:
     "What a copy is made of: pitch, stretch, first sample of the song and number of samples."
@@ -270,6 +274,7 @@ def generation(self: Bank, song: int, index: int) -> int:
     "How often the copies of a song have been replaced before the example `index`."
     return 0 if self.shift is None else (index + song * self.refresh // len(self.store)) // self.refresh
 
+# %% ../nbs/02_augmentation.ipynb #bfa0b1b8
 @patch
 def get(self: Bank,
     song: int, # number of the song in the store
@@ -285,6 +290,7 @@ def get(self: Bank,
     self.kept.move_to_end(key)
     return self.kept[key]
 
+# %% ../nbs/02_augmentation.ipynb #a5fa5f35
 @patch
 def _forget(self: Bank, new):
     for old in [k for k in self.kept if k[:2] == new[:2] and abs(k[2] - new[2]) > 1]: del self.kept[old]
@@ -294,13 +300,14 @@ def _forget(self: Bank, new):
         if total <= self.memory * 2**30: break
         total -= sizes[key]; del self.kept[key]
 
-# %% ../nbs/02_augmentation.ipynb #bfa0b1b8
+# %% ../nbs/02_augmentation.ipynb #d66b73e7
 @patch
 def _path(self: Bank, key) -> Path:
     song = self.store.songs[key[0]]
     name = json.dumps([1, song.title, getattr(song, "digest", ""), self.channels, self.shift, self.parameters(*key)])
     return Path(self.cache) / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
 
+# %% ../nbs/02_augmentation.ipynb #236cd511
 @patch
 def _make(self: Bank, key) -> Variant:
     parameters = self.parameters(*key)
@@ -326,6 +333,7 @@ def _render(key):
     made = _adopted._make(key)
     return None if _adopted.cache else made
 
+# %% ../nbs/02_augmentation.ipynb #ce966694
 @patch
 def _ahead(self: Bank, key, index):
     if multiprocessing.current_process().daemon: return
@@ -355,6 +363,7 @@ class Piece:
     snr: float = 0.0 # the level that was drawn, in dB
     gain: float = 1.0 # the factor it is multiplied by
 
+# %% ../nbs/02_augmentation.ipynb #a8d5c249
 @dataclass
 class Mix:
     "One example: the mixture, its sources, and what was drawn for it; tuples have an entry for each source."
@@ -415,6 +424,7 @@ def _level_ok(level):
     kind, *rest = level
     return (kind, len(rest)) in (("lufs", 2), ("gain", 1)) and len(rest[-1]) == 2
 
+# %% ../nbs/02_augmentation.ipynb #2bf0cdd4
 @patch
 def _check(self: Mixer):
     def must(good, name, use):
@@ -442,6 +452,7 @@ def _place(self: Mixer, rng, song: int, sources: list[int], index: int) -> list[
     lufs = v.loudness(start, frames)
     return [Piece(s, song, v, start, frames, float(lufs[s]), (v.start + at) / rate) for s in sources]
 
+# %% ../nbs/02_augmentation.ipynb #ca520794
 @patch
 def _reach(self: Mixer, total, stretch):
     return min(total, round(self.frames / stretch) if self.fill or stretch > 1 else self.frames)
@@ -452,7 +463,7 @@ def _fresh(self: Mixer, rng, song, place) -> Variant:
     reach = self._reach(total, stretch)
     return self.bank.render(song, pitch, stretch, int(place * (total - reach + 1)), reach)
 
-# %% ../nbs/02_augmentation.ipynb #ca520794
+# %% ../nbs/02_augmentation.ipynb #6c745547
 TRIES = 8
 
 @patch
@@ -467,9 +478,11 @@ def _group(self: Mixer, i: int, sources: list[int], pool: list[int], salt: int =
         if self.gate is None or most >= self.gate: break
     return best
 
+# %% ../nbs/02_augmentation.ipynb #df358bd4
 @patch
 def _has(self: Mixer, p): return self.store.sources[p.source] in self.store.songs[p.song].present
 
+# %% ../nbs/02_augmentation.ipynb #ad9486cc
 @patch
 def draw(self: Mixer,
     i: int, # number of the example
@@ -486,7 +499,7 @@ def draw(self: Mixer,
     for p in pieces: self._set_level(p, levels[p.source], 2 ** -0.5 if doubled[p.source] < self.mixup else 1.0)
     return pieces
 
-# %% ../nbs/02_augmentation.ipynb #6c745547
+# %% ../nbs/02_augmentation.ipynb #7681c71b
 @patch
 def _others(self: Mixer, source, used):
     pool = self.pools[source] or range(len(self.store))
@@ -501,6 +514,7 @@ def level_gain(
     if level is None: return 1.0
     return 10 ** ((snr if level[0] == "gain" else level[1] + snr - lufs) / 20)
 
+# %% ../nbs/02_augmentation.ipynb #deb1d721
 @patch
 def _set_level(self: Mixer, piece, share, factor):
     low, high = self.level[-1] if self.level else (0.0, 0.0)
@@ -516,6 +530,7 @@ def _block(shape, device):
 def _ramp(frames, device):
     return torch.sin(torch.linspace(0, math.pi / 2, frames, device=device))
 
+# %% ../nbs/02_augmentation.ipynb #fe66a5ce
 @patch
 def _put(self: Mixer, out: Tensor, pieces: list[Piece]) -> None: # out (sources, channels, time)
     fade = round(self.fade * self.store.sample_rate)
@@ -527,7 +542,7 @@ def _put(self: Mixer, out: Tensor, pieces: list[Piece]) -> None: # out (sources,
         if n: part[..., :n] *= _ramp(n, out.device); part[..., -n:] *= _ramp(n, out.device).flip(0)
         if k >= len(out): out[p.source, :, :p.frames] += part
 
-# %% ../nbs/02_augmentation.ipynb #fe66a5ce
+# %% ../nbs/02_augmentation.ipynb #2b8ad01c
 @patch
 def _colour(self: Mixer, out: Tensor, i: int) -> None: # out (sources, channels, time)
     rng, many = generator(self.seed, COLOUR, i), len(out)
@@ -537,6 +552,7 @@ def _colour(self: Mixer, out: Tensor, i: int) -> None: # out (sources, channels,
         if flip[s]: out[s].neg_()
         if self.eq: out[s] = shelf(out[s], self.store.sample_rate, *(self.eq[0] + (self.eq[1] - self.eq[0]) * gains[s]).tolist())
 
+# %% ../nbs/02_augmentation.ipynb #3a4423bd
 @patch
 def _sum(self: Mixer, out: Tensor, mixture: Tensor) -> Tensor: # out (sources, channels, time), mixture (channels, time)
     torch.sum(out, 0, out=mixture)
@@ -545,7 +561,7 @@ def _sum(self: Mixer, out: Tensor, mixture: Tensor) -> Tensor: # out (sources, c
     if mixture.device.type != "cpu" or scale < 1: out *= scale; mixture *= scale
     return scale
 
-# %% ../nbs/02_augmentation.ipynb #2b8ad01c
+# %% ../nbs/02_augmentation.ipynb #5d055683
 @patch
 def batch(self: Mixer,
     n: int, # number of examples
@@ -555,6 +571,7 @@ def batch(self: Mixer,
     "The examples from `start` on, stacked."
     return self._assemble([(i, self.draw(i)) for i in range(start, start + n)], device)[:2]
 
+# %% ../nbs/02_augmentation.ipynb #20d457dc
 @patch
 def _assemble(self: Mixer, drawn, device=None):
     channels = self.bank.channels
@@ -583,6 +600,7 @@ def to_dict(self: Mixer) -> dict:
     "All settings, ready for JSON."
     return dict(self.settings)
 
+# %% ../nbs/02_augmentation.ipynb #c04b20ac
 @patch(cls_method=True)
 def from_dict(cls: Mixer,
     store, # a `Store`
@@ -626,6 +644,7 @@ def _starts(self: Excerpts, variant: Variant, source: int) -> tuple[np.ndarray, 
     power = variant.loudness.energy(starts, starts + frames)[source] / frames
     return starts[power > 10 ** ((self.gate + 0.691) / 10)], frames
 
+# %% ../nbs/02_augmentation.ipynb #d7ecb082
 @patch
 def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
     "An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in random order."
@@ -641,10 +660,13 @@ def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
             return piece
     raise UserError(f"No further song has {self.duration:g} s of {self.instruments[label]} above {self.gate:g} LUFS: lower the gate, or leave it out by instruments=(…).")
 
+# %% ../nbs/02_augmentation.ipynb #38718a0d
 @patch
-def cut(self: Excerpts, piece: Piece, device=None) -> Tensor: # (channels, time)
-    "The waveform of a piece."
-    return fit_length(piece.variant.cut(piece.source, piece.start, piece.frames, device) * piece.gain, self.frames)
+def cut(self: Excerpts, piece: Piece, out: Tensor) -> Tensor: # out and result (channels, time)
+    "Write the waveform of a piece to `out`; where it is too short, silence follows."
+    torch.mul(piece.variant.cut(piece.source, piece.start, piece.frames, out.device), piece.gain, out=out[:, :piece.frames])
+    out[:, piece.frames:] = 0
+    return out
 
 # %% ../nbs/02_augmentation.ipynb #01ef19a3
 class Triplets(Excerpts):
@@ -685,8 +707,9 @@ def draw(self: Triplets, i: int) -> tuple[list[Piece], tuple[int, int, int]]: # 
 @patch
 def __getitem__(self: Triplets, i: int) -> Tensor: # (3, channels, time)
     "The triplet `i`."
-    return torch.stack([self.cut(p) for p in self.draw(i)[0]])
+    return self.batch(1, i)[0][0]
 
+# %% ../nbs/02_augmentation.ipynb #e8757f74
 @patch
 def info(self: Triplets, i: int) -> dict:
     "Titles, instruments, places (s) and loudnesses (LUFS) of the triplet `i`."
@@ -703,7 +726,9 @@ def batch(self: Triplets,
 ) -> tuple[Tensor, Tensor, Tensor]: # waveforms (n, 3, channels, time), labels (n, 3), numbers of the songs (n, 3)
     "The triplets from `start` on, stacked."
     drawn = [self.draw(i) for i in range(start, start + n)]
-    waves = torch.stack([torch.stack([self.cut(p, device) for p in pieces]) for pieces, _ in drawn])
+    waves = _block((n, 3, self.bank.channels, self.frames), device)
+    for (pieces, _), out in zip(drawn, waves):
+        for p, wave in zip(pieces, out): self.cut(p, wave)
     labels, songs = torch.tensor([k for _, k in drawn]), torch.tensor([[p.song for p in pieces] for pieces, _ in drawn])
     return waves, labels.to(waves.device), songs.to(waves.device)
 
@@ -743,22 +768,22 @@ def batch(self: BalancedBatches,
     device: str | torch.device | None = None, # where to put it together
 ) -> tuple[Tensor, Tensor, Tensor]: # waveforms (instruments * per_class, channels, time), labels, numbers of the songs
     "One batch, instrument by instrument."
-    waves, labels, songs, first = [], [], [], start * self.per_class * len(self.instruments)
-    for label in range(len(self.instruments)):
-        for k in range(self.per_class):
-            rng = generator(self.seed, BALANCED, start, len(songs))
-            piece = self.find(rng, label, first, songs[len(songs) - k:])
-            waves.append(self._under(rng, piece, self.cut(piece, device)))
-            labels.append(label); songs.append(piece.song)
-    waves = torch.stack(waves)
-    return waves, torch.tensor(labels, device=waves.device), torch.tensor(songs, device=waves.device)
+    labels, songs = torch.arange(len(self.instruments)).repeat_interleave(self.per_class), []
+    waves = _block((len(labels), self.bank.channels, self.frames), device)
+    for k, (label, out) in enumerate(zip(labels.tolist(), waves)):
+        rng = generator(self.seed, BALANCED, start, k)
+        piece = self.find(rng, label, start * len(labels), songs[k - k % self.per_class:])
+        self.cut(piece, out)
+        if self.background is not None: self._under(rng, piece, out)
+        songs.append(piece.song)
+    return waves, labels.to(waves.device), torch.tensor(songs, device=waves.device)
 
+# %% ../nbs/02_augmentation.ipynb #709a4fda
 @patch
-def _under(self: BalancedBatches, rng, piece, wave):
-    if self.background is None: return wave
+def _under(self: BalancedBatches, rng, piece, wave) -> None:
     snr, stems = rng.uniform(*self.background), piece.variant.cut(slice(None), piece.start, piece.frames, wave.device)
     rest = fit_length(stems.sum(0) - stems[piece.source], self.frames)
-    return wave + rest * (wave.square().mean() / rest.square().mean().clamp(min=1e-10) * 10 ** (-snr / 10)).sqrt()
+    wave += rest * (wave.square().mean() / rest.square().mean().clamp(min=1e-10) * 10 ** (-snr / 10)).sqrt()
 
 @patch
 def __getitem__(self: BalancedBatches, i: int) -> tuple[Tensor, Tensor, Tensor]:
