@@ -196,7 +196,7 @@ def score_song(
 COLUMNS = ["model", "seed", "split", "song", "source", "metric", "value"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Scores:
     "Scores of one or more models: tidy rows, how they were made, and what failed."
     rows: "pandas.DataFrame"                     # columns model, seed, split, song, source, metric, value (dB)
@@ -590,6 +590,14 @@ def _paper_rows(scores: Scores, metrics: list) -> list:
     return [(f"paper: {model}" + (f", {split}" if len(splits) > 1 else ""), {(m, c): _number(x) for m, row in found.items() if m in metrics for c, x in row.items()})
             for (model, split), found in PAPER_TABLE.items() if split in splits]
 
+# %% ../nbs/07_evaluation.ipynb #0ece2188
+@patch
+def __repr__(self: Scores) -> str: return str(self.table())
+
+
+@patch
+def _repr_html_(self: Scores) -> str: return self.table()._repr_html_()
+
 # %% ../nbs/07_evaluation.ipynb #0e198bdc
 FORMAT = "deepdemix scores 1"
 
@@ -661,7 +669,7 @@ def _safe(name: str) -> str:
     return "".join("_" if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in str(name)).strip(". ") or "_"
 
 # %% ../nbs/07_evaluation.ipynb #1962f63f
-@dataclass
+@dataclass(repr=False)
 class Verdict:
     "What changes from model A to model B in one metric (dB)."
     a: str               # name of model A
@@ -680,14 +688,15 @@ class Verdict:
     name: str = ""       # of B in the sentence, if not its own
 
     @property
-    def settled(self) -> bool: return self.low > 0 or self.high < 0
+    def settled(self) -> bool: return (self.low > 0 or self.high < 0) and self.p < .05
 
     @property
     def sentence(self) -> str:
         "The verdict in plain words."
         change = f"{self.name or self.b} changes {self.metric} by {self.difference:+.2f} dB [{self.low:.2f}, {self.high:.2f}] against {self.a}; {self.improved} of {self.songs} songs improve."
         if self.settled: return change
-        return change + " The interval includes zero: no difference is shown."
+        if self.low <= 0 <= self.high: return change + " The interval includes zero: no difference is shown."
+        return change + f" Wilcoxon's test does not confirm it (p = {self.p:.2g}): no difference is shown."
 
     def to_dict(self) -> dict:
         "For JSON."
@@ -710,6 +719,9 @@ def __str__(self: Verdict) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
     table = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
     return "\n".join([self.sentence, "", *table, "", *self.notes])
+
+
+Verdict.__repr__ = Verdict.__str__
 
 
 @patch
@@ -860,16 +872,15 @@ def ranked(self: Scores, metric: str="SDR", model: str=None, split: str=None, so
     return list(order.index)
 
 
-def _spectrograms(separate, store, i: int, source: str, info: dict, axes, title: str) -> None:
-    "One song: mixture, truth and estimate of one source, below each other."
+def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> None:
+    "One song: mixture, truth and estimate of one source, side by side."
     stems, mix = _song(store, i, info.get("channels", "mono"), info.get("mixture", "sum"))
     k = list(store.sources).index(source)
     with torch.no_grad(): estimate = _check_estimates(separate(mix), stems, tuple(store.sources), getattr(separate, "sources", None))[k]
-    stft = STFT(2048, 512)
-    for ax, x, name in zip(axes, (mix, stems[k], estimate), ("mixture", f"{source}, true", f"{source}, estimated")):
+    stft = STFT(2048, 1024)
+    for ax, x in zip(axes, (mix, stems[k], estimate)):
         show_spectrogram(stft(x), store.sample_rate, stft, ax=ax)
-        ax.set(xlabel="", ylabel="", ylim=(0, min(10, store.sample_rate / 2000)))
-        ax.set_title(f"{title}\n{name}" if name == "mixture" else name, fontsize=8)
+        ax.set(xlabel="", ylabel="", ylim=(0, min(5, store.sample_rate / 2000)))
 
 
 def show_songs(
@@ -881,17 +892,16 @@ def show_songs(
     metric: str="SDR",     # to rank by
     model: str=None,       # needed only if `scores` holds several models
 ):
-    "Spectrograms of the best (upper row) and the worst songs (lower row); returns the figure."
+    "Spectrograms (kHz over seconds) of the best songs, then the worst, one a row: mixture, true and estimated source. Returns the figure."
     import matplotlib.pyplot as plt
     if isinstance(separate, nn.Module): separate = Windowed(separate)
-    at = {(s.split, s.title): i for i, s in enumerate(store.songs)}
-    split = next(s for s, _ in at)
-    order, n = scores.ranked(metric, model, split, source), min(n, len(at))
-    table = scores.by_song(metric, model, split)[source]
-    fig, axes = plt.subplots(6, n, figsize=(2.1 * n, 7.2), dpi=65, layout="constrained", squeeze=False)
-    for row, songs in enumerate((order[:n], order[::-1][:n])):
-        for column, song in enumerate(songs):
-            title = f"{song[:22]}: {table[song]:.1f} dB"
-            _spectrograms(separate, store, at[split, song], source, scores.info, axes[3 * row:3 * row + 3, column], title)
-    for ax in axes.flat: ax.axis("on" if ax.images else "off")
+    at, split = {(s.split, s.title): i for i, s in enumerate(store.songs)}, store.songs[0].split
+    order, table = scores.ranked(metric, model, split, source), scores.by_song(metric, model, split)[source]
+    n = max(1, min(n, len(order) // 2))
+    picks = order[:n] + order[len(order) - n:]
+    fig, axes = plt.subplots(len(picks), 3, figsize=(6.5, 1.2 * len(picks) + .2), dpi=50, layout="constrained", squeeze=False, sharey=True)
+    for row, song in zip(axes, picks):
+        _spectrograms(separate, store, at[split, song], source, scores.info, row)
+        row[0].set_ylabel(f"{song[:20]}\n{table[song]:.1f} dB", fontsize=8)
+    for ax, name in zip(axes[0], ("mixture", f"{source}, true", f"{source}, estimated")): ax.set_title(name, fontsize=9)
     return fig

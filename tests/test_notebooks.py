@@ -1,0 +1,135 @@
+"What a saved notebook must and must not hold."
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+LIMIT = 300_000
+AUDIO = re.compile(r"data:audio/[\w.+-]+;base64,([A-Za-z0-9+/=\s]+)")
+MACHINE = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users|private|var/folders)/|[A-Z]:\\Users")
+FROM_MUSDB = re.compile(r"musdb|stem\.mp4|stempeg|mdb-excerpts", re.I)
+TOY = re.compile(r"toy|sine|tone|click|noise|chirp", re.I)
+
+
+def read(path): return json.loads(path.read_text(encoding="utf-8"))
+
+
+def text_of(output):
+    "All text of a saved output, without pictures."
+    parts = [output.get("text", ""), output.get("traceback", "")] + [v for k, v in output.get("data", {}).items() if not k.startswith("image/png")]
+    return "".join("".join(p) if isinstance(p, list) else json.dumps(p) if isinstance(p, dict) else p for p in parts)
+
+
+def players(notebook):
+    "(source, bytes) of every saved sound, with the source of the cell that made it."
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        for output in cell.get("outputs", []):
+            for kind, data in output.get("data", {}).items():
+                if kind.startswith("audio/"): yield source, base64.b64decode("".join(data))
+            for found in AUDIO.findall(text_of(output)): yield source, base64.b64decode(found)
+
+
+def check_audio(notebook):
+    "Sound only if it is short, and only from a cell and notebook that play synthesised songs."
+    code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
+    for source, sound in players(notebook):
+        assert not FROM_MUSDB.search(source), "a player in a cell that touches real songs"
+        assert TOY.search(code), "a player in a notebook that synthesises nothing"
+        assert seconds(sound) <= 4.05 and len(sound) <= 150_000, f"a player of {seconds(sound):.1f} s, {len(sound)} bytes"
+
+
+def seconds(sound):
+    "Length of a wav."
+    import io, soundfile
+    return soundfile.info(io.BytesIO(sound)).duration
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_sound_of_real_songs(path): check_audio(read(path))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_small_and_whole(path):
+    assert path.stat().st_size < LIMIT
+    cells = read(path)["cells"]
+    titles = [line for c in cells if c["cell_type"] == "markdown" for line in re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S).splitlines() if line.startswith("# ")]
+    assert len(titles) == 1 and "".join(cells[0]["source"]).startswith("# "), titles
+    assert "\n>" in "".join(cells[0]["source"]), "no promise under the title"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_outputs_name_no_machine_and_no_error(path):
+    for cell in read(path)["cells"]:
+        for output in cell.get("outputs", []):
+            text = AUDIO.sub("", text_of(output))
+            assert not MACHINE.search(text), text[:300]
+            assert output["output_type"] != "error", text[-300:]
+            assert output.get("name") != "stderr", text[:300]
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}) or path.stem.startswith("10_"), "a widget, such as a progress bar"
+
+
+def player_cell(source, seconds=1., rate=16000):
+    "A code cell that saved a player."
+    import numpy as np
+    from IPython.display import Audio
+    html = Audio(np.sin(np.arange(int(seconds * rate)) / 9), rate=rate)._repr_html_()
+    return {"cell_type": "code", "source": source, "outputs": [{"output_type": "display_data", "data": {"text/html": [html]}, "metadata": {}}]}
+
+
+def test_saved_sound_of_a_real_song_fails():
+    toy = {"cell_type": "code", "source": "song = toy_song(0)", "outputs": []}
+    check_audio({"cells": [toy, player_cell("player(song, 44100)")]})
+    for cells in ([toy, player_cell("player(read(os.environ['MUSDB_PATH'] + '/test/x.stem.mp4')[0])")], [player_cell("player(song, 44100)")], [toy, player_cell("player(song)", 5.)]):
+        with pytest.raises(AssertionError): check_audio({"cells": cells})
+    stored = player_cell("player(song)")
+    stored["outputs"][0]["data"] = {"audio/wav": base64.b64encode(b"RIFF").decode()}
+    stored["source"] = "player(musdb_song)"
+    with pytest.raises(AssertionError): check_audio({"cells": [toy, stored]})
+
+
+def test_machine_paths_are_found():
+    for text in ("/root/x", "saved: /tmp/abc/y", "'/work/z'", "/home/me/a"): assert MACHINE.search(text), text
+    for text in ("https://host/home/x", "a/tmp/b", "nbs/work/x"): assert not MACHINE.search(text), text
+
+
+def mono(x, rate, new=4000):
+    "A waveform (channels, time) as one channel at a low rate, of unit energy."
+    from deepdemix.audio import resample
+    x = resample(x.mean(0, keepdim=True), rate, new)[0]
+    return x / x.norm().clamp_min(1e-9)
+
+
+def likeness(part, whole):
+    "The largest normalised correlation of `part` with any stretch of `whole`, both mono at one rate."
+    import torch
+    n = 1 << (len(part) + len(whole)).bit_length()
+    cross = torch.fft.irfft(torch.fft.rfft(whole, n) * torch.fft.rfft(part, n).conj(), n)[:max(1, len(whole) - len(part) + 1)]
+    energy = torch.nn.functional.pad(whole.double().square().cumsum(0), (1, 0))
+    energy = (energy[len(part):] - energy[:len(energy) - len(part)])[:len(cross)] if len(whole) > len(part) else energy[-1:]
+    return float((cross.abs() / energy.clamp_min(1e-9).sqrt()).max())
+
+
+@pytest.mark.musdb
+@pytest.mark.slow
+def test_no_saved_sound_is_in_musdb(musdb_path):
+    import io
+    import soundfile, torch
+    from deepdemix.audio import read_streams
+    sounds = []
+    for path in NOTEBOOKS:
+        for _, sound in players(read(path)):
+            x, rate = soundfile.read(io.BytesIO(sound), dtype="float32", always_2d=True)
+            sounds.append((path.stem, mono(torch.from_numpy(x.T[:, :2 * rate]), rate)))
+    planted = None
+    for song in sorted(musdb_path.glob("t*/*.stem.mp4")):
+        streams, rate = read_streams(song)
+        stretches = [mono(s[:, :8 * rate], rate) for s in streams]
+        if planted is None: planted = likeness(mono(streams[0][:, 2 * rate:4 * rate], rate), stretches[0])
+        for notebook, sound in sounds:
+            assert max(likeness(sound, s) for s in stretches) < .8, f"{notebook} plays {song.name}"
+    assert planted > .9, "the check does not find an excerpt of a song"
