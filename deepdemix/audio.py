@@ -263,7 +263,7 @@ def _to_float(frame):
     x, kind = frame.to_ndarray(), frame.format.name.rstrip("p")
     if not frame.format.is_planar: x = x.reshape(-1, frame.layout.nb_channels).T
     if kind == "u8": x = x.astype(np.float32) - _FULL_SCALE[kind]
-    return x.astype(np.float32) / np.float32(_FULL_SCALE[kind]) if kind in _FULL_SCALE else x.astype(np.float32)
+    return x.astype(np.float32) / np.float32(_FULL_SCALE[kind]) if kind in _FULL_SCALE else x.astype(np.float32, copy=False)
 
 # %% ../nbs/00_audio.ipynb #eb9f8668
 def _missing_bytes(path):
@@ -325,6 +325,7 @@ def _pick(self: Decoder, indices):
     rates = {s.codec_context.sample_rate for s in self.streams}
     if len(rates) > 1: raise UserError(f"{self.path}: its audio streams have different sample rates ({', '.join(map(str, sorted(rates)))} Hz); read them one by one")
     self.sample_rate, self.channels = rates.pop(), [s.codec_context.channels for s in self.streams]
+    self.ticks = [float(s.time_base * self.sample_rate) for s in self.streams]
     self.formats = set(self.container.format.name.split(","))
     known = _counts_frames(self.path) if "mp3" in self.formats else bool(self.formats & _SURE)
     declared = [_declared(self.container, s) for s in self.streams]
@@ -363,10 +364,12 @@ def packets(self: Decoder):
 def _place(self: Decoder, i, frame, lost):
     "The samples of a frame, after silence for what was lost before it, as far as the time stamps tell."
     x = _to_float(frame)
-    position = None if frame.pts is None else round(frame.pts * frame.time_base * self.sample_rate)
+    known = self.origin[i] is not None and not self.jumped
+    if frame.pts is None or known and not (lost or self.formats == {"flac"}): return x
+    position = round(frame.pts * self.ticks[i])
     if self.jumped: self.count[i], self.origin[i], self.jumped = position, 0, False
-    if self.origin[i] is None and position is not None: self.origin[i] = position - self.count[i]
-    gap = position - self.origin[i] - self.count[i] if (lost or "flac" in self.formats) and position is not None else 0
+    if self.origin[i] is None: self.origin[i] = position - self.count[i]
+    gap = position - self.origin[i] - self.count[i] if lost or self.formats == {"flac"} else 0
     if gap <= 0: return x
     if not lost: self.note(f"{gap} samples after {self.count[i] / self.sample_rate:.2f} s cannot be decoded")
     return np.pad(x, ((0, 0), (gap, 0)))
