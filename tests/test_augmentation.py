@@ -289,3 +289,21 @@ def test_mono_and_stereo_songs_go_together():
         assert mix.sources.shape == (4, 2, RATE)
         for s, title in enumerate(mix.songs): assert torch.equal(mix.sources[s, 0], mix.sources[s, 1]) == (band.songs[int(title[-1])].channels == 1)
     assert Triplets(band, channels=None, duration=1.0)[0].shape == (3, 2, RATE)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [dict(), dict(coherent=0.0, eq=(-6, 6), flip=0.5, mixup=0.5), dict(pitch=None, stretch=None, level=("gain", (-5, 20)))])
+def test_a_gpu_makes_the_same_mixes(options):
+    here, there = (Mixer(BAND, duration=2.0, **options).batch(8, 5, device=device) for device in (None, "cuda"))
+    for ours, theirs in zip(here, there): assert theirs.is_cuda and torch.allclose(ours, theirs.cpu(), atol=1e-3)
+    waves = [Triplets(BAND, duration=2.0).batch(4, device=device)[0].cpu() for device in (None, "cuda")]
+    assert torch.allclose(*waves, atol=1e-3)
+
+
+def test_memory_stays_flat_while_copies_come_and_go():
+    mixer = Mixer(BAND, duration=1.0, refresh=10, shift="tied", channels=1)
+    sizes = []
+    for i in range(0, 400, 4):
+        mixer[i]
+        sizes.append(sum(v.stems.nbytes for v in mixer.bank.kept.values()))
+    assert max(sizes[50:]) <= 2.01 * mixer.bank.need() * 2**30 and len(mixer.bank.kept) <= 2 * len(BAND)
