@@ -206,7 +206,7 @@ before, rng = used(), random.Random(0)
 for _ in range(100): store.stems(rng.randrange(1000), rng.randrange(15 * 44100), 5 * 44100)
 print(before, used())
 """
-    out, err = script(code, tmp_path / "giant").communicate(timeout=120)
+    out, err = script(code, tmp_path / "giant").communicate(timeout=180)
     before, after = map(float, out.split())
     assert after - before < 128 + 64, err
 
@@ -230,7 +230,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, sig):
     process = script("prepare_toy(12, sys.argv[1], duration=3., workers=1, progress=False)", out)
     while len(list(out.glob("songs/*.json"))) < 2 and process.poll() is None: time.sleep(.02)
     process.send_signal(sig)
-    process.communicate(timeout=30)
+    process.communicate(timeout=180)
     done = {p: p.stat().st_mtime_ns for p in out.glob("songs/*.json")}
     assert 2 <= len(done) < 12 and not (out / "store.json").exists()
     with pytest.raises(UserError, match="no store here"): Store.open(out)
@@ -242,7 +242,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, sig):
 def test_two_processes_that_prepare_the_same_folder_do_not_disturb_each_other(tmp_path):
     code = "print(prepare_toy(4, sys.argv[1], duration=1., workers=1, progress=False).digest)"
     both = [script(code, tmp_path / "store") for _ in range(2)]
-    digests = {p.communicate(timeout=60)[0] for p in both}
+    digests = {p.communicate(timeout=180)[0] for p in both}
     assert digests == {Store.open(tmp_path / "store").digest + "\n"}
 
 
@@ -370,7 +370,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try: prepare_stems(sys.argv[1], sys.argv[2], sample_rate=8000, progress=False, workers=1)
 except UserError as e: print(e)
 """
-    out, err = script(code, tmp_path / "in", tmp_path / "out").communicate(timeout=60)
+    out, err = script(code, tmp_path / "in", tmp_path / "out").communicate(timeout=180)
     assert "cannot write" in out and out.count("\n") == 1, err
     left = sorted(p.suffix for p in (tmp_path / "out" / "songs").iterdir())
     assert left == [".json", ".json", ".npy", ".npy"] and not (tmp_path / "out" / "store.json").exists()
@@ -415,7 +415,7 @@ def test_the_download_says_when_ffmpeg_is_missing(monkeypatch, tmp_path):
 
 
 def test_another_process_reads_the_validation_list_without_musdb_and_plays_the_same_toy_song():
-    out, err = script("print(len(validation_titles()), 'musdb' in sys.modules, toy_song(11, 2., 16000).double().sum((1, 2)).tolist())").communicate(timeout=60)
+    out, err = script("print(len(validation_titles()), 'musdb' in sys.modules, toy_song(11, 2., 16000).double().sum((1, 2)).tolist())").communicate(timeout=180)
     titles, imported, song = out.split(maxsplit=2)
     assert (titles, imported) == ("14", "False"), err
     assert json.loads(song) == toy_song(11, 2., 16000).double().sum((1, 2)).tolist()
