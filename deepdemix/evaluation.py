@@ -899,7 +899,7 @@ def show_songs(
     order, table = scores.ranked(metric, model, split, source), scores.by_song(metric, model, split)[source]
     n = max(1, min(n, len(order) // 2))
     picks = order[:n] + order[len(order) - n:]
-    fig, axes = plt.subplots(len(picks), 3, figsize=(6.5, 1.2 * len(picks) + .2), dpi=50, layout="constrained", squeeze=False, sharey=True)
+    fig, axes = plt.subplots(len(picks), 3, figsize=(6.5, 1.2 * len(picks) + .2), dpi=60, layout="constrained", squeeze=False, sharey=True)
     for row, song in zip(axes, picks):
         _spectrograms(separate, store, at[split, song], source, scores.info, row)
         row[0].set_ylabel(f"{song[:20]}\n{table[song]:.1f} dB", fontsize=8)

@@ -1,4 +1,5 @@
 "Evaluation: faults, files that museval reads, statistics that cover what they promise, and the reference rows on real songs."
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from deepdemix import evaluation as E
-from deepdemix.audio import SOURCES, STFT, UserError
+from deepdemix.audio import SOURCES, STFT, UserError, probe, read_streams
 from deepdemix.data import Store, prepare_toy
 
 RATE = 4000
@@ -162,7 +163,8 @@ def test_other_files_are_refused(tmp_path, text):
     with pytest.raises(UserError, match="scores.json"): E.Scores.load(tmp_path / "scores.json")
 
 
-def test_museval_reads_and_aggregates_the_songs(tmp_path):
+def test_museval_reads_and_aggregates_the_songs(tmp_path, monkeypatch):
+    monkeypatch.setattr(E, "isr_sir_sar", functools.partial(E.isr_sir_sar, taps=16))
     museval = pytest.importorskip("museval", exc_type=RuntimeError)
     store = Songs(3, seconds=2.5)
     store.songs[1].title = "A/C: what?"
@@ -194,18 +196,18 @@ def test_bootstrap_intervals_cover_what_they_promise():
         return E.bootstrap(songs, draws=400, seed=k)
     many = np.random.default_rng(10 ** 6)
     truth = np.median(many.gumbel(size=10 ** 6) + many.normal(size=10 ** 6))
-    assert .90 <= coverage(once, truth, 250) <= .99
+    assert .90 <= coverage(once, truth, 300) <= .985
 
 
-@pytest.mark.parametrize("seeds, least", [(1, .90), (5, .88)])
-def test_paired_intervals_cover_what_they_promise(seeds, least):
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_paired_intervals_cover_what_they_promise(seeds):
     def once(k):
         rng = np.random.default_rng([k, seeds])
         song, spread = rng.normal(0, 5, (1, 50, 1)), .3 if seeds > 1 else 0
         def model(gain): return song + gain + rng.normal(0, spread, (seeds, 1, 1)) + rng.normal(0, 1, (1, 50, 1)) + rng.normal(0, .2, (seeds, 50, 4))
-        found = E.paired(model(0), model(.4), draws=400, seed=k)
+        found = E.paired(model(0), model(.4), draws=250, seed=k)
         return found["low"], found["high"]
-    assert least <= coverage(once, .4, 250) <= .99
+    assert .90 <= coverage(once, .4, 300) <= .985
 
 
 def test_pairing_sees_what_unpaired_intervals_hide():
@@ -316,17 +318,21 @@ PAPER_MD = {
 PAPER_MD_SI = {"mixture": -5.3, "mixture / 4": -5.3, "oracle 12x12": -3.4, "oracle 12x12, bilinear": -3.2, "ideal ratio mask": 5.1, "ideal binary mask": 5.8, "best real mask": 7.6}
 
 
-@pytest.fixture(scope="session")
-def previews(musdb_path, tmp_path_factory):
-    "The 50 test previews as a store, with what is known of them measured elsewhere."
-    from deepdemix.data import prepare_musdb
-    if len(list((musdb_path / "test").glob("*.stem.mp4"))) != 50: pytest.skip("MUSDB_PATH has not the 50 test files")
-    return prepare_musdb(musdb_path, tmp_path_factory.mktemp("musdb") / "store", progress=False).split("test")
+@pytest.fixture(scope="module")
+def previews(musdb_path):
+    "The 50 test previews, decoded when asked for."
+    paths = sorted((musdb_path / "test").glob("*.stem.mp4"))
+    if len(paths) != 50: pytest.skip("MUSDB_PATH has not the 50 test files")
+    if probe(paths[0]).duration > 10: pytest.skip("the numbers are those of the 7-second previews")
+    class Real(Songs):
+        sample_rate, digest = 44100, "previews"
+        def __init__(self): self.stem, self.songs = paths, [SimpleNamespace(title=p.name[:-9], split="test") for p in paths]
+        def stems(self, i): return torch.stack(read_streams(paths[i])[0][1:5])
+    return Real()
 
 
 @pytest.mark.musdb
 def test_plain_rows_on_the_real_previews(previews):
-    if previews.songs[0].duration > 10: pytest.skip("the numbers are those of the 7-second previews")
     table = E.reference_rows(previews, rows=E.PLAIN, metrics=("SNR", "SI-SDR")).summary()
     for name in E.PLAIN:
         row = table.loc["test", name]
@@ -337,7 +343,6 @@ def test_plain_rows_on_the_real_previews(previews):
 @pytest.mark.musdb
 @pytest.mark.slow
 def test_all_rows_on_the_real_previews(previews):
-    if previews.songs[0].duration > 10: pytest.skip("the numbers are those of the 7-second previews")
     table = E.reference_rows(previews, metrics=("SNR", "SI-SDR")).summary()
     for name, numbers in PAPER_MD.items():
         row = table.loc["test", name]
