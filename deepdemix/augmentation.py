@@ -46,16 +46,16 @@ SILENCE = -70.0
 
 # %% ../nbs/02_augmentation.ipynb #62664d10
 class Loudness:
-    "Integrated loudness of any window of a set of stems, from K-weighted energy added up every 10 ms."
+    "Integrated loudness of any window of a set of stems, from K-weighted energy added up every 5 ms."
     def __init__(self,
         read, # stems (sources, channels, time), or a function (start, frames) -> such stems
         sample_rate: int, # in Hz
         frames: int | None = None, # length in samples, needed with a function
         block: int = 30, # seconds filtered at a time
     ):
-        self.sample_rate, self.hop, frames = sample_rate, sample_rate // 100, frames or read.shape[-1]
+        self.sample_rate, self.hop, frames = sample_rate, sample_rate // 200, frames or read.shape[-1]
         if isinstance(read, Tensor): stems, read = read, lambda start, n: stems[..., start:start + n]
-        state, energies, step = None, [], self.hop * 100 * block
+        state, energies, step = None, [], self.hop * 200 * block
         for start in range(0, frames, step):
             energy, state = self._energy(read(start, min(step, frames - start)).numpy(), state)
             energies.append(energy)
@@ -74,7 +74,7 @@ def energy(self: Loudness,
     start, # first sample of each window, a number or an array
     stop, # one past the last sample of each
 ) -> np.ndarray: # (sources, windows)
-    "K-weighted energy between samples, summed over channels; between the points of the 10 ms grid it is taken as even."
+    "K-weighted energy between samples, summed over channels; between the points of the 5 ms grid it is taken as even."
     def upto(position):
         place = np.clip(np.atleast_1d(position) / self.hop, 0, self.total.shape[1] - 1)
         left = np.minimum(place.astype(int), self.total.shape[1] - 2)
@@ -91,7 +91,7 @@ def __call__(self: Loudness,
     frames = frames or (self.total.shape[1] - 1) * self.hop - start
     block, step = min(0.4 * self.sample_rate, frames), 0.1 * self.sample_rate
     starts = start + step * np.arange(max(1, round((frames - block) / step) + 1))
-    power = self.energy(starts, starts + block) / block
+    power = self.energy(starts, np.minimum(starts + block, start + frames)) / block
     heard = power >= 10 ** ((SILENCE + 0.691) / 10)
     mean = (power * heard).sum(1) / np.maximum(heard.sum(1), 1)
     heard &= power > mean[:, None] / 10
@@ -103,7 +103,7 @@ def __call__(self: Loudness,
 def load(cls: Loudness, path, sample_rate: int) -> Loudness:
     "The loudness curves that were saved as `total`."
     made = cls.__new__(cls)
-    made.sample_rate, made.hop, made.total = sample_rate, sample_rate // 100, np.load(path)
+    made.sample_rate, made.hop, made.total = sample_rate, sample_rate // 200, np.load(path)
     return made
 
 # %% ../nbs/02_augmentation.ipynb #4f64f839
