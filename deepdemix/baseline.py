@@ -320,7 +320,7 @@ def family_colour(kind): # a class name
     "The colour of a kind of layer; grey for what has none."
     return next((colour for part, colour in FAMILIES.items() if part in kind), "#999999")
 
-
+# %% ../nbs/04_baseline.ipynb #2444f46a
 def _draw_box(ax, box, x, y, width, height, share):
     "One rounded box with its text, the shape below it and its share of the parameters as a strip."
     from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -334,7 +334,7 @@ def _draw_box(ax, box, x, y, width, height, share):
     if box.parameters: ax.text(middle, y + 0.23, f"{box.parameters:,}", ha="center", va="center", fontsize=7)
     ax.text(middle, y - 0.13, " × ".join(f"{n:,}" for n in box.shape), ha="center", va="center", fontsize=7.5, color="#333333")
 
-
+# %% ../nbs/04_baseline.ipynb #3a961e89
 def _draw_arrows(ax, places, width, height):
     "An arrow from each box to the next; from the end of a row it goes round to the start of the next row."
     arrow = dict(arrowstyle="-|>", color="#555555", lw=1.1, shrinkA=0, shrinkB=0)
@@ -346,13 +346,13 @@ def _draw_arrows(ax, places, width, height):
                     [y + half, y + half, turn, turn, y2 + half], color="#555555", lw=1.1, solid_joinstyle="round")
             ax.annotate("", (x2, y2 + half), (x2 - 0.16, y2 + half), arrowprops=arrow)
 
-
+# %% ../nbs/04_baseline.ipynb #5376abe1
 def box_rows(boxes, per_row):
     "Boxes in rows of equal length, at most `per_row` to a row."
     length = math.ceil(len(boxes) / math.ceil(len(boxes) / per_row))
     return [boxes[i:i + length] for i in range(0, len(boxes), length)]
 
-
+# %% ../nbs/04_baseline.ipynb #d7ef3f7c
 def draw_network(boxes, # from `trace_shapes`
                  title="", # above the drawing
                  start="", # what goes in, left of the first box

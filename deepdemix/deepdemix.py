@@ -86,7 +86,7 @@ class EncoderMaskNetwork(MaskNetwork):
                  linears=(500, 250), # widths of the encoder's linear layers
                  latent=125, # size of the embedding
                  dropout=0.5, # in the encoder
-                 **kwargs):
+                 **kwargs): # sources, sample_rate, channels and the STFT's sizes, as in `MaskNetwork`
         encoder = dict(conv_channels=conv_channels, kernels=kernels, pools=pools, linears=linears, latent=latent, dropout=dropout)
         super().__init__(dict(duration=duration) | encoder | (sizes or {}), **kwargs)
         self.duration, self.latent, self.samples = duration, latent, round(duration * self.sample_rate)
@@ -127,7 +127,7 @@ class DeepDeMix(EncoderMaskNetwork):
                  grid=(4, 12, 12), # the decoder's first maps: how many, cells in time, cells in frequency
                  decoder_channels=(8, 8), # maps after the decoder's first two convolutions; not in the paper
                  decoder_kernel=(3, 3), # of the decoder's convolutions; not in the paper
-                 **kwargs):
+                 **kwargs): # duration, the encoder's sizes and the front end, as in `EncoderMaskNetwork`
         super().__init__(dict(hidden=hidden, grid=grid, decoder_channels=decoder_channels, decoder_kernel=decoder_kernel), **kwargs)
         self.decoder = Decoder(self.args["latent"], hidden, grid, decoder_channels, decoder_kernel, (self.frames, self.n_f), self.channels, len(self.sources))
 
@@ -172,7 +172,7 @@ class SkipDeepDeMix(EncoderMaskNetwork):
                  grid=(4, 12, 12), # the decoder's first maps: how many, cells in time, cells in frequency
                  skip_channels=(64, 32), # maps after each of the decoder's convolutions, the smallest maps first
                  decoder_kernel=(3, 3), # of the decoder's convolutions
-                 **kwargs):
+                 **kwargs): # duration, the encoder's sizes and the front end, as in `EncoderMaskNetwork`
         super().__init__(dict(hidden=hidden, grid=grid, skip_channels=skip_channels, decoder_kernel=decoder_kernel), **kwargs)
         self.decoder = SkipDecoder(self.args["latent"], self.args["conv_channels"][1::2], hidden, grid, skip_channels, decoder_kernel,
                                    (self.frames, self.n_f), self.channels, len(self.sources))
