@@ -27,8 +27,16 @@ _SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "do
 _CHORDS = {"major": ((0, 4, 5, 3), (0, 5, 3, 4), (0, 3, 4, 3), (5, 3, 0, 4), (1, 4, 0, 0)),
            "minor": ((0, 5, 2, 6), (0, 3, 6, 2), (0, 6, 5, 6), (0, 5, 3, 4)),
            "dorian": ((0, 3, 0, 3), (0, 6, 3, 0), (0, 2, 3, 6)), "mixolydian": ((0, 6, 3, 0), (0, 3, 6, 3), (0, 4, 6, 3))}
-_FORM = (("intro", 4), ("verse", 8), ("chorus", 8), ("verse", 8), ("chorus", 8), ("bridge", 8), ("chorus", 8), ("outro", 4))
 _STEPS = 16
+
+def _form(bars):
+    "A section name for every bar: one verse up to eight bars; above, verses and choruses between intro and outro, and a bridge if there is room."
+    if bars <= 8: return ("verse",) * bars
+    edge = 4 if bars >= 24 else 2
+    body = (("verse",) * 8 + ("chorus",) * 8) * (1 + bars // 16)
+    body = body[:bars - 2 * edge]
+    if len(body) >= 40: body = body[:-16] + ("bridge",) * 8 + ("chorus",) * 8
+    return ("intro",) * edge + body + ("outro",) * edge
 
 # %% ../nbs/01_data.ipynb #c4f7e519
 @dataclass
@@ -55,13 +63,11 @@ def compose(
     seed, # any integer from 0 on
     duration=7.0, # seconds
 ) -> Score:
-    "Draw a score: the same for the same seed and duration. Under nine bars it is one verse, above it has a form from intro to outro."
+    "Draw a score: the same for the same seed and duration."
     rng = np.random.default_rng([seed, 1])
     tempo, mode = float(rng.uniform(84, 148)), str(rng.choice(list(_SCALES)))
-    bars = int(np.ceil(duration * tempo / 240))
-    form = [name for name, n in _FORM * (1 + bars // 56) for _ in range(n)]
-    sections = tuple(form[:bars] if bars > 8 else ["verse"] * bars)
-    progression = {name: _CHORDS[mode][rng.integers(len(_CHORDS[mode]))] for name, _ in _FORM}
+    sections = _form(math.ceil(duration * tempo / 240))
+    progression = {name: _CHORDS[mode][rng.integers(len(_CHORDS[mode]))] for name in ("verse", "chorus", "bridge", "intro", "outro")}
     chords = tuple(progression[s][k % 4] for k, s in enumerate(sections))
     return Score(seed, float(duration), tempo, int(rng.integers(36, 48)), mode, float(rng.choice([0, 0, 0, 0.2, 1 / 3])), sections, chords)
 
@@ -260,7 +266,7 @@ _VOWELS = {"a": (730, 1090, 2440, 3400), "e": (530, 1840, 2480, 3500), "i": (280
 _PHRASES = ((0, 2, 4, 8), (0, 4, 6, 8, 10), (0, 3, 6, 8, 12), (2, 4, 6, 8, 12), (0, 4, 8), (0, 2, 4, 6, 8, 10))
 
 def _melody(score, rng):
-    "Yield (seconds, length, pitch, vowel): phrases that breathe, a chord tone at the start of each bar, mostly steps after it."
+    "Yield (seconds, length, pitch, velocity, vowel): phrases that breathe, a chord tone at the start of each bar, mostly steps after it."
     names, centre = list(_VOWELS), int(rng.integers(10, 17))
     motif = [_PHRASES[rng.integers(len(_PHRASES))] for _ in range(2)]
     for bar, section in enumerate(score.sections):
@@ -268,7 +274,8 @@ def _melody(score, rng):
         steps, aim = (*motif[bar % 2], 14 if bar % 2 else _STEPS), centre + 2 * (section == "chorus")
         degree = min((c + 7 * octave for c in score.chord(bar) for octave in range(-1, 4)), key=lambda d: abs(d - aim) + rng.random())
         for step, stop in zip(steps, steps[1:]):
-            yield score.time(bar, step), (stop - step) * score.bar / _STEPS * rng.uniform(.8, .98), score.pitch(degree), names[rng.integers(len(names))]
+            length, velocity = (stop - step) * score.bar / _STEPS * rng.uniform(.8, .98), rng.uniform(.45, 1)
+            yield score.time(bar, step), length, score.pitch(degree), velocity, names[rng.integers(len(names))]
             degree = int(np.clip(degree + rng.choice([-2, -1, -1, 0, 1, 1, 2]), centre - 4, centre + 5))
 
 # %% ../nbs/01_data.ipynb #e6265018
@@ -281,10 +288,10 @@ def _tracks(notes, frames, rate, centre):
     "Pitch (MIDI, gliding, in the octave around `centre`) and loudness (0 to 1) per sample, and four formants at every 256th sample."
     pitch, loud = np.zeros(frames, np.float32), np.zeros(frames, np.float32)
     formants = np.zeros((4, frames // 256 + 1), np.float32)
-    for k, (at, length, p, vowel) in enumerate(notes):
+    for k, (at, length, p, velocity, vowel) in enumerate(notes):
         start, stop = (round(s * rate) for s in (at, at + length))
         pitch[start if k else 0:], formants[:, start // 256 if k else 0:] = p, np.float32(_VOWELS[vowel])[:, None]
-        loud[start:stop] = 1
+        loud[start:stop] = velocity
     pitch += 12 * round((centre - float(pitch.mean())) / 12)
     return _smooth(pitch, int(.05 * rate)), _smooth(_smooth(loud, int(.03 * rate)), int(.03 * rate)), np.stack([_smooth(f, 9) for f in formants])
 
@@ -360,6 +367,15 @@ def _mixdown(stems, room, levels, wet, pans):
         if len(active): x *= 10 ** (level / 20) / (float(np.sqrt(active.mean())) + 1e-9)
     return out
 
+# %% ../nbs/01_data.ipynb #a2f3371e
+_DYNAMICS = {"intro": (.6, .8, .8, 1), "verse": (.8, .9, .7, .8), "chorus": (1, 1, 1, 1), "bridge": (.35, .7, .9, .7), "outro": (.7, .9, .7, 1)}
+
+def _dynamics(score, frames, rate):
+    "How loud each stem plays over time (4, frames): choruses are loud, a bridge is quiet."
+    bars = np.minimum(np.arange(0, frames, 256) / rate / score.bar, len(score.sections) - 1).astype(int)
+    gains = np.float32([_DYNAMICS[s] for s in score.sections])[bars].T
+    return np.stack([np.repeat(_smooth(g, 16), 256)[:frames] for g in gains])
+
 # %% ../nbs/01_data.ipynb #3e902c96
 def toy_song(
     seed, # any integer from 0 on: the song
@@ -375,6 +391,7 @@ def toy_song(
                       np.broadcast_to(_vocals(score, frames, sample_rate), (2, frames))])
     levels, wet, pans = rng.uniform(-4, 4, 4) - (19, 19, 21, 19), rng.uniform(0, 1, 4) * (.3, 0, .4, .4), rng.uniform(-1, 1, 4) * (.05, .05, .6, .25)
     mix = _mixdown(stems, room, levels, wet, pans)
+    if len(set(score.sections)) > 1: mix *= _dynamics(score, frames, sample_rate)[:, None]
     return torch.from_numpy(mix * np.float32(rng.uniform(.5, .95) / (np.abs(mix.sum(0)).max() + 1e-9)))
 
 # %% ../nbs/01_data.ipynb #af532d09
