@@ -6,11 +6,11 @@
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER',
            'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'VALID_SEED', 'PICKLES', 'HEADER_LIMIT',
            'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record', 'recipe_for',
-           'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task', 'build_task', 'SeparationTask',
-           'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record',
-           'save_network', 'load_encoder', 'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded',
-           'lr_factor', 'build_optimizer', 'Average', 'Interrupted', 'Loop', 'write_metrics', 'read_metrics',
-           'show_metrics', 'Reporter', 'fit']
+           'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task', 'build_task',
+           'SeparationTask', 'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest',
+           'new_record', 'save_network', 'load_encoder', 'write_state', 'read_state', 'random_state',
+           'set_random_state', 'seeded', 'lr_factor', 'build_optimizer', 'Average', 'Interrupted', 'Loop',
+           'write_metrics', 'read_metrics', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, csv, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, platform, random
@@ -325,6 +325,13 @@ def recipe_for(
     sizes = dict(network_args=p["network_args"].get(name, {}), epochs=p["epochs"].get(name, PAPER_EPOCHS["ddm"]))
     settings = dict(network=name, mixer=PAPER_MIXER) | p | sizes | MODELS.get(name, {})
     return Recipe.from_dict({**settings, **overrides}).check()
+
+# %% ../nbs/03_training.ipynb #74dc6156
+def profile_table():
+    "Examples that each model sees in each profile: epochs x examples an epoch, a data frame."
+    import pandas as pd
+    seen = lambda p, m: p["epochs"][m] * p["examples_per_epoch"]
+    return pd.DataFrame({name: {m: seen(p, m) for m in p["epochs"]} for name, p in PROFILES.items()})
 
 # %% ../nbs/03_training.ipynb #82e8ba85
 LOSSES = {}
@@ -1123,8 +1130,8 @@ def _check_resume(
     out, # the run folder
 ):
     "Raise a `UserError` that names the fields or the data that differ from the run's."
-    old, new = record["recipe"], recipe.to_dict()
-    differ = [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in new.items() if k not in MAY_CHANGE and old.get(k) != v]
+    old, new = Recipe.from_dict(record["recipe"]).to_dict(), recipe.to_dict()
+    differ = [f"{k} was {old[k]!r} and is {v!r}" for k, v in new.items() if k not in MAY_CHANGE and old[k] != v]
     if differ: raise UserError(f"{out} was begun with another recipe: " + "; ".join(differ))
     if record["data"].get("digest") != store.digest: raise UserError(f"{out} was begun with other data (digest {record['data'].get('digest')}, now {store.digest})")
 

@@ -377,6 +377,24 @@ def test_every_model_has_a_recipe_in_every_profile_that_builds(profile, name):
     assert (r.seed, r.batch_size <= 16, Recipe.from_dict(r.to_dict())) == (3, True, r)
     T.build_network(r.network, **r.network_args)
 
+@pytest.mark.musdb
+def test_the_baseline_learns_and_resumes_on_real_songs(tmp_path, musdb_path):
+    "Two training songs and one validation song of MUSDB18; the paper's baseline, its mixer, a few steps."
+    from deepdemix import data
+    held_out = set(data.validation_titles())
+    files = sorted((musdb_path/"train").glob("*.stem.mp4"))
+    valid = [f for f in files if f.name.removesuffix(".stem.mp4") in held_out][:1]
+    (tmp_path/"musdb"/"train").mkdir(parents=True); (tmp_path/"musdb"/"test").mkdir()
+    for f in [f for f in files if f not in valid][:2] + valid: (tmp_path/"musdb"/"train"/f.name).symlink_to(f.resolve())
+    store = data.prepare_musdb(tmp_path/"musdb", tmp_path/"store", progress=False)
+    assert [len(store.split(s)) for s in ("train", "valid")] == [2, 1]
+    r = recipe_for("baseline", "paper", epochs=2, examples_per_epoch=8, batch_size=2, valid_examples=2, validation="songs", device="cpu", lr=0.01)
+    with pytest.raises(Interrupted): fit(r, store, tmp_path/"run", progress=False, task=stopping_after(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    table = read_metrics(fit(r, store, tmp_path/"run", resume=True, progress=False))
+    assert table.valid_loss.iloc[-1] < table.valid_loss.iloc[0]
+    assert table[[f"valid_sdr_{s}" for s in SOURCES]].notna().to_numpy().all()
+    assert read_record(tmp_path/"run")["parameters"] == 227_942
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
