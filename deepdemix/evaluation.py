@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .audio import SAMPLE_RATE, SOURCE_COLORS, SOURCES, STFT, UserError, atomic_path, check_finite, overlap_add, show_spectrogram, to_mono
-from .metrics import METRICS, framewise_sdr, isr_sir_sar, median_over_frames, scores as score_all
+from .metrics import METRICS, isr_sir_sar, median_over_frames, scores as score_all
 
 # %% ../nbs/07_evaluation.ipynb #73b37fe2
 class Windowed:
@@ -185,9 +185,9 @@ def score_song(
     audible = references.flatten(1).any(1)
     if not audible.any(): raise UserError("all reference sources are silent")
     r, e = (references, estimates) if audible.all() else (references[audible], estimates[audible])
-    frames = {"SDR": framewise_sdr(r, e, sample_rate)} if "SDR" in metrics or bss else {}
+    found, seconds = score_all(r, e, sample_rate, ["SDR", *metrics] if bss else metrics, frames=True)
+    frames = {} if seconds is None else {"SDR": seconds}
     if bss: frames |= dict(zip(("ISR", "SIR", "SAR"), isr_sir_sar(r, e, sample_rate)))
-    found = score_all(r, e, sample_rate, [m for m in metrics if m != "SDR"])
     found |= {name: median_over_frames(x) for name, x in frames.items()}
     def full(x): return torch.full((len(references), *x.shape[1:]), math.nan, dtype=x.dtype).index_copy(0, audible.nonzero()[:, 0], x)
     return ({name: full(x) for name, x in found.items()}, {name: full(x) for name, x in frames.items()})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'framewise_sdr', 'median_over_frames', 'sdr', 'Moments', 'moments', 'usdr', 'snr', 'sd_sdr', 'si_sdr',
-           'improvement', 'isr_sir_sar', 'scores']
+           'improvement', 'isr_sir_sar', 'sdr_and_moments', 'scores']
 
 # %% ../nbs/02a_metrics.ipynb #7156fd6c
 import math
@@ -73,7 +73,11 @@ def framewise_sdr(
         r, e = _double(r), _double(e)
         signal.append(r.square().sum((-2, -1)))
         error.append((r - e).square_().sum((-2, -1)))
-    signal, error, silent = torch.stack(signal, -1), torch.stack(error, -1), torch.stack(silent, -1)
+    return _frame_db(torch.stack(signal, -1), torch.stack(error, -1), torch.stack(silent, -1))
+
+
+def _frame_db(signal: Tensor, error: Tensor, silent: Tensor) -> Tensor:
+    "dB of energies (…, sources, frames), NaN in silent frames (…, frames)."
     _finite(signal, error)
     return (10 * torch.log10(signal / error)).masked_fill(silent.unsqueeze(-2).to(signal.device), math.nan)
 
@@ -121,12 +125,16 @@ def moments(
     references, estimates = _pair(references, estimates)
     time, sums = references.shape[-1], 0
     step = max(1, block * time // references.numel())
-    for start in range(0, time, step):
-        s, e = (_double(x[..., start:start + step]) for x in (references, estimates))
-        d = e - s
-        sums = sums + torch.stack([s.sum(-1), d.sum(-1), torch.linalg.vecdot(s, s), torch.linalg.vecdot(s, d), torch.linalg.vecdot(d, d)])
+    for start in range(0, time, step): sums = sums + _sums(*(x[..., start:start + step] for x in (references, estimates)))
     _finite(sums)
     return Moments(time, *sums)
+
+
+def _sums(references: Tensor, estimates: Tensor) -> Tensor:
+    "The five sums of one block: (5, …, sources, channels)."
+    s = _double(references)
+    d = _double(estimates) - s
+    return torch.stack([s.sum(-1), d.sum(-1), torch.linalg.vecdot(s, s), torch.linalg.vecdot(s, d), torch.linalg.vecdot(d, d)])
 
 # %% ../nbs/02a_metrics.ipynb #b0d6cfb1
 def _db(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -288,14 +296,34 @@ def _decomposed(r: Tensor, e: Tensor, every: Tensor, own: Tensor, n_fft: int) ->
 METRICS = {"SDR": sdr, "uSDR": usdr, "SNR": snr, "SD-SDR": sd_sdr, "SI-SDR": si_sdr}
 
 
+def sdr_and_moments(
+    references,                      # true sources (…, sources, channels, time)
+    estimates,                       # estimated sources, same shape
+    sample_rate: float=SAMPLE_RATE,  # samples per second
+) -> tuple[Tensor, Moments]:         # `framewise_sdr` and `moments`
+    "Both in one pass, second by second."
+    references, estimates = _pair(references, estimates)
+    time, second = references.shape[-1], int(sample_rate)
+    frames = _frames(time, second, second)
+    blocks = [(references[..., a:b], estimates[..., a:b]) for a, b in [*frames, (frames[-1][1], time)] if b > a]
+    silent = torch.stack([_silent(r) | _silent(e) for r, e in blocks[:len(frames)]], -1)
+    sums = torch.stack([_sums(r, e) for r, e in blocks], -1)
+    signal, error = (sums[k][..., :len(frames)].sum(-2) for k in (2, 4))
+    _finite(sums)
+    return _frame_db(signal, error, silent), Moments(time, *sums.sum(-1))
+
+
 def scores(
     references,                      # true sources (…, sources, channels, time)
     estimates,                       # estimated sources, same shape
     sample_rate: float=SAMPLE_RATE,  # samples per second
     metrics: tuple=tuple(METRICS),   # which of `METRICS`
-) -> dict[str, Tensor]:              # name -> dB (…, sources)
+    frames: bool=False,              # give the framewise SDR too, or None where SDR is not asked for
+) -> dict[str, Tensor]:              # name -> dB (…, sources); with `frames` a pair of this and (…, sources, frames)
     "Several metrics of one excerpt."
     unknown = set(metrics) - set(METRICS)
     if unknown: raise UserError(f"unknown metric {', '.join(sorted(unknown))}; known: {', '.join(METRICS)}")
-    sums = moments(references, estimates) if set(metrics) - {"SDR"} else None
-    return {name: sdr(references, estimates, sample_rate) if name == "SDR" else METRICS[name](sums) for name in metrics}
+    if "SDR" in metrics: seconds, sums = sdr_and_moments(references, estimates, sample_rate)
+    else: seconds, sums = None, moments(references, estimates)
+    found = {name: median_over_frames(seconds) if name == "SDR" else METRICS[name](sums) for name in metrics}
+    return (found, seconds) if frames else found
