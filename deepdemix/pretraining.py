@@ -30,10 +30,12 @@ class SameConv2d(nn.Conv2d):
     def forward(self,
                 x, # maps (batch, channels, n_t, n_f)
                ):  # maps (batch, out channels, n_t, n_f)
-        "Pads as torch's `padding='same'` does."
+        "Pads as torch's `padding='same'` does. On a CPU, few channels are laid out last."
         (kt, kf) = self.kernel_size
         t, f = (kt - 1) // 2, (kf - 1) // 2
-        return super().forward(F.pad(x, (f, kf - 1 - f, t, kt - 1 - t)))
+        x = F.pad(x, (f, kf - 1 - f, t, kt - 1 - t))
+        if x.device.type == "cpu" and self.in_channels < 16: x = x.to(memory_format=torch.channels_last)
+        return super().forward(x)
 
 # %% ../nbs/05_pretraining.ipynb #14d2f599
 def conv_block(n_in:int, # channels that come in
@@ -586,14 +588,16 @@ def validate(self:PretrainingTask):
     figures = cloud(z, self._held.labels)
     logs = dict(valid_loss=float(np.mean(losses)), valid_knn=neighbour_accuracy(z, self._held.labels, self._held.songs), **{f"valid_{k}": v for k, v in figures.items()})
     logs |= dict(valid_active=float(np.mean(active))) if self.triplets else {}
-    logs["collapse_value"] = collapse_value(self.recipe.loss, self._kept[0][1], self.settings.margin)
+    logs["collapse_value"] = collapse_value(self.recipe.loss, self.valid_labels, self.settings.margin)
     return logs | dict(collapsed=float(self._collapsed(logs)))
 
 @patch
 def _valid(self:PretrainingTask, k):
-    "Loss and active share of validation batch `k`."
-    if k not in self._kept: self._kept[k] = self.batch(self.valid_stream, k)
-    waves, labels, excerpts = (x.to(self.device) for x in self._kept[k])
+    "Loss and active share of validation batch `k`; batches are kept while they are few."
+    batch = self._kept[k] if k in self._kept else self.batch(self.valid_stream, k)
+    if (k + 1) * batch[0].numel() <= 2**26: self._kept[k] = batch
+    self.valid_labels = batch[1]
+    waves, labels, excerpts = (x.to(self.device) for x in batch)
     z = self.network.embed(waves)
     return float(self.loss(z, labels, excerpts, remember=False)), float(active_share(z, self.settings.margin)) if self.triplets else float("nan")
 
