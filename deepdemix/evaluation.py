@@ -50,7 +50,7 @@ class Windowed:
         try: return overlap_add(self.network, waveform, self.chunk, self.overlap, batch_size=self.batch_size, align=self.align, device=self.device)
         finally: self.network.train(training)
 
-
+# %% ../nbs/07_evaluation.ipynb #6dfa9b3d
 def windowed(network: nn.Module, duration: float=5., **kwargs) -> Windowed:
     "`network` over overlapping windows of `duration` seconds; keywords as `Windowed`'s."
     return Windowed(network, duration, **kwargs)
@@ -72,7 +72,7 @@ def real_mask(stems: Tensor, mixture: Tensor) -> Tensor:
     "The real mask in [0, 1] that comes closest to each source."
     return ((stems * mixture.conj()).real / mixture.abs().square().clamp_min(1e-20)).clamp(0, 1)
 
-
+# %% ../nbs/07_evaluation.ipynb #cb3b9cb7
 def complex_mask(stems: Tensor, mixture: Tensor) -> Tensor:
     "The complex mask of magnitude at most 1 that comes closest to each source."
     mask = stems * mixture.conj() / mixture.abs().square().clamp_min(1e-20)
@@ -89,7 +89,7 @@ def _cells(x: Tensor, time: Tensor, freq: Tensor) -> Tensor:
     "Sums of `x` (batch, n_t, n_f, …) over the cells of a grid: (batch, cells in time, cells in frequency, …)."
     return torch.einsum("btf...,ta,fd->bad...", x, time, freq)
 
-
+# %% ../nbs/07_evaluation.ipynb #1444ef65
 def _coupled(power: Tensor, right: Tensor, time: Tensor, freq: Tensor) -> Tensor:
     "Least squares where neighbouring cells share bins; `power` (batch, n_t, n_f, channels), `right` (batch, *grid, channels, sources)."
     def pairs(basis): return torch.einsum("xa,xb->xab", basis, basis).flatten(1)
@@ -100,7 +100,7 @@ def _coupled(power: Tensor, right: Tensor, time: Tensor, freq: Tensor) -> Tensor
     right = right.double().movedim(3, 1).flatten(2, 3)
     return torch.linalg.solve(gram + ridge * torch.eye(rows * columns, dtype=torch.float64), right).unflatten(2, (rows, columns)).movedim(1, 3)
 
-
+# %% ../nbs/07_evaluation.ipynb #8045169b
 def grid_mask(
     stems: Tensor,         # complex (batch, n_t, n_f, channels, sources)
     mixture: Tensor,       # complex (batch, n_t, n_f, channels, 1)
@@ -133,7 +133,7 @@ def _masked(stems: Tensor, mixture: Tensor, stft: STFT, masks: list[Callable], c
     out = overlap_add(apply, joined, chunk, align=stft.hop_length, pad=False, **kwargs)
     return out.unflatten(0, (len(masks), count))
 
-
+# %% ../nbs/07_evaluation.ipynb #3d90bf6c
 def reference_estimates(
     stems: Tensor,                   # true sources (sources, channels, time)
     mixture: Tensor,                 # (channels, time)
@@ -173,7 +173,7 @@ def _check_estimates(estimates, references: Tensor, names: tuple, order: tuple) 
     if not torch.isfinite(estimates).all(): raise UserError("the separator gave NaN or infinite samples")
     return estimates
 
-
+# %% ../nbs/07_evaluation.ipynb #869b08bb
 def score_song(
     references: Tensor,              # true sources (sources, channels, time)
     estimates: Tensor,               # estimated sources, same shape
@@ -195,7 +195,7 @@ def score_song(
 # %% ../nbs/07_evaluation.ipynb #ae499574
 COLUMNS = ["model", "seed", "split", "song", "source", "metric", "value"]
 
-
+# %% ../nbs/07_evaluation.ipynb #bd9c8598
 @dataclass(repr=False)
 class Scores:
     "Scores of one or more models: tidy rows, how they were made, and what failed."
@@ -228,7 +228,7 @@ class Scores:
         failed = self.failed + [f for f in other.failed if f not in self.failed]
         return Scores(rows, _merged(self.info, other.info), failed, {**self.frames, **other.frames})
 
-
+# %% ../nbs/07_evaluation.ipynb #65cc959c
 def _merged(a: dict, b: dict) -> dict:
     "Both dictionaries; where they differ, a list of what occurs."
     def listed(x): return x if isinstance(x, list) else [x]
@@ -264,7 +264,7 @@ def _song(store, i: int, channels: str, mixture: str) -> tuple[Tensor, Tensor]:
     if stream.shape[-1] != stems.shape[-1]: raise UserError(f"the mixture has {stream.shape[-1]} samples, the stems {stems.shape[-1]}")
     return stems, check_finite(to_mono(stream) if channels == "mono" else stream, "the mixture")
 
-
+# %% ../nbs/07_evaluation.ipynb #e4f117e6
 def _protocol(separate, store, channels: str, mixture: str | None) -> str:
     "The kind of mixture, after a look at all that would make every song fail."
     if channels not in ("mono", "stereo"): raise UserError(f"channels is mono or stereo, not {channels!r}")
@@ -275,7 +275,7 @@ def _protocol(separate, store, channels: str, mixture: str | None) -> str:
     if rate and rate != store.sample_rate: raise UserError(f"the model works at {rate} Hz, the data are at {store.sample_rate} Hz")
     return mixture or ("sum" if channels == "mono" else "stream")
 
-# %% ../nbs/07_evaluation.ipynb #e4f117e6
+# %% ../nbs/07_evaluation.ipynb #8ecce5cb
 def _each_song(store, estimate: Callable, channels: str, mixture: str, metrics, bss: bool, seed: int, progress: bool) -> tuple[list, list]:
     "Entries of scores.json and failures, over all songs; `estimate` gives {model: estimates}."
     from tqdm.auto import tqdm
@@ -291,13 +291,13 @@ def _each_song(store, estimate: Callable, channels: str, mixture: str, metrics, 
     if not records: raise UserError(f"no song could be scored; the first, {failed[0]['song']}: {failed[0]['reason']}")
     return records, failed
 
-
+# %% ../nbs/07_evaluation.ipynb #64ff76af
 def _info(store, channels: str, mixture: str, **more) -> dict:
     "What must be known to repeat the scores."
     return {"deepdemix": __version__, "data": getattr(store, "digest", None), "songs": len(store), "sample_rate": store.sample_rate,
             "channels": channels, "mixture": mixture} | {k: v for k, v in more.items() if v is not None}
 
-# %% ../nbs/07_evaluation.ipynb #8ecce5cb
+# %% ../nbs/07_evaluation.ipynb #20092a4b
 def reference_rows(
     store,                      # songs to score
     channels: str="mono",       # or "stereo"
@@ -317,7 +317,7 @@ def reference_rows(
     info = _info(store, channels, mixture, reference_stft=[stft.window_length, stft.hop_length, stft.window_type])
     return _from_records(records, info, [{"model": "reference rows", **f} for f in failed])
 
-
+# %% ../nbs/07_evaluation.ipynb #7530ace3
 def evaluate(
     separate,                   # mixture (channels, time) -> (sources, channels, time) or {source: (channels, time)}; or a network, which is `windowed`
     store,                      # songs to score: a `Store` or a view of it
@@ -359,7 +359,7 @@ def average_songs(
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(values, -2) if metric == "uSDR" else np.nanmedian(values, -2)
 
-
+# %% ../nbs/07_evaluation.ipynb #30939648
 def _mean(values: np.ndarray) -> np.ndarray:
     "Mean over the last axis of what there is."
     with warnings.catch_warnings():
@@ -373,7 +373,7 @@ def _one_split(a: Scores, b: Scores) -> str:
     if not both: raise UserError("the two were scored on different splits")
     return "test" if "test" in both else both[0]
 
-
+# %% ../nbs/07_evaluation.ipynb #873baa8b
 @patch
 def array(self: Scores, metric: str, model: str, split: str=None) -> tuple[np.ndarray, list]:
     "Values (seeds, songs, sources) of a model with NaN where there is none, and the titles; the test songs if there are several splits."
@@ -393,7 +393,7 @@ def by_song(self: Scores, metric: str="SDR", model: str=None, split: str=None):
     values, titles = self.array(metric, model or self._single(), split)
     return pd.DataFrame(values.mean(0), pd.Index(titles, name="song"), self.sources)
 
-
+# %% ../nbs/07_evaluation.ipynb #0798220d
 @patch
 def _single(self: Scores) -> str:
     "The one model's name."
@@ -419,7 +419,7 @@ def resample(
     parts = np.array_split(np.arange(draws), max(1, draws * values.size // 2 ** 20))
     return np.concatenate([statistic(values[seeds[p][:, :, None], songs[p][:, None]]) for p in parts])
 
-
+# %% ../nbs/07_evaluation.ipynb #dea21119
 def interval(
     samples: np.ndarray,  # the statistic, resampled
     level: float=0.95,    # the part of the samples inside
@@ -430,7 +430,7 @@ def interval(
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-
+# %% ../nbs/07_evaluation.ipynb #bc4cac8a
 def bootstrap(
     values: np.ndarray,   # (songs,), (songs, sources) or (seeds, songs, sources) in dB
     metric: str="SDR",    # says how songs are averaged
@@ -469,7 +469,7 @@ def summary(self: Scores, metrics=None, intervals: bool=False):
     table.columns, table.index = pd.MultiIndex.from_tuples(table.columns), pd.MultiIndex.from_tuples(table.index, names=["split", "model"])
     return table[[c for m in metrics for c in table.columns if c[0] == m]]
 
-
+# %% ../nbs/07_evaluation.ipynb #5a15f9a5
 @patch
 def _numbers(self: Scores, metric: str, model: str, split: str, intervals: bool) -> dict:
     "Overall and per source of one model, split and metric."
@@ -542,7 +542,7 @@ def _cells(self: Scores, numbers, metrics: list) -> dict:
         if math.isfinite(low): cells[m, OVERALL] += f" [{_number(low)}, {_number(high)}]"
     return cells
 
-
+# %% ../nbs/07_evaluation.ipynb #46e2693f
 @patch
 def _label(self: Scores, model: str, split: str) -> str:
     "A model's name with its split, if there are several, and its number of seeds."
@@ -561,7 +561,7 @@ def _notes(self: Scores) -> list[str]:
     notes = [f"{counts}; {how}. Median over songs (uSDR: mean); overall is the mean over sources, in brackets its 95 % bootstrap interval over songs."]
     return notes + [f"no score: {f['song']} ({f['model']}): {f['reason']}" for f in self.failed]
 
-# %% ../nbs/07_evaluation.ipynb #46e2693f
+# %% ../nbs/07_evaluation.ipynb #343523c0
 @patch
 def table(self: Scores,
     metrics=None,          # which, in order; by default SDR, SNR and SI-SDR, or SDR and uSDR for stereo
@@ -583,7 +583,7 @@ def table(self: Scores,
     if paper: groups.append(_paper_rows(all, metrics))
     return Table([g for g in groups if g], [(m, c) for m in metrics for c in [OVERALL, *all.sources]], caption, tuple(all._notes()))
 
-
+# %% ../nbs/07_evaluation.ipynb #dc1e4b00
 def _paper_rows(scores: Scores, metrics: list) -> list:
     "The paper's numbers on the splits that were scored."
     splits = list(scores.rows.split.unique())
@@ -612,7 +612,7 @@ def records(self: Scores) -> list[dict]:
     return [dict(zip(("model", "seed", "split", "song"), (k[0], int(k[1]), *k[2:]))) | {"scores": v} | ({"frames": self.frames[k]} if k in self.frames else {})
             for k, v in out.items()]
 
-
+# %% ../nbs/07_evaluation.ipynb #563db0d0
 @patch
 def save(self: Scores,
     path,  # of scores.json
@@ -622,7 +622,7 @@ def save(self: Scores,
     with atomic_path(path) as part: part.write_text(json.dumps(content, allow_nan=False, indent=1, ensure_ascii=False), encoding="utf-8")
     return Path(path)
 
-
+# %% ../nbs/07_evaluation.ipynb #ca08d509
 @patch(cls_method=True)
 def load(cls: Scores,
     path,  # of scores.json, or the folder that it is in
@@ -649,7 +649,7 @@ def museval_song(
     targets = [{"name": name, "frames": [frame(found, k) for k in range(len(found["SDR"]))]} for name, found in frames.items()]
     return {"targets": targets, "museval_version": f"deepdemix {__version__}"}
 
-
+# %% ../nbs/07_evaluation.ipynb #03ac9152
 @patch
 def save_songs(self: Scores,
     folder,           # FOLDER/SPLIT/TITLE.json; one folder for each model and seed if there are several
@@ -688,13 +688,14 @@ class Verdict:
     name: str = ""       # of B in the sentence, if not its own
 
     @property
-    def settled(self) -> bool: return (self.low > 0 or self.high < 0) and self.p < .05
+    def settled(self) -> bool: return (self.low > 0 or self.high < 0) and self.p < .05 and abs(self.difference) >= .01
 
     @property
     def sentence(self) -> str:
         "The verdict in plain words."
         change = f"{self.name or self.b} changes {self.metric} by {self.difference:+.2f} dB [{self.low:.2f}, {self.high:.2f}] against {self.a}; {self.improved} of {self.songs} songs improve."
         if self.settled: return change
+        if abs(self.difference) < .01: return change + " That is less than 0.01 dB: no difference that matters."
         if self.low <= 0 <= self.high: return change + " The interval includes zero: no difference is shown."
         return change + f" Wilcoxon's test does not confirm it (p = {self.p:.2g}): no difference is shown."
 
@@ -720,7 +721,7 @@ def __str__(self: Verdict) -> str:
     table = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
     return "\n".join([self.sentence, "", *table, "", *self.notes])
 
-
+# %% ../nbs/07_evaluation.ipynb #e78d0218
 Verdict.__repr__ = Verdict.__str__
 
 
@@ -745,7 +746,7 @@ def _wilcoxon(x: np.ndarray) -> float:
     x = x[np.isfinite(x)]
     return float(wilcoxon(x).pvalue) if np.any(x) else 1.
 
-
+# %% ../nbs/07_evaluation.ipynb #43013fa8
 def paired(
     a: np.ndarray,          # model A (seeds, songs, sources) in dB
     b: np.ndarray,          # model B, the same songs and sources, any number of seeds
@@ -778,7 +779,7 @@ def _same_protocol(a: Scores, b: Scores) -> None:
         x, y = a.info.get(key), b.info.get(key)
         if x is not None and y is not None and x != y: raise UserError(f"the scores cannot be compared: {key} is {x} in one and {y} in the other")
 
-
+# %% ../nbs/07_evaluation.ipynb #9a36c983
 def compare(
     a,                      # `Scores` of model A, one or several seeds; or a list of them
     b,                      # of model B
@@ -882,7 +883,7 @@ def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> Non
         show_spectrogram(stft(x), store.sample_rate, stft, ax=ax)
         ax.set(xlabel="", ylabel="", ylim=(0, min(5, store.sample_rate / 2000)))
 
-
+# %% ../nbs/07_evaluation.ipynb #477b154a
 def show_songs(
     separate,              # as for `evaluate`
     store,                 # the songs that were scored

@@ -34,7 +34,7 @@ def _pair(references, estimates) -> tuple[Tensor, Tensor]:
     if not references.numel(): raise UserError(f"nothing to score: the shape is {tuple(references.shape)}")
     return references, estimates
 
-
+# %% ../nbs/02a_metrics.ipynb #1fcf840f
 def _double(x: Tensor) -> Tensor:
     "In 64 bits, on the CPU where the device has none."
     return (x.cpu() if x.device.type == "mps" else x).double()
@@ -75,7 +75,7 @@ def framewise_sdr(
         error.append((r - e).square_().sum((-2, -1)))
     return _frame_db(torch.stack(signal, -1), torch.stack(error, -1), torch.stack(silent, -1))
 
-
+# %% ../nbs/02a_metrics.ipynb #c6dd2afb
 def _frame_db(signal: Tensor, error: Tensor, silent: Tensor) -> Tensor:
     "dB of energies (…, sources, frames), NaN in silent frames (…, frames)."
     _finite(signal, error)
@@ -115,7 +115,7 @@ class Moments(NamedTuple):
         ss, sd, dd = (x - a * b / self.n for x, a, b in ((self.ss, self.s, self.s), (self.sd, self.s, self.d), (self.dd, self.d, self.d)))
         return Moments(self.n, zero, zero, ss.clamp_min(0), sd, dd.clamp_min(0))
 
-
+# %% ../nbs/02a_metrics.ipynb #b083bd4b
 def moments(
     references,           # true sources (…, sources, channels, time)
     estimates,            # estimated sources, same shape
@@ -129,7 +129,7 @@ def moments(
     _finite(sums)
     return Moments(time, *sums)
 
-
+# %% ../nbs/02a_metrics.ipynb #2dc17a0a
 def _sums(references: Tensor, estimates: Tensor) -> Tensor:
     "The five sums of one block: (5, …, sources, channels)."
     s = _double(references)
@@ -168,7 +168,7 @@ def _channels(x: Tensor, per_channel: bool) -> Tensor:
     "The mean over channels unless each one is asked for."
     return x if per_channel else x.mean(-1)
 
-
+# %% ../nbs/02a_metrics.ipynb #6cf6424f
 def snr(
     references,               # true sources (…, sources, channels, time), or their `Moments`
     estimates=None,           # estimated sources, same shape
@@ -188,7 +188,7 @@ def sd_sdr(
     m, scale = _scaled(references, estimates)
     return _channels(_db(scale.square() * m.ss, m.dd), per_channel)
 
-
+# %% ../nbs/02a_metrics.ipynb #44fa2975
 def si_sdr(
     references,               # true sources (…, sources, channels, time), or their `Moments`
     estimates=None,           # estimated sources, same shape
@@ -283,7 +283,7 @@ def isr_sir_sar(
         if not (_silent(r) or _silent(e)): ratios[:, :, t] = _decomposed(_double(r), _double(e), every, own, n_fft)
     return tuple(ratios)
 
-
+# %% ../nbs/02a_metrics.ipynb #0ac5e0c7
 def _decomposed(r: Tensor, e: Tensor, every: Tensor, own: Tensor, n_fft: int) -> Tensor:
     "The three ratios of one frame (3, sources), from spectra of the filters."
     r, e = torch.fft.rfft(r, n_fft), torch.fft.rfft(e, n_fft)
@@ -312,7 +312,7 @@ def sdr_and_moments(
     _finite(sums)
     return _frame_db(signal, error, silent), Moments(time, *sums.sum(-1))
 
-
+# %% ../nbs/02a_metrics.ipynb #5d6be879
 def scores(
     references,                      # true sources (…, sources, channels, time)
     estimates,                       # estimated sources, same shape
