@@ -368,7 +368,7 @@ def embed_excerpts(
 ) -> np.ndarray: # (n, dim)
     "Embeddings in eval mode, on the network's device; training mode comes back afterwards."
     is_network = isinstance(network, nn.Module)
-    was, device = is_network and network.training, next(network.parameters()).device if is_network else "cpu"
+    was, device = is_network and network.training, next(network.parameters(), torch.empty(0)).device if is_network else "cpu"
     if is_network: network.eval()
     fn = getattr(network, "embed", network)
     z = [fn(x.to(device)).float().cpu() for x in excerpts.waveforms.split(batch)]
@@ -505,7 +505,7 @@ class PretrainingTask(Task):
         self.heads = Contrast(recipe.loss, network.latent, s.margin, s.temperature, s.head, s.miner, s.memory)
         self.triplets = recipe.loss == "triplet" and not (s.miner or s.memory or s.instance) and s.positives == "other_song"
         self.train_stream, self.valid_stream = self.stream("train", recipe.seed), self.stream("valid", VALID_SEED)
-        self.warned, self._kept, self._held = False, {}, None
+        self.stuck, self._kept, self._held = 0, {}, None
 
 # %% ../nbs/05_pretraining.ipynb #dbc515e7
 @patch
@@ -603,12 +603,11 @@ def _valid(self:PretrainingTask, k):
 
 @patch
 def _collapsed(self:PretrainingTask, logs):
-    "Whether everything is one point; says so once."
+    "Whether everything is one point; says so at the second validation in a row."
     value = logs["collapse_value"]
     stuck = not self.settings.instance and abs(logs["valid_loss"] - value) < 0.01 * value and logs["valid_spread"] < 0.05
-    if stuck and not self.warned:
-        warnings.warn(f"the encoder has collapsed: loss {logs['valid_loss']:.3f} is what one single point would give ({value:.3f}); try a lower lr, another loss or larger batches")
-        self.warned = True
+    self.stuck = self.stuck + 1 if stuck else 0
+    if self.stuck == 2: warnings.warn(f"the encoder has collapsed: loss {logs['valid_loss']:.3f} is what one single point would give ({value:.3f}); try a lower lr, another loss or larger batches")
     return stuck
 
 # %% ../nbs/05_pretraining.ipynb #a567d684
