@@ -73,42 +73,51 @@ class DeepDeMixEncoder(nn.Module):
         layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))]
         self.linear = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], latent))
 
-    @property
-    def map_sizes(self) -> list:
-        "Size (time, frequency) of the pooled maps, one pair a block."
-        sizes = [(self.args["n_t"], self.args["n_f"])]
-        for p in self.args["pools"]: sizes.append((sizes[-1][0] // p[0], sizes[-1][1] // p[1]))
-        if min(sizes[-1]) < 1: raise UserError(f"encoder: pooling {self.args['pools']} leaves nothing of a {sizes[0]} spectrogram; pool less or give it more frames")
-        return sizes[1:]
+# %% ../nbs/05_pretraining.ipynb #997831ee
+@patch(as_prop=True)
+def map_sizes(self:DeepDeMixEncoder) -> list:
+    "Size (time, frequency) of the pooled maps, one pair a block; a `UserError` where the poolings leave nothing."
+    sizes = [(self.args["n_t"], self.args["n_f"])]
+    for p in self.args["pools"]: sizes.append((sizes[-1][0] // p[0], sizes[-1][1] // p[1]))
+    if min(sizes[-1]) < 1: raise UserError(f"encoder: pooling {self.args['pools']} leaves nothing of a {sizes[0]} spectrogram; pool less or give it more frames")
+    return sizes[1:]
 
-    def features(self,
-                 spectrogram, # magnitude (batch, n_t, n_f, n_ac)
-                ):            # latent (batch, latent), list of pooled maps (batch, channels, time, frequency)
-        "The latent, and the pooled map that each block hands on."
-        self.check(spectrogram)
-        x = self.norm(amplitude_to_db(spectrogram).permute(0, 3, 1, 2))
-        maps = []
-        for block in self.blocks: maps.append(x := block(x))
-        return self.linear(x), maps
+@patch
+def check(self:DeepDeMixEncoder,
+          spectrogram, # magnitude (batch, n_t, n_f, n_ac)
+         ):
+    "A spectrogram that does not fit is a `UserError` that says so."
+    want = (self.args["n_t"], self.args["n_f"], self.args["n_ac"])
+    if tuple(spectrogram.shape[1:]) != want:
+        raise UserError(f"encoder: takes spectrograms (batch, n_t, n_f, n_ac) = (batch, {', '.join(map(str, want))}), got {tuple(spectrogram.shape)}")
 
-    def forward(self,
-                spectrogram, # magnitude (batch, n_t, n_f, n_ac)
-               ):            # latent (batch, latent)
-        "Raises `UserError` for a spectrogram of another size."
-        return self.features(spectrogram)[0]
+# %% ../nbs/05_pretraining.ipynb #1f469382
+@patch
+def features(self:DeepDeMixEncoder,
+             spectrogram, # magnitude (batch, n_t, n_f, n_ac)
+            ):            # latent (batch, latent), list of pooled maps (batch, channels, time, frequency)
+    "The latent, and the pooled map that each block hands on."
+    self.check(spectrogram)
+    x = self.norm(amplitude_to_db(spectrogram).permute(0, 3, 1, 2))
+    maps = []
+    for block in self.blocks: maps.append(x := block(x))
+    return self.linear(x), maps
 
-    def embed_triplets(self,
-                       triplets, # magnitudes (batch, n_t, n_f, n_ac, 3): anchor, positive, negative
-                      ):         # embeddings (batch, 3, latent)
-        "The three members of each triplet through the one encoder (paper, 4.3)."
-        b, *_, k = triplets.shape
-        return self(triplets.movedim(-1, 1).flatten(0, 1)).unflatten(0, (b, k))
+@patch
+def forward(self:DeepDeMixEncoder,
+            spectrogram, # magnitude (batch, n_t, n_f, n_ac)
+           ):            # latent (batch, latent)
+    "Raises `UserError` for a spectrogram of another size."
+    return self.features(spectrogram)[0]
 
-    def check(self, spectrogram):
-        "A spectrogram that does not fit is a `UserError` that says so."
-        want = (self.args["n_t"], self.args["n_f"], self.args["n_ac"])
-        if tuple(spectrogram.shape[1:]) != want:
-            raise UserError(f"encoder: takes spectrograms (batch, n_t, n_f, n_ac) = (batch, {', '.join(map(str, want))}), got {tuple(spectrogram.shape)}")
+# %% ../nbs/05_pretraining.ipynb #ce91e619
+@patch
+def embed_triplets(self:DeepDeMixEncoder,
+                   triplets, # magnitudes (batch, n_t, n_f, n_ac, 3): anchor, positive, negative
+                  ):         # embeddings (batch, 3, latent)
+    "The three members of each triplet through the one encoder (paper, 4.3)."
+    b, *_, k = triplets.shape
+    return self(triplets.movedim(-1, 1).flatten(0, 1)).unflatten(0, (b, k))
 
 # %% ../nbs/05_pretraining.ipynb #e99d586e
 def count_parameters(module:nn.Module, # what to count
@@ -153,6 +162,7 @@ def windows(self:EncoderNetwork,
     starts = np.linspace(0, x.shape[-1] - n, math.ceil(x.shape[-1] / n)).round().astype(int)
     return torch.stack([x[..., s:s + n] for s in starts], 1)
 
+# %% ../nbs/05_pretraining.ipynb #80229de3
 @patch
 def embed(self:EncoderNetwork,
           waveform, # (batch, channels, time), any length
@@ -185,6 +195,7 @@ def metric_loss(
     if name == "multi_similarity": return losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)
     raise UserError(f"no contrastive loss is called '{name}'; known: triplet, supcon, ntxent, multi_similarity")
 
+# %% ../nbs/05_pretraining.ipynb #790d27cb
 def euclidean():
     "Plain Euclidean distance, embeddings as they are."
     from pytorch_metric_learning.distances import LpDistance
@@ -243,6 +254,7 @@ class Contrast(nn.Module):
         if memory: self.memory = _memory(self.loss, head or dim, memory, self.miner)
         self.register_buffer("queue", torch.zeros(2, dtype=torch.long))
 
+# %% ../nbs/05_pretraining.ipynb #a15e0936
 def _memory(loss, dim, size, miner):
     "A queue of past embeddings."
     from pytorch_metric_learning.losses import CrossBatchMemory
@@ -387,6 +399,7 @@ def mel_statistics(
     db = 10 * (power @ _mel_bank(stft.n_f, sample_rate, bands).to(power)).clamp(min=1e-10).log10()
     return torch.cat([db.mean(1), db.std(1)], -1)
 
+# %% ../nbs/05_pretraining.ipynb #78dc0f37
 def _mel_bank(n_f, sample_rate, bands):
     "Triangles (n_f, bands), evenly spaced on the Mel scale."
     mel = np.linspace(0, 2595 * np.log10(1 + sample_rate / 2 / 700), bands + 2)
@@ -424,6 +437,7 @@ def linear_probe(
     from sklearn.preprocessing import StandardScaler
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train, train_labels).predict(test)
 
+# %% ../nbs/05_pretraining.ipynb #71586a7d
 def retrieval(
     z, # embeddings (n, dim) of queries
     labels, # (n,)
@@ -468,6 +482,7 @@ class Settings:
     instance: float = 0. # weight of the term that keeps excerpts apart
     places: int = 4 # excerpts a validation song, for the nearest neighbours
 
+# %% ../nbs/05_pretraining.ipynb #f6e890de
 POSITIVES = ("other_song", "anywhere", "view", "mixture_stem")
 
 def read_settings(
@@ -540,12 +555,13 @@ def batch(self:PretrainingTask,
     waves, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     return views_of(waves, labels, np.random.default_rng([stream[0].seed, number]), self.settings.positives, self.settings.instance > 0)
 
+# %% ../nbs/05_pretraining.ipynb #bb6d7cf1
 @patch
 def train_batch(self:PretrainingTask, step:int):
     "Batch number `step`."
     return self.batch(self.train_stream, step)
 
-# %% ../nbs/05_pretraining.ipynb #bb6d7cf1
+# %% ../nbs/05_pretraining.ipynb #6c01ed3b
 @patch
 def loss(self:PretrainingTask,
          z, # embeddings (n, dim)
@@ -558,6 +574,7 @@ def loss(self:PretrainingTask,
     if self.settings.instance: loss = loss + self.settings.instance * metric_loss("ntxent")(z, excerpts)
     return loss
 
+# %% ../nbs/05_pretraining.ipynb #2538263d
 @patch
 def training_loss(self:PretrainingTask, batch):
     "The loss of a batch; logs the share of active triplets and the gradient's norm of the step before."
@@ -591,6 +608,7 @@ def validate(self:PretrainingTask):
     logs["collapse_value"] = collapse_value(self.recipe.loss, self.valid_labels, self.settings.margin)
     return logs | dict(collapsed=float(self._collapsed(logs)))
 
+# %% ../nbs/05_pretraining.ipynb #52920214
 @patch
 def _valid(self:PretrainingTask, k):
     "Loss and active share of validation batch `k`; batches are kept while they are few."
@@ -601,6 +619,7 @@ def _valid(self:PretrainingTask, k):
     z = self.network.embed(waves)
     return float(self.loss(z, labels, excerpts, remember=False)), float(active_share(z, self.settings.margin)) if self.triplets else float("nan")
 
+# %% ../nbs/05_pretraining.ipynb #117457ed
 @patch
 def _collapsed(self:PretrainingTask, logs):
     "Whether everything is one point; says so at the second validation in a row."
@@ -699,6 +718,7 @@ def project(
     z = np.asarray(z)
     return TSNE(perplexity=min(30, max(2, (len(z) - 1) // 3)), init="pca", random_state=seed).fit_transform(z)
 
+# %% ../nbs/05_pretraining.ipynb #a5e6b672
 def show_embedding(
     points, # (n, 2), of `project`
     excerpts, # `Excerpts`
