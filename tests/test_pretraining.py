@@ -240,3 +240,27 @@ def test_effective_rank_counts_directions():
     z[:, :3] = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     assert cloud(z, np.arange(200) % 4)["effective_rank"] == pytest.approx(3, abs=0.1)
     assert math.isfinite(cloud(torch.ones(4, 3), [0, 0, 1, 1])["effective_rank"])
+
+
+@pytest.fixture(scope="module")
+def previews(musdb_path, tmp_path_factory):
+    "Three training and three validation songs of the real data, as a store."
+    from deepdemix.data import prepare_musdb, validation_titles
+    root, held = tmp_path_factory.mktemp("musdb"), set(validation_titles())
+    files = sorted((musdb_path / "train").glob("*.stem.mp4"))
+    (root / "test").mkdir()
+    (root / "train").mkdir()
+    for part in (True, False):
+        for file in [f for f in files if (f.name.removesuffix(".stem.mp4") in held) is part][:3]: (root / "train" / file.name).symlink_to(file)
+    (root / "test" / (one := min((musdb_path / "test").glob("*.stem.mp4"))).name).symlink_to(one)
+    return prepare_musdb(root, root / "store", progress=False)
+
+
+@pytest.mark.musdb
+def test_real_songs_train_an_encoder(previews, tmp_path):
+    if previews.songs[0].duration > 10: pytest.skip("sized for the 7-second previews")
+    assert previews.splits["valid"] == 3 and previews.splits["train"] == 3
+    run = pretrain(previews, tmp_path / "run", network_args=TINY, batch_size=4, examples_per_epoch=32, epochs=2, valid_examples=8, places=2, lr=3e-3, progress=False)
+    table = probe(load_network(run), previews.split("train"), previews.split("valid"), per_song=3, randoms=2)
+    assert {"encoder", "random encoder", "mel statistics"} == set(table.index)
+    assert np.isfinite(table.values).all() and table.knn["mel statistics"] > 0.4
