@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP   := $(BIN)/python -m pip install -q -c constraints.txt
 OUT   ?= demo
 
-.PHONY: help demo test test-all check notebooks readme docs bench setup system clean
+.PHONY: help demo test test-all check notebooks readme setup clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,8 +41,9 @@ demo: $(VENV)/.package ## the first run: train, print Table 1, separate two song
 check: $(VENV)/.nussl ## the notebooks are clean, and package and README follow from them
 	@$(BIN)/python nbs/_site/check.py
 
+test: export OMP_NUM_THREADS := 1
 test: check ## what CI runs: notebooks, then tests
-	@$(BIN)/nbdev_test --n_workers 2 --do_print
+	@$(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/python -m pytest tests -q -m "not browser" -p no:cacheprovider
 
 test-all: check ## the slow tests too
@@ -55,20 +56,6 @@ notebooks: $(VENV)/.nussl ## run every notebook top to bottom and save its outpu
 
 readme: $(VENV)/.dev ## README.md from nbs/index.ipynb
 	@$(BIN)/python nbs/_site/readme.py
-
-$(VENV)/.docs: $(VENV)/.dev
-	@$(PIP) -e '.[docs]'
-	@touch $@
-
-docs: $(VENV)/.docs ## the documentation site, from the same notebooks, into _docs/
-	@$(BIN)/python nbs/_site/build.py
-
-$(VENV)/.bench: $(VENV)/.nussl
-	@$(PIP) -e '.[bench]' || echo "a peer did not install: its row will say so"
-	@touch $@
-
-bench: $(VENV)/.bench ## speed against the peers, as ratios, into bench/
-	@$(BIN)/python -m deepdemix.bench
 
 clean: ## remove what the other targets made, the environment included
 	rm -rf $(VENV) _docs _proc build dist *.egg-info

@@ -481,6 +481,7 @@ class Settings:
     positives: str = "other_song" # "other_song", "anywhere", "view" or "mixture_stem"
     instance: float = 0. # weight of the term that keeps excerpts apart
     places: int = 4 # excerpts a validation song, for the nearest neighbours
+    shuffle_labels: bool = False # a control: which excerpt is called what is drawn by lot
 
 # %% ../nbs/05_pretraining.ipynb #f6e890de
 POSITIVES = ("other_song", "anywhere", "view", "mixture_stem")
@@ -548,11 +549,14 @@ def batch(self:PretrainingTask,
           number:int, # of the batch
          ): # waveforms (n, 1, time), labels (n,), numbers of the excerpts (n,)
     "One batch, a function of the stream and the number only."
+    rng = np.random.default_rng([self.recipe.seed, number])
     if self.triplets:
         waves, labels, _ = stream.batch(self.recipe.batch_size, number * self.recipe.batch_size)
+        if self.settings.shuffle_labels: waves = torch.stack([w[rng.permutation(3)] for w in waves])
         return waves.flatten(0, 1), labels.flatten(), torch.arange(labels.numel())
     parts = [s.batch(number) for s in stream]
     waves, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if self.settings.shuffle_labels: labels = labels[torch.from_numpy(rng.permutation(len(labels)))]
     return views_of(waves, labels, np.random.default_rng([stream[0].seed, number]), self.settings.positives, self.settings.instance > 0)
 
 # %% ../nbs/05_pretraining.ipynb #bb6d7cf1

@@ -1,0 +1,105 @@
+"The experiment: its controls, its checks, and the bundled weights as files."
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from deepdemix.audio import UserError
+from deepdemix.data import prepare_toy
+from deepdemix.experiment import CONTROL_STEPS, PAPER_STEPS, WEIGHTS, excerpt_path, find_step, run_experiment, song_subset, step_recipe
+from deepdemix.pretraining import PretrainingTask
+from deepdemix.separation import Separator, pretrained_names
+from deepdemix.training import build_network, read_record, recipe_for
+
+TINY = ["epochs=1", "examples_per_epoch=4", "batch_size=2", "valid_examples=2", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return prepare_toy(16, tmp_path_factory.mktemp("toy") / "store", duration=2., progress=False)
+
+
+def test_every_step_of_the_plan_has_a_recipe(tmp_path):
+    for profile in ("demo", "laptop", "author", "paper"):
+        for step in PAPER_STEPS + CONTROL_STEPS:
+            recipe = step_recipe(step, profile, 3, tmp_path)
+            assert recipe.seed == 3 and (recipe.encoder is None) == (step.encoder is None)
+
+
+def test_the_paper_profile_is_the_paper():
+    for name, epochs in {"baseline": 30, "pretraining": 40, "ddm": 45}.items():
+        recipe = recipe_for(name, "paper")
+        assert (recipe.epochs, recipe.examples_per_epoch, recipe.batch_size, recipe.lr, recipe.betas) == (epochs, 6000, 16, 1e-3, (0.9, 0.999))
+        assert recipe.network_args == {} and recipe.mixer["duration"] == 5.0
+
+
+def test_shuffled_labels_keep_the_excerpts_and_lose_the_roles(store):
+    recipe = step_recipe(find_step("encoder"), "demo", 0, store.path, TINY)
+    shuffled = step_recipe(find_step("encoder_shuffled"), "demo", 0, store.path, TINY)
+    network = build_network("encoder", **recipe.network_args)
+    plain, mixed = (PretrainingTask(network, r, store) for r in (recipe, shuffled))
+    moved = 0
+    for number in range(8):
+        a, b = (task.train_batch(number)[0].unflatten(0, (-1, 3)) for task in (plain, mixed))
+        for x, y in zip(a, b):
+            key = lambda t: sorted(t.square().sum((1, 2)).tolist())
+            np.testing.assert_allclose(key(x), key(y), rtol=1e-5)
+            moved += not torch.equal(x, y)
+    assert moved >= 8
+
+
+def test_controls_run(store, tmp_path):
+    result = run_experiment(store, tmp_path / "out", profile="demo", controls=True, settings=TINY, splits=("test",), progress=False)
+    assert set(result.scores.models) == {step.label for step in PAPER_STEPS + CONTROL_STEPS if step.label}
+    seen = result.costs().epochs
+    assert seen[0, "ddm_long"] == 1
+    assert (result.out / "table.png").stat().st_size > 5000
+
+
+def test_an_experiment_without_test_songs_is_refused(store, tmp_path):
+    songs = store.select([i for i, s in enumerate(store.songs) if s.split != "test"])
+    with pytest.raises(UserError, match="'test'"): run_experiment(songs, tmp_path / "out", profile="demo")
+
+
+def test_more_songs_than_there_are(store):
+    with pytest.raises(UserError, match="training songs"): song_subset(store, 1000, 0)
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+def test_bundled_weights_have_a_card_and_a_recipe(name):
+    card, record = (WEIGHTS / name / "README.md").read_text(), read_record(WEIGHTS / name)
+    assert "non-commercial research" in card and "deepdemix train" in card and "valid songs" in card
+    assert record["recipe"]["kind"] == "separation" and record["parameters"] <= 6e6
+    assert (WEIGHTS / name / "model.safetensors").stat().st_size < 13e6
+
+
+def test_default_is_bundled_and_hears_full_band_songs():
+    "Noise above 18 kHz, which no training song had, changes no mask."
+    network = Separator.from_pretrained("default").network
+    torch.manual_seed(0)
+    magnitude = network.magnitudes(0.1 * torch.randn(1, 2, 44100))
+    loud = magnitude.clone()
+    loud[:, :, 1720:] *= 100
+    with torch.no_grad(): torch.testing.assert_close(network.mask(loud), network.mask(magnitude))
+
+
+def test_the_real_excerpt_is_where_the_demo_looks():
+    assert excerpt_path().stat().st_size > 100_000
+
+
+@pytest.mark.musdb
+def test_bundled_scores_are_those_of_the_card(musdb_path):
+    "The validation score in the card comes out again, on three songs, from the bundled files."
+    from pathlib import Path
+    kept = Path(__file__).parents[1] / "results/default/valid.json"
+    kept = {(r["song"], s): v["SDR"] for r in json.loads(kept.read_text())["songs"] if r["model"] == "default" for s, v in r["scores"].items()}
+    from deepdemix.audio import read_streams
+    from deepdemix.metrics import sdr
+    separator = Separator.from_pretrained("default")
+    songs = sorted({song for song, _ in kept})[:3]
+    for song in songs:
+        streams, rate = read_streams(musdb_path / "train" / f"{song}.stem.mp4")
+        with torch.no_grad(): estimates = separator(streams[0])
+        values = sdr(torch.stack(streams[1:]), estimates).tolist()
+        for source, value in zip(separator.sources, values): assert abs(value - kept[song, source]) < 0.05
