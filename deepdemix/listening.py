@@ -119,15 +119,15 @@ STYLE += r"""
 ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px; }
 .row { display: grid; grid-template-columns: 214px 1fr; background: var(--card); border: 1px solid var(--line); border-left: 6px solid var(--stem); border-radius: 10px; overflow: hidden; }
 .row[hidden] { display: none; }
-.controls { padding: 9px 12px; display: grid; gap: 7px; align-content: center; }
+.controls { padding: 6px 12px; display: grid; gap: 5px; align-content: center; }
 .head { display: flex; align-items: baseline; gap: 8px; }
 .head b { font-size: 16px; font-weight: 650; overflow-wrap: anywhere; } .head .note { margin-left: auto; color: var(--soft); font-size: 13px; white-space: nowrap; }
 kbd { font: 600 12px ui-monospace, monospace; border: 1px solid var(--line); border-radius: 4px; padding: 1px 5px; color: var(--soft); }
-.switches { display: flex; gap: 6px; } .switches button, .switches a { flex: 1; padding: 3px 6px; min-height: 30px; font-size: 13px; }
+.switches { display: flex; gap: 6px; } .switches button, .switches a { flex: 1 1 0; min-width: 0; padding: 3px 2px; min-height: 30px; font-size: 13px; }
 .gain input { flex: 1; } .gain output { min-width: 58px; text-align: right; font-variant-numeric: tabular-nums; font-size: 13px; }
-.lane { position: relative; min-height: 96px; cursor: text; touch-action: pan-y; border-left: 1px solid var(--line); overflow: hidden; }
+.lane { position: relative; min-height: 92px; cursor: text; touch-action: pan-y; border-left: 1px solid var(--line); overflow: hidden; }
 .lane canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
-.silent .lane canvas { opacity: .28; filter: grayscale(1); }
+.silent .lane canvas { opacity: .4; filter: grayscale(1); }
 .silent .lane::after { content: "silent"; position: absolute; right: 8px; top: 6px; font-size: 12px; color: var(--soft); background: var(--card); border: 1px solid var(--line); border-radius: 5px; padding: 0 6px; }
 .cursor { position: absolute; top: 0; bottom: 0; left: 0; width: 2px; margin-left: -1px; background: var(--ink); pointer-events: none; }
 .region { position: absolute; top: 0; bottom: 0; background: var(--shade); border: solid var(--soft); border-width: 0 1px; pointer-events: none; }
@@ -188,7 +188,7 @@ function instant(state, elapsed) {
   const at = state.at + elapsed, length = state.to - state.from;
   return state.loop && length > 0 && at >= state.to ? state.from + (at - state.from) % length : at;
 }
-function clock(t) { return Math.floor(t / 60) + ":" + (t % 60 < 9.95 ? "0" : "") + (Math.floor(t % 60 * 10) / 10).toFixed(1); }
+function clock(t) { return Math.floor(t / 60) + ":" + (t % 60 < 10 ? "0" : "") + (Math.floor(t % 60 * 10) / 10).toFixed(1); }
 """
 
 # %% ../nbs/10_listening.ipynb #4b9e93b1
@@ -305,14 +305,14 @@ function paint(canvas, stem) {
   canvas.width = w; canvas.height = h; stem.mono = stem.mono || mono(stem.buffer);
   state.view === "waveform" ? waves(pen, stem, w, h) : spectra(pen, stem, w, h);
 }
-function scale() { return Math.max(1e-4, ...sets.flatMap(s => s.stems).map(s => { s.mono = s.mono || mono(s.buffer); s.peak = s.peak || s.mono.reduce((a, v) => Math.max(a, Math.abs(v)), 0); return s.peak; })); }
+function scale(whole) { return Math.max(1e-4, ...sets.flatMap(s => s.stems).filter(s => (s.name === "mixture") === whole).map(s => { s.mono = s.mono || mono(s.buffer); s.peak = s.peak || s.mono.reduce((a, v) => Math.max(a, Math.abs(v)), 0); return s.peak; })); }
 function waves(pen, stem, w, h) {
-  const { low, high } = envelope(stem.mono, w), k = h * .46 / scale();
+  const { low, high } = envelope(stem.mono, w), k = h * .46 / scale(stem.name === "mixture");
   pen.fillStyle = color(stem.name);
   for (let c = 0; c < w; c++) pen.fillRect(c, h / 2 - high[c] * k, 1, Math.max(1, (high[c] - low[c]) * k));
 }
 function spectra(pen, stem, w, h) {
-  const wide = Math.min(w, 700), tall = Math.min(h, 160), picture = new ImageData(wide, tall), n = 1024, ink = color(stem.name).match(/\w\w/g).map(x => parseInt(x, 16));
+  const wide = Math.min(w, 700), tall = Math.min(h, 160), picture = new ImageData(wide, tall), n = 2048, ink = color(stem.name).match(/\w\w/g).map(x => parseInt(x, 16));
   for (let c = 0; c < wide; c++) {
     const db = decibels(stem.mono, Math.round((c + .5) / wide * data.duration * data.rate), n);
     for (let y = 0; y < tall; y++) {

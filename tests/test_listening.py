@@ -1,0 +1,342 @@
+"The listening desk: its script in node, its server on this machine, and the page in a real browser."
+import contextlib
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+
+from deepdemix.audio import SOURCES, UserError, write
+from deepdemix.data import toy_song
+from deepdemix.listening import RULES, DeskServer, Job, desk_html, embed, open_song, serve
+from deepdemix.recurrent import Recurrent
+from deepdemix.separation import Separator
+
+RATE = 16000
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+
+
+def tone(frequency, level, seconds=3.0): return level * torch.sin(2 * torch.pi * frequency * torch.arange(round(seconds * RATE)) / RATE)[None]
+
+
+def script_of(page): return page.rsplit("<script>", 1)[1].split("</script>")[0]
+
+
+def data_of(page): return json.loads(page.split('id="data">')[1].split("</script>")[0])
+
+
+def untrained(): return Separator(Recurrent(single=16, hidden=16, layers=1, window_length=512, hop_length=128, sample_rate=RATE), "untrained")
+
+
+@pytest.fixture(scope="module")
+def page():
+    "Two models of known levels, and the original: drums are a tone at -20 dB in A and at -40 dB in B; the rest is silent or quieter."
+    stems = {"drums": tone(440, .1 * 2 ** .5), "bass": tone(100, .01 * 2 ** .5), "other": tone(1000, 0.), "vocals": tone(700, .001 * 2 ** .5)}
+    return desk_html({"A": stems, "B": {name: x * .1 for name, x in stems.items()}, "original": sum(stems.values())}, RATE, "Levels")
+
+
+@pytest.fixture(scope="module")
+def node():
+    found = shutil.which("node")
+    if not found: pytest.skip("node is not installed")
+    return found
+
+
+def run_rules(node, code):
+    "What node prints, as JSON, after the desk's rules and this code."
+    done = subprocess.run([node, "-e", RULES + code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_page_holds_every_stem_and_nothing_from_outside(page):
+    data = data_of(page)
+    assert [x["name"] for x in data["sets"]] == ["A", "B", "original"]
+    assert [x["name"] for x in data["sets"][0]["stems"]] == list(SOURCES)
+    assert data["duration"] == 3.0 and data["rate"] == RATE
+    shell = page.replace(page.split('id="data">')[1].split("</script>")[0], "")
+    assert not re.search(r"https?:|//[a-z]|\burl\(.?[a-z]|@import|\bsrc=|fetch\(|XMLHttpRequest|WebSocket", shell.replace('href="data:,"', ""))
+    assert "default-src 'none'" in shell
+
+
+def test_every_control_has_a_name(page):
+    for tag in re.findall(r"<(?:input|meter|select)\b[^>]*>", page.split("<body>")[1].split("<script")[0]):
+        before = page.split(tag)[0]
+        assert "aria-label" in tag or before.rfind("<label") > before.rfind("</label>"), tag
+
+
+def test_script_is_valid(page, node, tmp_path):
+    from deepdemix.listening import FRONT
+    for name, text in (("desk", script_of(page)), ("front", script_of(FRONT))):
+        (tmp_path / f"{name}.js").write_text(text, encoding="utf-8")
+        done = subprocess.run([node, "--check", tmp_path / f"{name}.js"], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "broken.js").write_text(script_of(page)[:-40], encoding="utf-8")
+    assert subprocess.run([node, "--check", tmp_path / "broken.js"], capture_output=True, timeout=30).returncode
+
+
+@pytest.mark.parametrize("mute,solo,expected", [("", "", "abc"), ("a", "", "bc"), ("abc", "", ""), ("", "b", "b"), ("b", "b", "b"), ("a", "bc", "bc"), ("ac", "", "b")])
+def test_mute_and_solo(node, mute, solo, expected):
+    tracks = {n: dict(mute=n in mute, solo=n in solo, db=0) for n in "abc"}
+    got = run_rules(node, f"console.log(JSON.stringify(heard([...'abc'], {json.dumps(tracks)})))")
+    assert got == [n in expected for n in "abc"]
+
+
+def test_only_the_chosen_set_counts(node):
+    "The original is heard although a stem that it doesn't have is soloed; gains are decibels, and -40 is off."
+    sets = [dict(stems=[dict(name="a"), dict(name="b")]), dict(stems=[dict(name="mixture")])]
+    tracks = {"a": dict(mute=False, solo=True, db=-6), "b": dict(mute=False, solo=False, db=0), "mixture": dict(mute=False, solo=False, db=0)}
+    both = run_rules(node, f"const s = {json.dumps(sets)}, t = {json.dumps(tracks)}; console.log(JSON.stringify([gains(s, {{set: 0, tracks: t}}), gains(s, {{set: 1, tracks: t}}), loudness(-40)]))")
+    assert both[0] == [[pytest.approx(10 ** -.3), 0], [0]]
+    assert both[1:] == [[[0, 0], [1]], 0]
+
+
+def test_the_clock_goes_round_in_a_loop(node):
+    cases = [(dict(at=0, loop=False), 5, 5), (dict(at=0, loop=True), 1.5, 1.5), (dict(at=0, loop=True), 3, 1), (dict(at=1.5, loop=True), 4, 1.5), (dict(at=0, loop=True), 3.25, 1.25)]
+    for state, elapsed, expected in cases:
+        assert run_rules(node, f"console.log(instant({json.dumps(dict(state) | {'from': 1, 'to': 3})}, {elapsed}))") == pytest.approx(expected)
+    assert run_rules(node, "console.log(JSON.stringify([0, 9.97, 59.99, 60, 125.5].map(clock)))") == ["0:00.0", "0:09.9", "0:59.9", "1:00.0", "2:05.5"]
+
+
+def test_levels_survive_the_way_into_the_page():
+    "Between sets and between stems, the ratio of levels is that of the waveforms, though one of them passes full scale."
+    import base64, io, soundfile
+    data = data_of(desk_html({"a": {"drums": tone(440, 2.)}, "b": {"drums": tone(440, .5)}}, RATE))
+    peaks = [abs(soundfile.read(io.BytesIO(base64.b64decode(x["stems"][0]["sound"])))[0]).max() for x in data["sets"]]
+    assert peaks[0] == pytest.approx(.99, abs=1e-3) and peaks[0] / peaks[1] == pytest.approx(4, rel=1e-3)
+
+
+def test_long_songs_travel_as_mp3(monkeypatch):
+    monkeypatch.setattr("deepdemix.listening.FLAC_LIMIT", 1000)
+    assert data_of(desk_html({"a": tone(440, .5)}, RATE))["format"] == "mp3"
+
+
+def test_frame_gives_back_the_page(page):
+    import html
+    assert html.unescape(re.search(r'srcdoc="([^"]*)"', embed(page))[1]) == page
+
+
+@pytest.mark.musdb
+def test_true_stems_of_a_musdb_song(musdb_path):
+    title, mixture, rate, stems = open_song(next(iter(sorted((musdb_path / "test").glob("*.stem.mp4")))))
+    assert rate == 44100 and list(stems) == list(SOURCES) and ".stem" not in title
+    error = (sum(stems.values()) - mixture).square().mean() / mixture.square().mean()
+    assert 10 * error.log10() < -15
+
+
+@contextlib.contextmanager
+def serving(models):
+    server = DeskServer(models)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try: yield server
+    finally: server.shutdown(); server.server_close(); thread.join(5)
+
+
+def ask(server, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+    answer = connection.getresponse()
+    try: return answer.status, answer.read().decode()
+    finally: connection.close()
+
+
+def finished(server, limit=30):
+    end = time.monotonic() + limit
+    while (job := json.loads(ask(server, "GET", "/progress")[1]))["busy"]:
+        assert time.monotonic() < end, "the job doesn't end"
+        time.sleep(.05)
+    return job
+
+
+def test_server_takes_a_song_and_serves_its_desk(tmp_path):
+    write(tmp_path / "song.wav", toy_song(1, 1., RATE).sum(0), RATE)
+    sound = (tmp_path / "song.wav").read_bytes()
+    with serving({"untrained": untrained()}) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        assert ask(server, "GET", "/desk")[0] == 404
+        assert ask(server, "POST", "/separate?name=my+song.wav&model=untrained", sound, X_Desk="1")[0] == 202
+        job = finished(server)
+        assert job["ready"] and job["error"] is None and job["done"] == pytest.approx(1.)
+        assert [x["name"] for x in data_of(ask(server, "GET", "/desk")[1])["sets"]] == ["untrained", "original"]
+
+
+def test_server_says_what_is_wrong_with_a_song():
+    with serving({"untrained": untrained()}) as server:
+        ask(server, "POST", "/separate?name=notes.txt&model=untrained", b"no sound", X_Desk="1")
+        job = finished(server)
+        assert not job["ready"] and "notes.txt" in job["error"]
+        assert ask(server, "POST", "/separate?name=a.wav&model=other", b"x", X_Desk="1")[0] == 404
+
+
+def test_server_refuses_strangers():
+    "A page of another site can't send the header, and a name bent to this address isn't this host's; nor do paths lead to files."
+    with serving({"untrained": untrained()}) as server:
+        assert ask(server, "POST", "/separate?name=a.wav&model=untrained", b"x")[0] == 403
+        assert ask(server, "GET", "/", Host="evil.example")[0] == 403
+        assert ask(server, "GET", "/../../etc/passwd")[0] == 404
+        assert not server.job.busy
+        assert ask(server, "GET", "/")[0] == 200
+
+
+def test_one_song_at_a_time():
+    job = Job()
+    assert job.claim("a") and not job.claim("b") and job.name == "a"
+
+
+def test_serve_ends_with_ctrl_c(tmp_path, monkeypatch, capsys):
+    def interrupted(self): raise KeyboardInterrupt
+    monkeypatch.setattr(DeskServer, "serve_forever", interrupted)
+    monkeypatch.setattr(DeskServer, "begin", lambda self, song, label, name: begun.append((label, name)))
+    begun = []
+    write(tmp_path / "song.wav", tone(440, .5), RATE)
+    serve(tmp_path / "song.wav", untrained(), open_browser=False)
+    assert "http://127.0.0.1:" in capsys.readouterr().out and begun == [("untrained", "song.wav")]
+
+
+def test_serve_on_a_port_that_is_taken():
+    with serving({"untrained": untrained()}) as server:
+        with pytest.raises(UserError, match="port"): serve(None, untrained(), server.server_port, open_browser=False)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium: pytest.skip("no Chromium")
+    with playwright.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp("profile"), executable_path=chromium, headless=True, args=FLAGS, viewport=dict(width=1100, height=700))
+        yield context
+        context.close()
+
+
+@contextlib.contextmanager
+def opened(browser, address):
+    "A tab that fails on errors of the script and on requests to anywhere else."
+    tab, wrong = browser.new_page(), []
+    own = address.split("/")[2] if address.startswith("http") else None
+    tab.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda e: wrong.append(str(e)))
+    tab.on("request", lambda r: wrong.append(r.url) if not (r.url.startswith(("file:", "data:", "blob:")) or own and r.url.startswith(f"http://{own}/")) else None)
+    tab.goto(address)
+    try:
+        yield tab
+        assert not wrong, wrong
+    finally: tab.close()
+
+
+@pytest.fixture
+def desk(browser, page, tmp_path):
+    (tmp_path / "desk.html").write_text(page, encoding="utf-8")
+    with opened(browser, (tmp_path / "desk.html").as_uri()) as tab:
+        tab.wait_for_selector("#play:enabled")
+        yield tab
+
+
+def level(tab):
+    "What leaves the graph, in dB, once gains have settled and the meter's window has passed."
+    tab.wait_for_timeout(350)
+    return tab.evaluate("desk.level()")
+
+
+@pytest.mark.browser
+def test_what_is_heard_follows_the_buttons(desk):
+    "Levels read from the running Web Audio graph: drums -20 dB, bass -40 dB, vocals -60 dB; B is 20 dB below A."
+    desk.evaluate("desk.region(0, 3)")
+    desk.click("#play")
+    assert level(desk) == pytest.approx(-20, abs=.3)
+    desk.click("[aria-label='Mute drums']")
+    assert level(desk) == pytest.approx(-40, abs=.3)
+    desk.keyboard.press("Shift+Digit4")
+    assert level(desk) == pytest.approx(-60, abs=.5)
+    before = desk.evaluate("desk.position()")
+    desk.keyboard.press("s")
+    assert 0 <= (desk.evaluate("desk.position()") - before) % 3 < .5
+    assert level(desk) == pytest.approx(-80, abs=1.5)
+    assert "vocals of B" in desk.inner_text("#status")
+    desk.keyboard.press("s")
+    assert level(desk) == pytest.approx(-20, abs=.3)
+    desk.keyboard.press("Space")
+    assert desk.inner_text("#play") == "Play" and not desk.evaluate("desk.state.playing")
+
+
+@pytest.mark.browser
+def test_volume_of_a_track(desk):
+    desk.evaluate("desk.region(0, 3)")
+    desk.locator("[aria-label='Volume of drums, in decibels']").fill("-12")
+    desk.click("[aria-label='Solo drums']")
+    desk.click("#play")
+    assert level(desk) == pytest.approx(-32, abs=.3)
+    assert "-12.0 dB" in desk.inner_text("[data-stem=drums]")
+
+
+@pytest.mark.browser
+def test_loop_by_dragging_and_seek_by_clicking(desk):
+    box = desk.locator("[data-stem=bass] .lane").bounding_box()
+    at = lambda part: (box["x"] + part * box["width"], box["y"] + box["height"] / 2)
+    desk.mouse.click(*at(.5))
+    assert desk.evaluate("desk.position()") == pytest.approx(1.5, abs=.02)
+    desk.mouse.move(*at(.6)); desk.mouse.down(); desk.mouse.move(*at(.7)); desk.mouse.up()
+    assert desk.evaluate("[desk.state.loop, desk.state.from, desk.state.to]") == [True, pytest.approx(1.8, abs=.02), pytest.approx(2.1, abs=.02)]
+    desk.click("#play")
+    desk.wait_for_timeout(900)
+    assert 1.79 <= desk.evaluate("desk.position()") <= 2.12 and desk.evaluate("desk.state.playing")
+
+
+@pytest.mark.browser
+def test_without_a_loop_the_end_stops(desk):
+    desk.click("#play")
+    desk.wait_for_selector("#play:text-is('Pause')")
+    desk.evaluate("desk.go(2.8)")
+    desk.wait_for_selector("#play:text-is('Play')", timeout=5000)
+    assert desk.evaluate("desk.position()") == 0
+
+
+@pytest.mark.browser
+def test_keyboard_alone(desk):
+    "Tab reaches every control; space on a focused button is that button's."
+    desk.focus("[aria-label='Mute bass']")
+    desk.keyboard.press("Space")
+    assert desk.get_attribute("[aria-label='Mute bass']", "aria-pressed") == "true" and desk.inner_text("[aria-label='Mute bass']") == "Muted"
+    assert not desk.evaluate("desk.state.playing")
+    reached = set()
+    desk.evaluate("document.activeElement.blur()")
+    for _ in range(40):
+        desk.keyboard.press("Tab")
+        reached.add(desk.evaluate("document.activeElement.id || document.activeElement.getAttribute('aria-label') || document.activeElement.tagName"))
+    assert {"play", "start", "position", "loop", "from", "to", "view", "volume"} | {f"{what} {stem}" for what in ("Mute", "Solo", "Download") for stem in SOURCES} <= reached
+
+
+@pytest.mark.browser
+def test_download_is_the_stem(desk):
+    with desk.expect_download() as got: desk.click("[aria-label='Download bass']")
+    assert got.value.suggested_filename == "Levels - A - bass.flac"
+    import soundfile
+    x, rate = soundfile.read(got.value.path(), dtype="float32")
+    assert rate == RATE and abs(torch.from_numpy(x) - tone(100, .01 * 2 ** .5)[0]).max() < 1e-4
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 768, 1100])
+def test_fits_its_window(desk, width):
+    desk.set_viewport_size(dict(width=width, height=800))
+    desk.wait_for_timeout(100)
+    assert desk.evaluate("document.documentElement.scrollWidth") <= width
+    drawn = desk.evaluate("[...document.querySelectorAll('.row:not([hidden]) canvas')].map(c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n; })")
+    assert len(drawn) == 4 and min(drawn) > 200
+
+
+@pytest.mark.browser
+def test_page_without_code(browser, tmp_path):
+    "Choose a song, press one button, and the desk opens."
+    write(tmp_path / "song.wav", toy_song(1, 1., RATE).sum(0), RATE)
+    with serving({"untrained": untrained()}) as server, opened(browser, server.address) as tab:
+        tab.set_input_files("#file", tmp_path / "song.wav")
+        tab.click("#go")
+        tab.wait_for_selector("#play:enabled", timeout=30000)
+        assert tab.inner_text("h1") == "song" and tab.locator("#sets input").count() == 2
