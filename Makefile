@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP   := $(BIN)/python -m pip install -q -c constraints.txt
+PIP   := $(BIN)/python -m pip install -qq -c constraints.txt
 OUT   ?= demo
 
 .PHONY: help demo test test-all check notebooks readme setup clean

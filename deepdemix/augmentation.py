@@ -53,7 +53,8 @@ class Loudness:
         frames: int | None = None, # length in samples, needed with a function
         block: int = 30, # seconds filtered at a time
     ):
-        self.sample_rate, self.hop, frames = sample_rate, sample_rate // 200, frames or read.shape[-1]
+        self.sample_rate, self.hop, self.frames = sample_rate, sample_rate // 200, frames or read.shape[-1]
+        frames = self.frames
         if isinstance(read, Tensor): stems, read = read, lambda start, n: stems[..., start:start + n]
         state, energies, step = None, [], self.hop * 200 * block
         for start in range(0, frames, step):
@@ -88,7 +89,7 @@ def __call__(self: Loudness,
     frames: int | None = None, # its length; None: to the end
 ) -> np.ndarray: # LUFS (sources,), never below -70, the absolute gate
     "Gated loudness of every source in one window: blocks of 400 ms every 100 ms, gates at -70 LUFS and 10 LU below the mean (BS.1770-4)."
-    frames = frames or (self.total.shape[1] - 1) * self.hop - start
+    frames = frames or self.frames - start
     block, step = min(0.4 * self.sample_rate, frames), 0.1 * self.sample_rate
     starts = start + step * np.arange(max(1, round((frames - block) / step) + 1))
     power = self.energy(starts, np.minimum(starts + block, start + frames)) / block
@@ -104,6 +105,7 @@ def load(cls: Loudness, path, sample_rate: int) -> Loudness:
     "The loudness curves that were saved as `total`."
     made = cls.__new__(cls)
     made.sample_rate, made.hop, made.total = sample_rate, sample_rate // 200, np.load(path)
+    made.frames = (made.total.shape[1] - 1) * made.hop
     return made
 
 # %% ../nbs/02_augmentation.ipynb #4f64f839

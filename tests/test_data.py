@@ -32,10 +32,15 @@ def make_song(folder, seconds=0.5, rate=RATE, channels=2, names=SOURCES, suffix=
 def prepared(folder, out, **kw): return prepare_stems(folder, out, sample_rate=RATE, progress=False, **kw)
 
 
+def interruptible():
+    "A process that was started in the background ignores SIGINT, and so do its children: undo that."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def script(code, *args, **kw):
     "Start Python on some lines that have the data room at hand."
     lines = "import sys, torch\ntorch.set_num_threads(1)\nfrom deepdemix.data import *\nfrom deepdemix.audio import UserError\n" + code
-    return subprocess.Popen([sys.executable, "-c", lines, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen([sys.executable, "-c", lines, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible, **kw)
 
 
 # ---- what is stored is what was decoded

@@ -329,7 +329,8 @@ def test_threads_are_put_back(song):
 # Killed, and long
 
 SCRIPT = """
-import sys, resource, time
+import re, resource, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from deepdemix.recurrent import Recurrent
@@ -340,16 +341,25 @@ class Quarter(torch.nn.Module):
     def forward(self, x):
         time.sleep(float(seconds))
         return torch.stack([x / 4] * 4, 1)
-def tell(done, total): print(done, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
+def peak():
+    status = Path("/proc/self/status")
+    if status.exists(): return int(re.search(r"VmHWM:\\s*(\\d+)", status.read_text())[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def tell(done, total): print(done, peak(), flush=True)
 network = Recurrent() if kind == "recurrent" else Quarter()
 print(Separator(network, device="cpu", chunk=None if kind == "recurrent" else 5).separate_file(path, out, progress=tell)["frames"], flush=True)
 """
 
 
+def interruptible():
+    "A process that was started in the background ignores SIGINT, and so do its children: undo that."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(tmp_path, path, seconds=0.0, kind="quarter"):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, str(script), str(path), str(tmp_path / "out"), str(seconds), kind], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(script), str(path), str(tmp_path / "out"), str(seconds), kind], stdout=subprocess.PIPE, text=True, preexec_fn=interruptible)
 
 
 def long_file(path, seconds):
@@ -410,7 +420,7 @@ def test_a_real_song(musdb_path, tmp_path):
 # The Hub
 
 def test_hub(tmp_path, monkeypatch, song):
-    import huggingface_hub
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     network = Baseline(hidden_size=3, window_length=256, hop_length=64)
     save_network(network, Recipe(network="baseline", network_args=network.args), tmp_path / "run")
     (tmp_path / "run" / "resume.ckpt").write_bytes(b"not to be sent")
