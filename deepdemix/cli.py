@@ -93,9 +93,9 @@ def evaluate(
 ):
     "Score a model on the songs of one split, beside the reference rows."
     from deepdemix.experiment import score_model
-    scores, references = score_model(args.model, _open(args).split(args.split), channels=args.channels, device=args.device)
+    scores = score_model(args.model, _open(args).split(args.split), channels=args.channels, device=args.device)
     scores.save(args.out)
-    print(scores.table(references=references))
+    print(scores.table())
     print(f"saved: {args.out}")
     return int(bool(scores.failed))
 
@@ -149,8 +149,9 @@ def separate(
         clip=args.clip, residual_to=args.residual_to, overwrite=args.overwrite, progress=not args.json)
     if args.json: print(json.dumps(summary, indent=1))
     else:
-        for song in summary["songs"]: print(f"{song['input']}: " + (song.get("error") or f"{len(song['outputs'])} stems in {song['folder']}"), file=sys.stderr if song.get("error") else sys.stdout)
-    return int(any(song.get("error") for song in summary["songs"]))
+        for song in summary["songs"]: print(song.get("error") or f"{song['input']}: {len(song['outputs'])} stems in {song['folder']}", file=sys.stderr if song.get("error") else sys.stdout)
+    failed = [song for song in summary["songs"] if song.get("error")]
+    return 0 if not failed else 1 if any("outputs" in song for song in summary["songs"]) else 2
 
 def models(
     args:argparse.Namespace, # nothing
