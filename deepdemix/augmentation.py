@@ -77,7 +77,8 @@ def energy(self: Loudness,
 ) -> np.ndarray: # (sources, windows)
     "K-weighted energy between samples, summed over channels; between the points of the 5 ms grid it is taken as even."
     def upto(position):
-        place = np.clip(np.atleast_1d(position) / self.hop, 0, self.total.shape[1] - 1)
+        position = np.where(np.atleast_1d(position) >= self.frames, np.inf, position)
+        place = np.clip(position / self.hop, 0, self.total.shape[1] - 1)
         left = np.minimum(place.astype(int), self.total.shape[1] - 2)
         return self.total[:, left] + (place - left) * (self.total[:, left + 1] - self.total[:, left])
     return np.maximum(upto(stop) - upto(start), 0.0)

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"): settings.load_profile("ci")
 REAL = "musdb"
 
 
