@@ -92,7 +92,7 @@ def __call__(self: Loudness,
     "Gated loudness of every source in one window: blocks of 400 ms every 100 ms, gates at -70 LUFS and 10 LU below the mean (BS.1770-4)."
     frames = frames or self.frames - start
     block, step = min(0.4 * self.sample_rate, frames), 0.1 * self.sample_rate
-    starts = start + step * np.arange(max(1, round((frames - block) / step) + 1))
+    starts = start + step * np.arange(max(1, round((frames / self.sample_rate - 0.4) / (0.4 * 0.25)) + 1))
     power = self.energy(starts, np.minimum(starts + block, start + frames)) / block
     heard = power >= 10 ** ((SILENCE + 0.691) / 10)
     mean = (power * heard).sum(1) / np.maximum(heard.sum(1), 1)
