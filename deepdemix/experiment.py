@@ -382,7 +382,7 @@ def score_model(
     channels = channels or ("mono" if separator.channels == 1 else "stereo")
     whole = windowed(network, device=device_of(network)) if separator.channels == 1 else separator
     whole.stft = getattr(network, "stft", None)
-    record = {"model": str(model), "weights": file_digest(find_model(model) / "model.safetensors")}
+    record = {"model": separator.name, "weights": file_digest(find_model(model) / "model.safetensors")}
     return evaluate(whole, store, channels=channels, name=separator.name, references=True, info=record)
 
 def device_of(
