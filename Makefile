@@ -7,8 +7,9 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP   := $(BIN)/python -m pip install -qq -c constraints.txt
 OUT   ?= demo
+BENCH ?= data evaluation separation
 
-.PHONY: help demo test test-all check notebooks readme setup clean
+.PHONY: help demo test test-all check bench soak docs test-browser notebooks readme setup clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,12 +51,38 @@ test-all: check ## the slow tests too
 	@$(BIN)/nbdev_test --n_workers 2 --flags slow
 	@$(BIN)/python -m pytest tests -q --all -m "not browser"
 
+$(VENV)/.bench: $(VENV)/.nussl
+	@$(PIP) -e '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.bench ## figures for speed and memory, beside other tools, into bench/*.json (BENCH=data evaluation separation)
+	@for part in $(BENCH); do $(BIN)/python bench/$$part.py || exit 1; done
+
+soak: $(VENV)/.bench ## draw mixes for ten minutes and watch the memory
+	@$(BIN)/python bench/data.py 10
+
+$(VENV)/.docs: $(VENV)/.dev
+	@echo "installing what the site needs (once)"
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs ## the documentation site, from the notebooks, into _docs
+	@$(BIN)/python nbs/_site/build.py
+
+$(VENV)/.browser: $(VENV)/.docs
+	@bash .ci/system-packages --browser
+	@$(PIP) -e '.[browser]'
+	@touch $@
+
+test-browser: $(VENV)/.browser docs ## the site and the listening desk in a real browser
+	@$(BIN)/python -m pytest tests -q -m browser -p no:cacheprovider
+
 notebooks: $(VENV)/.nussl ## run every notebook top to bottom and save its outputs
-	@$(BIN)/python nbs/_site/execute.py $(sort $(wildcard nbs/*.ipynb))
+	@$(BIN)/python nbs/_site/execute.py $(sort $(wildcard nbs/*.ipynb nbs/pages/*.ipynb))
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme
 
 readme: $(VENV)/.dev ## README.md from nbs/index.ipynb
 	@$(BIN)/python nbs/_site/readme.py
 
 clean: ## remove what the other targets made, the environment included
-	rm -rf $(VENV) _docs _proc build dist *.egg-info
+	rm -rf $(VENV) _docs _proc nbs/_site/build build dist *.egg-info

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MIX', 'PLACE', 'COLOUR', 'COPY', 'TRIPLET', 'BALANCED', 'SILENCE', 'LEVELS', 'TRIES', 'generator', 'k_weighting',
-           'Loudness', 'fit_length', 'shift_tied', 'shift', 'shelf', 'Variant', 'Bank', 'Piece', 'Mix', 'Mixer',
-           'level_gain', 'Excerpts', 'Triplets', 'BalancedBatches']
+           'Loudness', 'fit_length', 'shift_tied', 'shift', 'shelf_sections', 'shelf', 'Variant', 'Bank', 'Piece',
+           'Mix', 'Mixer', 'level_gain', 'Blocks', 'Excerpts', 'Triplets', 'BalancedBatches']
 
 # %% ../nbs/02_augmentation.ipynb #f9cf9f86
-import functools, hashlib, json, math, multiprocessing
-from collections import OrderedDict
+import functools, hashlib, json, math, multiprocessing, sys
+from collections import OrderedDict, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from torch import Tensor
 
 from .audio import UserError, atomic_path, to_channels
@@ -148,12 +149,29 @@ def shift(
     return fit_length(tuned, round(waveform.shape[-1] * stretch))
 
 # %% ../nbs/02_augmentation.ipynb #31aafaa9
-def _shelf_curve(s, gain):
-    a = 10 ** (gain / 40)
-    q = math.sqrt(2 * a)
-    return a * (a * s * s + q * s + 1) / (s * s + q * s + a)
+def shelf_sections(
+    sample_rate: int, # in Hz
+    low: float = 0.0, # gain far below 200 Hz, in dB
+    high: float = 0.0, # gain far above 4 kHz, in dB
+) -> np.ndarray: # second-order sections (2, 6)
+    "A low and a high shelf as digital filters."
+    sections = []
+    for gain, corner, side in ((low, 200.0, 1), (high, 4000.0, -1)):
+        a, w = 10 ** (gain / 40), 2 * math.pi * corner / sample_rate
+        c, root = side * math.cos(w), math.sqrt(2 * a) * math.sin(w)
+        rise, fall = (a + 1) + (a - 1) * c, (a + 1) - (a - 1) * c
+        over = a * (fall + root), side * 2 * a * ((a - 1) - (a + 1) * c), a * (fall - root)
+        sections.append(np.array((*over, rise + root, side * -2 * ((a - 1) + (a + 1) * c), rise - root)) / (rise + root))
+    return np.stack(sections)
 
-# %% ../nbs/02_augmentation.ipynb #840f61e7
+# %% ../nbs/02_augmentation.ipynb #7490602c
+def _by_spectrum(waveform, sections):
+    frames = waveform.shape[-1]
+    size = 1 << (frames + 8192).bit_length()
+    z = torch.exp(-2j * math.pi * torch.arange(size // 2 + 1, dtype=torch.float64, device=waveform.device) / size)
+    response = math.prod((b0 + b1 * z + b2 * z * z) / (a0 + a1 * z + a2 * z * z) for b0, b1, b2, a0, a1, a2 in sections.tolist())
+    return torch.fft.irfft(torch.fft.rfft(waveform, size) * response.to(torch.complex64), size)[..., :frames]
+
 def shelf(
     waveform: Tensor, # (…, time)
     sample_rate: int, # in Hz
@@ -161,11 +179,10 @@ def shelf(
     high: float = 0.0, # gain far above 4 kHz, in dB
 ) -> Tensor: # (…, time)
     "A low and a high shelf of second order."
-    frames = waveform.shape[-1]
-    size = 1 << (frames + sample_rate // 5).bit_length()
-    s = 1j * torch.linspace(0, sample_rate / 2, size // 2 + 1, device=waveform.device)
-    response = _shelf_curve(s / 4000, high) * _shelf_curve(s / 200, -low) * 10 ** (low / 20)
-    return torch.fft.irfft(torch.fft.rfft(waveform, size) * response, size)[..., :frames]
+    from scipy.signal import sosfilt
+    sections = shelf_sections(sample_rate, low, high)
+    if waveform.device.type != "cpu": return _by_spectrum(waveform, sections)
+    return torch.from_numpy(sosfilt(sections, waveform.numpy(), axis=-1).astype(np.float32))
 
 # %% ../nbs/02_augmentation.ipynb #c356d53f
 @dataclass
@@ -525,9 +542,26 @@ def _set_level(self: Mixer, piece, share, factor):
     piece.gain = factor * level_gain(self.level, piece.snr, piece.lufs)
 
 # %% ../nbs/02_augmentation.ipynb #7776dfca
+class Blocks:
+    "Uninitialised memory that is lent out again once its last holder has let go of it."
+    def __init__(self, limit: int = 2**30): # bytes kept at most
+        self.kept, self.limit = deque(), limit
+
+    def get(self, shape) -> Tensor:
+        "A float32 tensor on the processor."
+        size = math.prod(shape)
+        block = next((b for b in self.kept if b.size == size and sys.getrefcount(b) <= 3), None)
+        if block is None:
+            block = np.empty(size, np.float32)
+            self.kept.append(block)
+            while sum(b.nbytes for b in self.kept) > self.limit: self.kept.popleft()
+        return torch.from_numpy(block).view(shape)
+
+# %% ../nbs/02_augmentation.ipynb #b2b91f52
+_blocks = Blocks()
+
 def _block(shape, device):
-    if torch.device(device or "cpu").type != "cpu": return torch.empty(shape, device=device)
-    return torch.from_numpy(np.empty(shape, np.float32))
+    return _blocks.get(shape) if torch.device(device or "cpu").type == "cpu" else torch.empty(shape, device=device)
 
 @functools.lru_cache(8)
 def _ramp(frames, device):
@@ -672,6 +706,7 @@ def cut(self: Excerpts, piece: Piece, out: Tensor) -> Tensor: # out and result (
     return out
 
 # %% ../nbs/02_augmentation.ipynb #01ef19a3
+@delegates(Bank)
 class Triplets(Excerpts):
     "Anchor and positive: one instrument in two songs; negative: another instrument in any song (paper, section 4.3)."
     def __init__(self,
@@ -685,16 +720,9 @@ class Triplets(Excerpts):
         level: tuple | None = None, # as in `Mixer`
         pitch: tuple | None = None, # range in semitones
         stretch: tuple | None = None, # range of new length / old length
-        shift: str | None = "bank", # "bank" or "tied"
-        variants: int = 1, # copies of a song at a time
-        refresh: int = 6000, # triplets after which a copy is replaced
-        excerpt: float = 15.0, # seconds of a song at most in one copy
-        memory: float = 4.0, # GiB of copies kept
-        cache: str | None = None, # folder where processes share copies
-        workers: int = 0, # processes that render copies ahead
+        **kwargs, # as in `Bank`
     ):
-        bank = dict(pitch=pitch, stretch=stretch, shift=shift, variants=variants, refresh=refresh, excerpt=excerpt, memory=memory, cache=cache, workers=workers)
-        super().__init__(store, duration, channels, seed, size, instruments, gate, level, bank)
+        super().__init__(store, duration, channels, seed, size, instruments, gate, level, dict(kwargs, pitch=pitch, stretch=stretch))
         self.need(2)
 
 # %% ../nbs/02_augmentation.ipynb #9adf705a
@@ -736,6 +764,7 @@ def batch(self: Triplets,
     return waves, labels.to(waves.device), songs.to(waves.device)
 
 # %% ../nbs/02_augmentation.ipynb #6b110d41
+@delegates(Bank)
 class BalancedBatches(Excerpts):
     "`per_class` excerpts of every instrument, each from another song."
     def __init__(self,
@@ -751,16 +780,9 @@ class BalancedBatches(Excerpts):
         level: tuple | None = None, # as in `Mixer`
         pitch: tuple | None = None, # range in semitones
         stretch: tuple | None = None, # range of new length / old length
-        shift: str | None = "bank", # "bank" or "tied"
-        variants: int = 1, # copies of a song at a time
-        refresh: int = 6000, # excerpts after which a copy is replaced
-        excerpt: float = 15.0, # seconds of a song at most in one copy
-        memory: float = 4.0, # GiB of copies kept
-        cache: str | None = None, # folder where processes share copies
-        workers: int = 0, # processes that render copies ahead
+        **kwargs, # as in `Bank`
     ):
-        bank = dict(pitch=pitch, stretch=stretch, shift=shift, variants=variants, refresh=refresh, excerpt=excerpt, memory=memory, cache=cache, workers=workers)
-        super().__init__(store, duration, channels, seed, size, instruments, gate, level, bank)
+        super().__init__(store, duration, channels, seed, size, instruments, gate, level, dict(kwargs, pitch=pitch, stretch=stretch))
         self.per_class, self.background = per_class, background
         self.need(per_class)
 

@@ -1,0 +1,75 @@
+"""Separation: stages of the default model and Hybrid Transformer Demucs on one file, and an hour in flat memory; `make bench` runs it."""
+import subprocess, sys, tempfile
+
+import torch
+
+from deepdemix.audio import read, write
+from deepdemix.data import toy_song
+from deepdemix.separation import Separator
+from report import absent, report, row, seconds
+
+
+def htdemucs(path, out):
+    "The published size with random weights: reads, separates as its own command does, writes."
+    from demucs.apply import apply_model
+    from demucs.htdemucs import HTDemucs
+    model = HTDemucs(sources=["drums", "bass", "other", "vocals"]).eval()
+    song, rate = read(path)
+    with torch.inference_mode(): stems = apply_model(model, song[None], shifts=0, split=True, overlap=0.25)[0]
+    for name, stem in zip(model.sources, stems): write(f"{out}/{name}.wav", stem / stem.abs().max(), rate)
+
+
+def stages(path, out, duration):
+    "Where the time goes, and the whole against HTDemucs in the same run."
+    separator = Separator.from_pretrained("default")
+    song, rate = read(path)
+    stems = separator.separate(song, rate)
+    def encode(format):
+        for name, stem in stems.items(): write(f"{out}/{name}.{format}", stem, rate)
+    parts = {"decode": lambda: read(path), "network, chunks and overlap": lambda: separator.separate(song, rate)} | {f"write four stems as {f}": lambda f=f: encode(f) for f in ("wav", "flac", "mp3")}
+    for what, call in parts.items(): yield row(what, seconds(call, 3) / duration, "of real time")
+    whole = seconds(lambda: separator.separate_file(path, out, overwrite=True), 3) / duration
+    try: yield row("end to end, wav out", whole, "of real time", "HTDemucs, random weights", seconds(lambda: htdemucs(path, out)) / duration)
+    except ImportError as error: yield row("end to end, wav out", whole, "of real time"); yield absent("end to end", "demucs", error)
+
+
+def chunking(song, rate):
+    "What separating in chunks changes, against the whole song at once."
+    separator = Separator.from_pretrained("default")
+    with torch.inference_mode(): whole = separator.network(song[None])[0]
+    pieces = separator(song)
+    yield row("chunks against the whole at once", float(10 * torch.log10(whole.square().sum() / (pieces - whole).square().sum())), "dB")
+
+
+HOUR = """
+import re, sys, time
+from pathlib import Path
+from deepdemix.separation import Separator
+began = time.perf_counter()
+Separator.from_pretrained("default").separate_file(*sys.argv[1:])
+print(time.perf_counter() - began, re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def hour(song, rate, folder):
+    "An hour of stereo in a process of its own: time and peak memory, as Linux counts it."
+    from deepdemix.audio import Writer
+    path, length = f"{folder}/hour.wav", 3600 * rate
+    with Writer(path, rate, 2) as out:
+        for start in range(0, length, song.shape[-1]): out.write(song[:, :length - start])
+    taken, most = map(float, subprocess.run([sys.executable, "-c", HOUR, path, f"{folder}/hour"], check=True, capture_output=True, text=True).stdout.split())
+    yield row("an hour of stereo", taken / 3600, "of real time")
+    yield row("an hour of stereo, peak memory of the process", most / 2**20, "GiB")
+
+
+def everything(folder, duration=120, rate=44100):
+    "All rows."
+    song = toy_song(0, duration=duration).sum(0)
+    write(f"{folder}/song.wav", song, rate)
+    yield from stages(f"{folder}/song.wav", folder, duration)
+    yield from chunking(song, rate)
+    yield from hour(song, rate, folder)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder: report("separation", everything(folder))
