@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
-           'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'VALID_SEED', 'PICKLES', 'HEADER_LIMIT',
-           'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record', 'recipe_for',
-           'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task', 'build_task',
-           'SeparationTask', 'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest',
-           'new_record', 'save_network', 'load_encoder', 'write_state', 'read_state', 'random_state',
+           'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'VALID_SEED', 'PICKLES',
+           'HEADER_LIMIT', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
+           'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task',
+           'build_task', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network',
+           'file_digest', 'new_record', 'save_network', 'load_encoder', 'write_state', 'read_state', 'random_state',
            'set_random_state', 'seeded', 'lr_factor', 'build_optimizer', 'Average', 'Interrupted', 'Loop',
            'write_metrics', 'read_metrics', 'show_metrics', 'Reporter', 'fit']
 
@@ -296,13 +296,14 @@ PAPER_MIXER = dict(coherent=1.0, level=["lufs", -20, [-5, 5]], pitch=[-2, 2], st
 PAPER_EPOCHS = dict(baseline=30, pretraining=40, ddm=45, ddm_skip=45, recurrent=45)
 QUARTER = {name: dict(conv_channels=[4, 8, 16, 32]) for name in ("pretraining", "ddm", "ddm_skip")}
 TINY = dict(duration=1.0, window_length=2048, hop_length=1024, conv_channels=[4, 4, 8, 8], kernels=[[3, 5]] * 4, pools=[[4, 8], [8, 8]], linears=[16, 8], latent=4, dropout=0.0)
+HALF = {name: dict(precision="bf16-mixed") for name in QUARTER}
 SMALL = {name: TINY for name in ("pretraining", "ddm", "ddm_skip")}
 FEW_EPOCHS = dict(baseline=8, pretraining=4, ddm=6, ddm_skip=6, recurrent=4)
 
 PROFILES = {
     "demo":   dict(epochs=FEW_EPOCHS,   examples_per_epoch=320,  valid_examples=64,  batch_size=8,  duration=1.0, network_args=SMALL,
                    models=dict(baseline=dict(batch_size=4), pretraining=dict(lr=3e-3))),
-    "laptop": dict(epochs=PAPER_EPOCHS, examples_per_epoch=32,   valid_examples=16,  batch_size=16, duration=5.0, network_args=QUARTER),
+    "laptop": dict(epochs=PAPER_EPOCHS, examples_per_epoch=32,   valid_examples=16,  batch_size=16, duration=5.0, network_args=QUARTER, models=HALF),
     "author": dict(epochs=PAPER_EPOCHS, examples_per_epoch=160,  valid_examples=300, batch_size=16, duration=5.0, network_args={}),
     "paper":  dict(epochs=PAPER_EPOCHS, examples_per_epoch=6000, valid_examples=300, batch_size=16, duration=5.0, network_args={}),
 }
