@@ -303,7 +303,7 @@ FEW_EPOCHS = dict(baseline=8, pretraining=4, ddm=6, ddm_skip=6, recurrent=4)
 PROFILES = {
     "demo":   dict(epochs=FEW_EPOCHS,   examples_per_epoch=320,  valid_examples=64,  batch_size=8,  duration=1.0, network_args=SMALL,
                    models=dict(baseline=dict(batch_size=4), pretraining=dict(lr=3e-3))),
-    "laptop": dict(epochs=PAPER_EPOCHS, examples_per_epoch=32,   valid_examples=16,  batch_size=16, duration=5.0, network_args=QUARTER, models=HALF),
+    "laptop": dict(epochs=PAPER_EPOCHS, examples_per_epoch=48,   valid_examples=16,  batch_size=16, duration=5.0, network_args=QUARTER, models=HALF),
     "author": dict(epochs=PAPER_EPOCHS, examples_per_epoch=160,  valid_examples=300, batch_size=16, duration=5.0, network_args={}),
     "paper":  dict(epochs=PAPER_EPOCHS, examples_per_epoch=6000, valid_examples=300, batch_size=16, duration=5.0, network_args={}),
 }
