@@ -11,7 +11,7 @@ steps = [["nbdev_export"], ["nbdev_clean"], [sys.executable, str(root / "nbs/_si
 
 def digests() -> dict[str, str]:
     "The digest of every file that a step may write."
-    files = [*root.glob("nbs/*.ipynb"), *root.glob("deepdemix/*.py"), root / "README.md"]
+    files = [*root.glob("nbs/*.ipynb"), *root.glob("nbs/pages/*.ipynb"), *root.glob("deepdemix/*.py"), root / "README.md"]
     return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
 
 

@@ -1,0 +1,243 @@
+"""Build the documentation site from the notebooks: `python nbs/_site/build.py [FOLDER]`
+
+nbdev's processors turn the notebooks into pages; Sphinx, with myst-nb and sphinx-book-theme, turns the pages into a site.
+Title, order and sections come from `_quarto.yml`, addresses from settings.ini. Notebooks are shown as they were saved; only the pages
+in `FRESH` are run, because their numbers come from `results/`. Nothing that a page needs lies outside the folder.
+"""
+import html, io, os, re, shutil, sys, tempfile
+from pathlib import Path
+
+import nbformat, yaml
+from docutils.nodes import make_id
+from execnb.shell import CaptureShell
+from nbdev.config import get_config
+from nbdev.doclinks import _nbpath2html
+from nbdev.processors import FilterDefaults, _default_exp, exec_show_docs
+from nbdev.serve_drv import exec_nb
+
+from execute import Client
+from readme import addresses, root
+
+site = root / "nbs/_site"
+source = site / "build/source"
+FRESH = ("pages/pretraining_helps.ipynb",)
+
+
+def quarto() -> dict:
+    "What `_quarto.yml` says of the website."
+    return yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]
+
+
+def menu() -> list[tuple[str, list[str]]]:
+    "Sections and their pages, in order; pages outside a section stand under an empty name."
+    sections = []
+    for entry in quarto()["sidebar"]["contents"]:
+        if isinstance(entry, str): sections.append(("", [entry]))
+        else: sections.append((entry["section"], entry["contents"]))
+    return sections
+
+
+def pages() -> list[str]:
+    "All pages, as paths under nbs/."
+    return [page for _, group in menu() for page in group]
+
+
+def name_of(page: str) -> str:
+    "A page's path on the site, without its suffix, as nbdev has it: 01_data.ipynb is data."
+    return _nbpath2html(Path(page)).with_suffix("").as_posix()
+
+
+def relink(text: str, page: str) -> str:
+    "Links to notebooks by their names on the site, and links to documented objects relative to the page."
+    names, up, docs = {p: name_of(p) for p in pages()}, "../" * page.count("/"), re.escape(addresses()["{docs_url}"])
+
+    def notebook(found):
+        target = os.path.normpath(os.path.join(os.path.dirname(page), found[1]))
+        return f"]({up}{names[target]}{Path(target).suffix}{found[2] or ''})" if target in names else found[0]
+
+    def documented(found):
+        return f'<a href="{up}{found[2]}#{make_id(found[3])}"><code class="docutils literal">{html.escape(found[1])}</code></a>'
+
+    text = re.sub(rf"\[`([^`\]]+)`\]\({docs}/([^)#]+\.html)#([^)]+)\)", documented, text)
+    return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+\.(?:ipynb|md))(#[^)\s]+)?\)", notebook, text)
+
+
+def addressed(text: str) -> str:
+    "`{git_url}` and its kin as addresses."
+    for name, value in addresses().items(): text = text.replace(name, value)
+    return text
+
+
+def callouts(text: str) -> str:
+    "Quarto's callouts as MyST's admonitions."
+    def opened(found):
+        title = re.search(r'title="([^"]*)"', found[3])
+        return f"{found[1]}{{admonition}} {title[1]}\n:class: {found[2]}" if title else f"{found[1]}{{{found[2]}}}"
+    return re.sub(r"^(:{3,})\s*\{\.callout-(note|tip|warning|caution|important)([^}]*)\}", opened, text, flags=re.M)
+
+
+def included(text: str, folder: Path) -> str:
+    "Quarto's include shortcodes replaced by the files, whose headings go down one level."
+    def file(found):
+        content = (folder / found[1]).read_text(encoding="utf-8")
+        return re.sub(r"^(#+ )", r"#\1", content, flags=re.M).strip()
+    return re.sub(r"\{\{<\s*include\s+(\S+)\s*>\}\}", file, text)
+
+
+def markdown(text: str, page: str) -> str:
+    "The Markdown of a page as MyST reads it."
+    return relink(callouts(addressed(included(text, (root / "nbs" / page).parent))), page)
+
+
+def directives(code: str) -> set[str]:
+    "The `#|` lines of a cell, without spaces."
+    return {re.sub(r"\s", "", line) for line in re.findall(r"^\s*#\|(.*)$", code, re.M)}
+
+
+def documentation(cell) -> str:
+    "What `show_doc` left in a cell, with the heading first and the link to the source beneath it; empty for other cells."
+    text = "".join("".join(o.get("data", {}).get("text/markdown", "")) for o in cell.get("outputs", []))
+    if cell.cell_type != "code" or not text or "output:asis" not in directives(cell.source): return ""
+    link = re.search(r"^\[source\]\(([^)]+)\)\{.*?\}\s*$", text, re.M)
+    text = re.sub(r"^---\s*$|^\[source\]\(.*$", "", text, flags=re.M).strip()
+    heading, _, body = text.partition("\n")
+    return f'{heading}\n\n<p class="source"><a href="{link[1]}">source</a></p>\n{body}' if link else text
+
+
+def said(text: str, limit: int = 220) -> str:
+    "The last sentence of some Markdown as plain words."
+    paragraphs = [p for p in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.S).strip()) if not p.lstrip().startswith((":::", "|", "<"))]
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"[*`$\\]|^[#>]+ ?", "", paragraphs[-1] if paragraphs else "", flags=re.M))
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(plain.split()).rstrip(":. "))
+    return sentences[-1][:limit]
+
+
+def describe(cell, words: str) -> None:
+    "Words for those who don't see a cell's pictures or players: its fig-alt, or the sentence above it."
+    own = re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, re.M)
+    words = own[1].strip("\"' ") if own else words
+    if any("image/png" in o.get("data", {}) for o in cell.outputs): cell.metadata["mystnb"] = {"image": {"alt": words}}
+    for output in cell.outputs:
+        found = output.get("data", {}).get("text/html")
+        if found: output["data"]["text/html"] = re.sub(r"<audio(?![^>]*aria-label)", f'<audio aria-label="{html.escape(words)}"', "".join(found))
+
+
+def shown(cell) -> None:
+    "A code cell as readers see it: without directives, and without its code if it says `echo: false`."
+    wanted = directives(cell.source)
+    if "echo:false" in wanted: cell.metadata["tags"] = ["remove-input"]
+    cell.source = re.sub(r"^\s*#\|.*\n?", "", cell.source, flags=re.M).strip()
+
+
+def links(page: str) -> str:
+    "Where a notebook can be read and run; in Colab only what needs no file of the repository."
+    at = addresses()
+    parts = [f"[Notebook]({at['{git_url}']}/blob/{at['{branch}']}/nbs/{page})"]
+    code = "".join(c.source for c in nbformat.read(root / "nbs" / page, as_version=4).cells if c.cell_type == "code")
+    if '"../' not in code and "results" not in code:
+        parts.append(f"[open in Colab](https://colab.research.google.com/github/{at['{slug}']}/blob/{at['{branch}']}/nbs/{page}), and run `!pip install git+{at['{git_url}']}` there first")
+    return f'<div class="links">\n\n{" · ".join(parts)}\n\n</div>'
+
+
+class show_docs_of_module(exec_show_docs):
+    "Run `show_doc` on the objects of the module that a notebook exports, and nothing else of the notebook; annotations may name pandas, which modules import late."
+    def begin(self):
+        self.k, module = CaptureShell(), _default_exp(self.nb)
+        self.k.run_cell("from nbdev.showdoc import show_doc")
+        if module: self.k.run_cell(f"import pandas, {get_config(path=root).lib_path.name}.{module} as module; module.pandas = pandas; globals().update(vars(module))")
+
+    def __call__(self, cell):
+        if cell.cell_type == "code" and cell.source and re.search(r"^show_doc\(", cell.source, re.M): self.k.cell(cell)
+        if self.k.exc: raise RuntimeError(f"show_doc fails: {cell.source}") from self.k.exc
+
+
+class Processors(FilterDefaults):
+    "nbdev's processors, of which none runs a notebook."
+    def base_procs(self): return [show_docs_of_module if p is exec_show_docs else p for p in super().base_procs()]
+
+
+def executed(path: Path):
+    "A notebook with the outputs of this moment, without its hidden cells."
+    notebook = nbformat.read(path, as_version=4)
+    Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or not directives(c.source) & {"hide"}]
+    return notebook
+
+
+def processed(page: str):
+    "A notebook as nbdev's processors leave it, with its opening cell back in its place."
+    with tempfile.TemporaryDirectory() as folder:
+        exec_nb(Path("nbs") / page, Path(folder) / "page.ipynb", Processors)
+        notebook = nbformat.read(Path(folder) / "page.ipynb", as_version=4)
+    opening = nbformat.read(root / "nbs" / page, as_version=4).cells[0]
+    notebook.cells = [opening, *(c for c in notebook.cells if c.cell_type != "raw" and "AUTOGENERATED!" not in c.source)]
+    return notebook
+
+
+def notebook_page(page: str):
+    "A notebook as myst-nb reads it."
+    notebook, words = executed(root / "nbs" / page) if page in FRESH else processed(page), ""
+    notebook.metadata = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    for cell in notebook.cells:
+        if text := documentation(cell): cell.cell_type, cell.source = "markdown", text
+        if cell.cell_type == "markdown":
+            words = said(cell.source) or words
+            cell.source = markdown(cell.source, page)
+            for key in ("outputs", "execution_count"): cell.pop(key, None)
+        else: describe(cell, words); shown(cell)
+    if page != "index.ipynb": notebook.cells.insert(1, nbformat.v4.new_markdown_cell(links(page)))
+    return notebook
+
+
+def contents() -> str:
+    "The tables of contents of the sidebar."
+    trees = [(section, [name_of(p) for p in group if p != "index.ipynb"]) for section, group in menu()]
+    return "\n\n".join("```{toctree}\n:hidden:\n:caption: " + section + "\n\n" + "\n".join(names) + "\n```" for section, names in trees if names)
+
+
+def write_sources() -> None:
+    "Write every page into the folder that Sphinx reads."
+    os.chdir(root)
+    shutil.rmtree(source, ignore_errors=True)
+    for page in pages():
+        path = source / (name_of(page) + Path(page).suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if page.endswith(".md"): path.write_text(markdown((root / "nbs" / page).read_text(encoding="utf-8"), page), encoding="utf-8"); continue
+        notebook = notebook_page(page)
+        if page == "index.ipynb": notebook.cells.append(nbformat.v4.new_markdown_cell(contents()))
+        path.write_text(nbformat.writes(notebook), encoding="utf-8")
+
+
+def configuration() -> dict:
+    "What would otherwise stand in Sphinx's conf.py."
+    cfg, title = get_config(path=root), quarto()["title"]
+    theme = dict(repository_url=cfg.git_url, repository_branch=cfg.branch, use_repository_button=True, use_download_button=False, use_fullscreen_button=False,
+                 show_toc_level=2, search_bar_text="Search", logo=dict(text=title, image_light=str(site / "_static/mark.svg"), image_dark=str(site / "_static/mark.svg"), alt_text=""))
+    myst = dict(myst_enable_extensions=["colon_fence", "dollarmath", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="docutils.nodes.make_id", myst_links_external_new_tab=False)
+    notebooks = dict(nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_number_source_lines=False)
+    look = dict(html_theme="sphinx_book_theme", html_theme_options=theme, html_title=title, html_static_path=[str(site / "_static")], html_css_files=["site.css"], html_js_files=["site.js"],
+                html_favicon=str(site / "_static/mark.svg"), html_copy_source=False, html_show_sphinx=False, html_math_renderer="mathml", html_baseurl=addresses()["{docs_url}"] + "/")
+    about = dict(project=title, author=cfg.author, copyright=cfg.copyright, language="en", extensions=["myst_nb", "mathml"], root_doc="index", suppress_warnings=["myst.header"])
+    return about | myst | notebooks | look
+
+
+def build(out: Path) -> list[str]:
+    "Build the site into a folder; returns the warnings."
+    from sphinx.application import Sphinx
+    write_sources()
+    warnings = io.StringIO()
+    shutil.rmtree(out, ignore_errors=True)
+    app = Sphinx(source, None, out, site / "build/doctrees", "html", configuration(), status=None, warning=warnings, freshenv=True)
+    app.build()
+    return [line for line in warnings.getvalue().splitlines() if line.strip()]
+
+
+def main() -> int:
+    out = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else root / "_docs"
+    problems = build(out)
+    for line in problems: print(line, file=sys.stderr)
+    print(f"the site, {len(pages())} pages: {out / 'index.html'}")
+    return int(bool(problems))
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -1,0 +1,376 @@
+"The documentation site: the steps that turn notebooks into pages, and the built pages in a real browser."
+import contextlib
+import functools
+import http.server
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SITE = ROOT / "nbs/_site"
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+PHONE, DESKTOP = dict(width=390, height=844), dict(width=1280, height=900)
+
+
+@pytest.fixture(scope="session")
+def site():
+    "The builder as a module."
+    for name in ("docutils", "yaml", "nbdev"): pytest.importorskip(name, reason=f"{name} is not installed: make docs brings it")
+    sys.path.insert(0, str(SITE))
+    try:
+        spec = importlib.util.spec_from_file_location("site_build", SITE / "build.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally: sys.path.remove(str(SITE))
+    return module
+
+
+def cell(source, kind="code", outputs=()):
+    import nbformat
+    if kind == "markdown": return nbformat.v4.new_markdown_cell(source)
+    return nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("display_data", data=data) for data in outputs])
+
+
+def test_every_page_is_there_and_every_notebook_is_a_page(site):
+    listed = site.pages()
+    assert len(listed) == len(set(listed)) and all((ROOT / "nbs" / page).is_file() for page in listed)
+    found = {p.relative_to(ROOT / "nbs").as_posix() for folder in ("", "pages") for kind in ("ipynb", "md") for p in (ROOT / "nbs" / folder).glob(f"*.{kind}")}
+    assert found == set(listed)
+    assert set(site.FRESH) <= set(listed)
+
+
+def test_every_bundled_model_has_its_card():
+    text = (ROOT / "nbs/pages/models.md").read_text(encoding="utf-8")
+    cards = sorted((ROOT / "deepdemix/weights").glob("*/README.md"))
+    assert cards and all(f"include ../../{card.relative_to(ROOT).as_posix()} " in text for card in cards)
+
+
+def test_names_on_the_site(site):
+    assert [site.name_of(p) for p in ("index.ipynb", "01_data.ipynb", "02a_metrics.ipynb", "pages/add_loss.ipynb")] == ["index", "data", "metrics", "pages/add_loss"]
+
+
+def test_links_between_notebooks(site):
+    assert site.relink("[a](07_evaluation.ipynb), [b](07_evaluation.ipynb#scores)", "index.ipynb") == "[a](evaluation.ipynb), [b](evaluation.ipynb#scores)"
+    assert site.relink("[a](../06_deepdemix.ipynb) and [b](models.md)", "pages/quickstart.md") == "[a](../deepdemix.ipynb) and [b](../pages/models.md)"
+    for untouched in ("[a](https://example.org/01_data.ipynb)", "[a](nowhere.ipynb)", "[a](#here)"): assert site.relink(untouched, "index.ipynb") == untouched
+
+
+def test_links_to_documented_objects(site):
+    docs = site.addresses()["{docs_url}"]
+    assert 'href="data.html#store-open"' in site.relink(f"[`Store.open`]({docs}/data.html#store.open)", "index.ipynb")
+    assert 'href="../data.html#toy-song"' in site.relink(f"[`toy_song`]({docs}/data.html#toy_song)", "pages/quickstart.md")
+
+
+def test_callouts(site):
+    assert site.callouts("::: {.callout-note}\nhello\n:::") == ":::{note}\nhello\n:::"
+    assert site.callouts(':::{.callout-tip title="Try it" collapse="true"}\nhello\n:::') == ":::{admonition} Try it\n:class: tip\nhello\n:::"
+    assert site.callouts(":::{.other}\nhello\n:::") == ":::{.other}\nhello\n:::"
+
+
+def test_includes_go_one_heading_down(site, tmp_path):
+    (tmp_path / "card.md").write_text("# name\n\ntext\n\n## Scores\n", encoding="utf-8")
+    assert site.included("before\n\n{{< include card.md >}}\n\nafter", tmp_path) == "before\n\n## name\n\ntext\n\n### Scores\n\nafter"
+    with pytest.raises(FileNotFoundError): site.included("{{< include gone.md >}}", tmp_path)
+
+
+def test_documentation_becomes_markdown(site):
+    shown = '---\n\n[source](https://host/x.py#L3){target="_blank" style="float:right"}\n\n### fit\n\n```python\ndef fit(x)\n```\n\n*Fit.*'
+    text = site.documentation(cell("#| echo: false\n#| output: asis\nshow_doc(fit)", outputs=[{"text/markdown": shown}]))
+    assert text.startswith("### fit\n") and '<a href="https://host/x.py#L3">source</a>' in text and text.endswith("*Fit.*") and "---" not in text
+    assert site.documentation(cell("Markdown('a')", outputs=[{"text/markdown": "a"}])) == ""
+
+
+def test_words_for_pictures(site):
+    assert site.said("## A title\n\nThe band plays. Its **four** stems, as [`show`](x.html) draws them:") == "Its four stems, as show draws them"
+    picture = cell("plot()", outputs=[{"image/png": "x"}])
+    site.describe(picture, "Its four stems")
+    assert picture.metadata["mystnb"]["image"]["alt"] == "Its four stems"
+    own = cell("#| fig-alt: A line that falls\nplot()", outputs=[{"image/png": "x"}])
+    site.describe(own, "something else")
+    assert own.metadata["mystnb"]["image"]["alt"] == "A line that falls"
+    player = cell("play()", outputs=[{"text/html": "<audio controls></audio>"}])
+    site.describe(player, 'a "loud" tone')
+    assert player.outputs[0]["data"]["text/html"] == '<audio aria-label="a &quot;loud&quot; tone" controls></audio>'
+
+
+def test_directives_are_not_shown(site):
+    hidden = cell("#| echo: false\nx = 1")
+    site.shown(hidden)
+    assert hidden.source == "x = 1" and hidden.metadata["tags"] == ["remove-input"]
+    slow = cell("#| slow\ny = 2")
+    site.shown(slow)
+    assert slow.source == "y = 2" and "tags" not in slow.metadata
+
+
+def test_colab_only_where_it_can_run(site):
+    assert "colab.research.google.com/github/" + site.addresses()["{slug}"] in site.links("02a_metrics.ipynb")
+    assert "colab" not in site.links("pages/pretraining_helps.ipynb")
+
+
+def test_formulas_without_a_script(site):
+    from docutils.utils.math.latex2mathml import tex2mathml
+    formulas = [f for page in site.pages() if page.endswith(".ipynb") for f in formulas_of(ROOT / "nbs" / page)]
+    assert len(formulas) > 10
+    for formula in formulas:
+        text = tex2mathml(formula)
+        assert text.startswith("<math") and "merror" not in text, formula
+
+
+def formulas_of(path):
+    "What stands between dollar signs in a notebook's prose."
+    import nbformat
+    for c in nbformat.read(path, as_version=4).cells:
+        if c.cell_type == "markdown": yield from re.findall(r"(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.sub(r"`[^`]*`|```.*?```", "", c.source, flags=re.S))
+
+
+@pytest.mark.slow
+def test_quickstart_commands(tmp_path, monkeypatch):
+    "Every command of the quickstart, on a toy song and six songs with stems; the browser of the desk stays closed."
+    from deepdemix.audio import SOURCES, read, write
+    from deepdemix.cli import main
+    from deepdemix.data import toy_song
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
+    served = []
+    monkeypatch.setattr("deepdemix.listening.serve", lambda song, model: served.append(song))
+    song = toy_song(0, duration=3.)
+    for path in ("song.mp3", "album/one.wav", "album/two.flac"): write(tmp_path / path, song.sum(0), 44100)
+    for number in range(6):
+        for name, stem in zip(SOURCES, toy_song(number, duration=2.)): write(tmp_path / f"my-songs/song {number}/{name}.wav", stem, 44100)
+    commands = quickstart("sh", "deepdemix ")
+    assert len(commands) >= 7
+    for command in commands:
+        training = " --set examples_per_epoch=16 --set epochs=1 --set valid_examples=4" if " train " in command else ""
+        assert main(shlex.split(command + training)[1:]) == 0, command
+    assert served == ["song.mp3"]
+    assert {p.name for p in (tmp_path / "stems/song").iterdir()} >= {f"{name}.wav" for name in SOURCES}
+    assert {p.name for p in (tmp_path / "stems").iterdir()} >= {"song", "one", "two"}
+    karaoke = sum(read(tmp_path / f"karaoke/song/{name}.wav")[0] for name in ("vocals", "no_vocals"))
+    assert (karaoke - read("song.mp3")[0]).abs().max() < 2 ** -14
+    space = {}
+    exec("\n".join(quickstart("python", "")), space)
+    assert sorted(space["stems"]) == sorted(SOURCES) and space["instrumental"].shape == space["waveform"].shape
+
+
+def quickstart(language, start):
+    "The lines of the quickstart's code in one language that begin with some words."
+    text = (ROOT / "nbs/pages/quickstart.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)).splitlines()
+    return [line for line in lines if line.startswith(start)]
+
+
+@pytest.fixture(scope="session")
+def built():
+    "The folder of the built site."
+    if not (ROOT / "_docs/index.html").exists(): pytest.skip("the site is not built: make docs")
+    return ROOT / "_docs"
+
+
+class Page(HTMLParser):
+    "What a page links to, loads and can be linked to."
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.loads, self.ids, self.images, self.players, self.canonical = [], [], Counter(), [], 0, None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if found.get("id"): self.ids[found["id"]] += 1
+        if tag == "a" and found.get("href"): self.links.append(found["href"])
+        if tag in ("img", "script", "iframe", "source", "audio", "video") and found.get("src"): self.loads.append(found["src"])
+        if tag == "link" and found.get("rel") not in ("canonical", "index", "search", "next", "prev"): self.loads.append(found["href"])
+        if tag == "img": self.images.append(found)
+        if tag == "audio": self.players += 1
+
+    handle_startendtag = handle_starttag
+
+
+@pytest.fixture(scope="session")
+def built_pages(built): return {p.relative_to(built).as_posix(): Page(p) for p in sorted(built.rglob("*.html")) if "_static" not in p.parts}
+
+
+def outside(address): return bool(urlsplit(address).scheme or address.startswith("//"))
+
+
+@pytest.mark.browser
+def test_no_broken_link(built, built_pages):
+    "Every link, anchor, picture, script and style that stays on the site leads somewhere."
+    broken, count = [], 0
+    for name, page in built_pages.items():
+        for address in page.links + page.loads:
+            if outside(address) or address in ("#", ""): continue
+            path, anchor = urldefrag(address)
+            target = (built / name).parent / unquote(urlsplit(path).path) if urlsplit(path).path else built / name
+            target, count = Path(os.path.normpath(target)), count + 1
+            inside = built_pages.get(target.relative_to(built).as_posix()) if target.is_relative_to(built) else None
+            if not target.exists() or anchor and inside and unquote(anchor) not in inside.ids: broken.append(f"{name}: {address}")
+    assert count > 1000 and not broken, "\n".join(sorted(set(broken)))
+
+
+@pytest.mark.browser
+def test_nothing_is_loaded_from_outside(built, built_pages):
+    for name, page in built_pages.items(): assert not [x for x in page.loads if outside(x) and not x.startswith("data:")], name
+    for style in built.rglob("*.css"): assert not re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//[^)]*", style.read_text(encoding="utf-8")), style
+
+
+@pytest.mark.browser
+def test_source_and_other_pages_link_to_one_repository(site, built_pages):
+    url = site.addresses()["{git_url}"]
+    sources = [x for page in built_pages.values() for x in page.links if "/blob/" in x and x.endswith(tuple("0123456789")) and "#L" in x and x.startswith(url)]
+    assert len(sources) > 200
+    assert all((ROOT / urlsplit(x).path.split("/blob/", 1)[1].split("/", 1)[1]).is_file() for x in set(sources))
+    assert not [x for page in built_pages.values() for x in page.links if "{" in x]
+
+
+@pytest.mark.browser
+def test_every_figure_has_words(built_pages):
+    figures = [(name, image) for name, page in built_pages.items() for image in page.images if "_images" in image.get("src", "")]
+    assert len(figures) > 25
+    for name, image in figures: assert len(image.get("alt", "")) > 15 and not image["alt"].endswith(".png"), (name, image)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope="session")
+def address(built):
+    "The site, served on this machine alone."
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown(); server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium: pytest.skip("no Chromium")
+    with playwright.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp("profile"), executable_path=chromium, headless=True, args=FLAGS, viewport=DESKTOP)
+        yield context
+        context.close()
+
+
+@contextlib.contextmanager
+def opened(browser, address, page):
+    "A tab that fails on errors of a script, on files that are missing, and on requests to anywhere else."
+    tab, wrong = browser.new_page(), []
+    tab.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: wrong.append(str(e)))
+    tab.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((address + "/", "data:", "blob:", "about:")) else None)
+    tab.goto(f"{address}/{page}")
+    try:
+        yield tab
+        assert not wrong, wrong
+    finally: tab.close()
+
+
+def html_pages():
+    "The names of all pages of the site, or none where the builder's packages are missing."
+    import yaml
+    entries = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    names = [n for e in entries for n in ([e] if isinstance(e, str) else e["contents"])]
+    return [re.sub(r"(^|/)\d+[a-z]*_", r"\1", n).rsplit(".", 1)[0] + ".html" for n in names]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("page", html_pages())
+def test_page(browser, address, page):
+    "Figures and players are there, one search box, and no scrolling sideways on a phone."
+    with opened(browser, address, page) as tab:
+        tab.set_viewport_size(DESKTOP)
+        tab.wait_for_load_state("load")
+        for image in tab.locator("article img").all():
+            image.scroll_into_view_if_needed()
+            assert image.evaluate("async i => { await i.decode(); return i.naturalWidth * i.width * i.height; }") > 1000
+        for player in tab.locator("article audio").all():
+            assert player.evaluate("a => a.readyState ? a.duration : new Promise((yes, no) => { a.onloadedmetadata = () => yes(a.duration); a.onerror = () => no('no sound'); a.load(); })") > .1
+            assert player.is_visible() and player.get_attribute("aria-label")
+        assert tab.locator("math").count() == 0 or tab.locator("math").first.bounding_box()["width"] > 4
+        assert tab.locator("article h1").count() == 1
+        assert one_search(tab)
+        tab.set_viewport_size(PHONE)
+        tab.wait_for_timeout(100)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        assert tab.evaluate("[...document.querySelectorAll('article p, article li')].every(p => parseFloat(getComputedStyle(p).fontSize) >= 12)")
+
+
+def one_search(tab):
+    "Whether the page offers one way to search: one visible button that opens the one search field."
+    buttons = tab.locator(".search-button, .search-button-field").filter(visible=True)
+    return buttons.count() == 1 and tab.locator("input[type=search]").count() == 1
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("words,page", [("contrastive", "pretraining.html"), ("mixture overlap chunk", "audio.html"), ("karaoke", "pages/quickstart.html")])
+def test_search_finds(browser, address, words, page):
+    with opened(browser, address, "index.html") as tab:
+        tab.set_viewport_size(DESKTOP)
+        tab.locator(".search-button-field, .search-button").filter(visible=True).first.click()
+        field = tab.locator("input[type=search]").filter(visible=True)
+        field.fill(words)
+        field.press("Enter")
+        tab.wait_for_selector("#search-results li a")
+        tab.wait_for_function("document.querySelector('#search-results .search-summary')?.textContent.match(/found/i)")
+        links = [a.get_attribute("href") for a in tab.locator("#search-results li a").all()]
+        assert any(page in link for link in links), links
+        assert tab.locator("input[type=search]").filter(visible=True).count() == 1
+
+
+@pytest.mark.browser
+def test_light_and_dark(browser, address):
+    "The button goes through the themes; in each, text stands out from its ground by 4.5 to 1 at least."
+    with opened(browser, address, "metrics.html") as tab:
+        tab.set_viewport_size(DESKTOP)
+        seen = {}
+        for _ in range(3):
+            tab.locator(".theme-switch-button").filter(visible=True).first.click()
+            tab.wait_for_timeout(300)
+            seen[tab.evaluate("document.documentElement.dataset.theme")] = tab.evaluate(CONTRAST)
+        assert set(seen) == {"light", "dark"}
+        for theme, (ground, worst) in seen.items(): assert worst >= 4.5, (theme, worst)
+        assert seen["light"][0] > .8 and seen["dark"][0] < .1
+
+
+CONTRAST = """() => {
+  const linear = c => (c /= 255) <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+  const parse = s => (s.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+  const ground = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > .9) return light(c); } return 1; };
+  const ratio = e => { const [a, b] = [light(parse(getComputedStyle(e).color)), ground(e)].sort((x, y) => y - x); return (a + .05) / (b + .05); };
+  const all = [...document.querySelectorAll('article p, article a, article li, article td, article pre span, article h1, article h2, nav a')].filter(e => e.offsetWidth && e.textContent.trim());
+  return [ground(document.body), Math.min(...all.map(ratio))];
+}"""
+
+
+@pytest.mark.browser
+def test_opens_from_a_folder(browser, built):
+    "Without a server, as a file: the page, its styles and its figures."
+    tab = browser.new_page()
+    try:
+        tab.goto((built / "audio.html").as_uri())
+        assert tab.locator("article img").first.evaluate("async i => { await i.decode(); return i.naturalWidth; }") > 100
+        assert tab.evaluate("getComputedStyle(document.body).fontFamily") != "Times New Roman"
+    finally: tab.close()
+
+
+@pytest.mark.browser
+def test_check_finds_a_broken_link(tmp_path):
+    "The parser behind the link check sees links, anchors and pictures."
+    (tmp_path / "a.html").write_text('<h1 id="here">x</h1><a href="b.html#gone">b</a><img src="c.png" alt="">', encoding="utf-8")
+    page = Page(tmp_path / "a.html")
+    assert page.links == ["b.html#gone"] and page.loads == ["c.png"] and page.ids["here"] == 1
