@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
-           'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'VALID_SEED', 'PICKLES',
+           'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
            'HEADER_LIMIT', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
            'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task',
-           'build_task', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network',
-           'file_digest', 'new_record', 'save_network', 'load_encoder', 'write_state', 'read_state', 'random_state',
-           'set_random_state', 'seeded', 'lr_factor', 'build_optimizer', 'Average', 'Interrupted', 'Loop',
-           'write_metrics', 'read_metrics', 'show_metrics', 'Reporter', 'fit']
+           'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights',
+           'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder', 'write_state',
+           'read_state', 'random_state', 'set_random_state', 'seeded', 'lr_factor', 'build_optimizer', 'Average',
+           'Interrupted', 'Loop', 'thawed', 'thaw', 'write_metrics', 'read_metrics', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, csv, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, platform, random
@@ -117,7 +117,7 @@ class Recipe:
     precision: str = "32" # "32", "bf16-mixed" or "16-mixed"
     loss: str = "l1_magnitude" # a name of `LOSSES`, or one of the task's own
     mixer: dict = field(default_factory=dict) # settings of the examples: see `Mixer`
-    task_args: dict = field(default_factory=dict) # what a task of another kind needs besides
+    task_args: dict = field(default_factory=dict) # what a task needs besides: for separation, terms that are added to its loss
     valid_examples: int = 300 # fixed validation mixes
     validation: str = "mixes" # "mixes": the loss on them; "songs": also SDR on whole songs
     monitor: str = "" # the figure that decides which weights are best; "": the task's own
@@ -127,6 +127,7 @@ class Recipe:
     encoder: str|None = None # run folder of a pretrained encoder to start from
     encoder_lr_scale: float = 1. # the encoder's step size, as a share of `lr`
     freeze_encoder: bool|int = False # true: never trained; a number: not for that many epochs
+    unfreeze_every: int = 0 # epochs after which the next of a thawing encoder's layers is trained, the last first; 0: all at once
     device: str = "auto" # "auto", "cpu", "cuda" or "mps"
     num_workers: int = 0 # processes that make batches; 0: the training process does
 
@@ -258,7 +259,7 @@ def _put(
 CHOICES = dict(lr_schedule=("none", "cosine", "warmup_cosine", "plateau"), precision=("32", "bf16-mixed", "16-mixed"),
                validation=("mixes", "songs"), device=("auto", "cpu", "cuda", "mps"))
 POSITIVE = ("epochs", "examples_per_epoch", "batch_size", "accumulate", "lr", "valid_examples", "encoder_lr_scale")
-NOT_NEGATIVE = ("seed", "weight_decay", "grad_clip", "ema", "patience", "max_minutes", "save_minutes", "num_workers", "warmup", "lr_patience")
+NOT_NEGATIVE = ("seed", "weight_decay", "grad_clip", "ema", "patience", "max_minutes", "save_minutes", "num_workers", "warmup", "lr_patience", "unfreeze_every")
 
 @patch
 def check(self:Recipe): # itself
@@ -273,6 +274,7 @@ def check(self:Recipe): # itself
         if not math.isfinite(value) or value < 0 or (value == 0 and name in POSITIVE): raise UserError(f"the recipe field '{name}' can't be {value}")
     for name, values in dict(ema=[self.ema], warmup=[self.warmup], betas=self.betas).items():
         if not all(0 <= v < 1 for v in values): raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
+    if self.unfreeze_every and self.freeze_encoder is True: raise UserError("unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of epochs, or false")
     return self
 
 # %% ../nbs/03_training.ipynb #336fec95
@@ -423,6 +425,32 @@ def build_task(
     return (cls or TASKS[recipe.kind])(build_network(recipe.network, **recipe.network_args), recipe, store)
 
 # %% ../nbs/03_training.ipynb #5e98e74f
+TERMS = {}
+
+def register_term(
+    name:str, # what `task_args` call it
+): # a decorator for a function of (task, settings) that returns a `Task`, of which `heads`, `train_batch` and `training_loss` are used
+    "Register a term beside a separation loss."
+    def _register(f):
+        TERMS[name] = f
+        return f
+    return _register
+
+def build_terms(
+    task, # a separation task
+) -> dict: # name: (weight, the term's own task)
+    "The terms that a recipe gives a weight; an unknown name or a weight below 0 raises a `UserError`."
+    terms = {}
+    for name, settings in task.recipe.task_args.items():
+        if name not in TERMS: _import_rooms()
+        if name not in TERMS: raise _no_such("term of separation", name, TERMS)
+        settings = dict(settings) if isinstance(settings, dict) else {"weight": settings}
+        weight = settings.pop("weight", 0)
+        if not _fits(weight, 0.) or not 0 <= weight < math.inf: raise UserError(f"the weight of the term '{name}' can't be {weight!r}: it is a number, 0 or more")
+        if weight: terms[name] = weight, TERMS[name](task, settings)
+    return terms
+
+# %% ../nbs/03_training.ipynb #88e06a80
 VALID_SEED = 300
 
 @register_task("separation")
@@ -436,12 +464,25 @@ class SeparationTask(Task):
         self.mixer = self._mixer("train", recipe.seed, recipe.examples_per_epoch)
         self.valid = self._mixer("valid", VALID_SEED, recipe.valid_examples)
         if recipe.validation == "songs": self.monitor = "valid_sdr"
+        self.terms = build_terms(self)
+        heads = {name: term.heads for name, (_, term) in self.terms.items() if term.heads is not None}
+        if heads: self.heads = nn.ModuleDict(heads)
 
     def train_batch(self, step):
         n, here = self.recipe.batch_size, self.device.type == "cuda" and torch.utils.data.get_worker_info() is None
-        return self.mixer.batch(n, start=step * n, device=self.device if here else None)
+        mixes = self.mixer.batch(n, start=step * n, device=self.device if here else None)
+        return (*mixes, {name: term.train_batch(step) for name, (_, term) in self.terms.items()}) if self.terms else mixes
 
-    def training_loss(self, batch): return self.loss(self.network, *batch), {}
+    def training_loss(self, batch):
+        mixture, sources, *more = batch
+        loss, logs = self.loss(self.network, mixture, sources), {}
+        if self.terms: logs["separation"] = loss.detach()
+        for name, (weight, term) in self.terms.items():
+            value, figures = term.training_loss(more[0][name])
+            loss, logs = loss + weight * value, logs | {name: value.detach(), **{f"{name}_{k}": v for k, v in figures.items()}}
+        return loss, logs
+
+
 
 # %% ../nbs/03_training.ipynb #e048c8c8
 @patch
@@ -618,7 +659,7 @@ def new_record(
 ) -> dict: # what recipe.json holds
     "The record of a run that begins."
     count = sum(p.numel() for p in network.parameters())
-    data = {"digest": store.digest, "songs": len(store)} if store is not None else {}
+    data = {"digest": store.digest, "songs": len(store), **getattr(store, "parts", {})} if store is not None else {}
     if recipe.encoder: data["encoder"] = file_digest(Path(recipe.encoder)/"model.safetensors")
     return dict(format=FORMAT, status="running", finished=False, recipe=recipe.to_dict(), network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
                 parameters=count, versions=_versions(), revision=_revision(), step=0, epoch=0, examples=0, hours=0.)
@@ -832,15 +873,32 @@ def costs(self:Loop):
     return [self._cost(r) for r in self.rows]
 
 # %% ../nbs/03_training.ipynb #bc0a1ad4
+def thawed(
+    recipe, # `freeze_encoder` and `unfreeze_every`
+    epoch:int, # finished epochs
+) -> float: # layers, counted from the last; infinity: all
+    "How many layers of the encoder are trained."
+    if recipe.freeze_encoder is True or epoch < recipe.freeze_encoder: return 0
+    return 1 + (epoch - int(recipe.freeze_encoder)) // recipe.unfreeze_every if recipe.unfreeze_every else math.inf
+
+def thaw(
+    encoder:nn.Module, # its layers in the order from input to output
+    count:float, # layers, counted from the last, that are trained
+):
+    "Let the last layers learn. The others get no gradient, and their statistics stay; dropout is off while all are frozen."
+    encoder.train(count > 0)
+    layers = [m for m in encoder.modules() if m._parameters]
+    for k, layer in enumerate(reversed(layers)):
+        if k >= count: layer.eval()
+        for p in layer.parameters(recurse=False): p.requires_grad_(k < count)
+
+# %% ../nbs/03_training.ipynb #3c96302c
 @patch
 def before_step(self:Loop):
-    "Set the learning rates, and thaw or freeze the encoder."
+    "Set the learning rates, and how much of the encoder learns."
     factor = lr_factor(self.recipe, self.step, self.costs if self.recipe.lr_schedule == "plateau" else ())
     for g in self.optimizer.param_groups: g["lr"] = self.recipe.lr * g["scale"] * factor
-    freeze = self.recipe.freeze_encoder
-    if freeze is False or freeze == 0: return
-    frozen = freeze is True or self.epoch < freeze
-    self.network.encoder.requires_grad_(not frozen).train(not frozen)
+    if self.recipe.freeze_encoder or self.recipe.unfreeze_every: thaw(self.network.encoder, thawed(self.recipe, self.epoch))
 
 @patch
 def loss(self:Loop, batch):
@@ -1181,7 +1239,7 @@ def fit(
 def _run(recipe, store, out, task, record, state, logger, progress):
     "One start of a run, from its first or its saved step to its end or the next stop."
     if recipe.encoder and state is None: load_encoder(task.network, recipe.encoder)
-    if recipe.freeze_encoder and not isinstance(getattr(task.network, "encoder", None), nn.Module): raise UserError(f"the network '{recipe.network}' has no encoder to freeze")
+    if (recipe.freeze_encoder or recipe.unfreeze_every) and not isinstance(getattr(task.network, "encoder", None), nn.Module): raise UserError(f"the network '{recipe.network}' has no encoder to freeze")
     trainer = _trainer(recipe, out)
     out.mkdir(parents=True, exist_ok=True)
     record = new_record(recipe, task.network, store) | ({"best": record["best"]} if record and "best" in record and state else {})
