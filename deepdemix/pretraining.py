@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURES', 'POSITIVES', 'SameConv2d', 'conv_block', 'DeepDeMixEncoder', 'count_parameters', 'EncoderNetwork',
-           'metric_loss', 'euclidean', 'triplet_indices', 'collapse_value', 'metric_miner', 'Contrast', 'random_view',
-           'mixtures_of', 'views_of', 'Excerpts', 'audible', 'draw_excerpts', 'embed_excerpts', 'mel_statistics',
-           'neighbour_accuracy', 'linear_probe', 'retrieval', 'cloud', 'Settings', 'read_settings', 'check_classes',
-           'PretrainingTask', 'active_share', 'pretrain', 'random_twin', 'probe', 'confusion', 'project',
-           'show_embedding', 'show_confusion', 'show_pretraining']
+           'euclidean', 'metric_loss', 'triplet_indices', 'collapse_value', 'metric_miner', 'Contrast', 'random_view',
+           'mixtures_of', 'views_of', 'Stores', 'plain_title', 'join_stores', 'WeightedOrder', 'ByWeight',
+           'WeightedTriplets', 'WeightedBatches', 'open_stores', 'Excerpts', 'audible', 'draw_excerpts',
+           'embed_excerpts', 'mel_statistics', 'neighbour_accuracy', 'linear_probe', 'retrieval', 'cloud', 'Settings',
+           'read_settings', 'instruments_of', 'check_classes', 'embedding_size', 'ContrastTask', 'active_share',
+           'PretrainingTask', 'pretrain', 'show_pretraining', 'random_twin', 'probe', 'confusion', 'show_confusion',
+           'project', 'show_embedding', 'Explorer', 'explore', 'contrast_term']
 
 # %% ../nbs/05_pretraining.ipynb #2dfdfc65
-import copy, inspect, math, warnings
+import copy, hashlib, inspect, io, math, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,8 +24,9 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from .audio import SAMPLE_RATE, SOURCE_COLORS, SOURCES, STFT, UserError, amplitude_to_db, to_mono
-from .training import VALID_SEED, Task, build_network, fit, read_metrics, recipe_for, register_network, register_task
+from .audio import SAMPLE_RATE, SOURCE_COLORS, SOURCES, STFT, UserError, amplitude_to_db, player, to_mono
+from .augmentation import BalancedBatches, Triplets
+from .training import VALID_SEED, Task, build_network, fit, read_metrics, recipe_for, register_network, register_task, register_term
 
 # %% ../nbs/05_pretraining.ipynb #b275e90b
 class SameConv2d(nn.Conv2d):
@@ -73,7 +77,6 @@ class DeepDeMixEncoder(nn.Module):
         layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))]
         self.linear = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], latent))
 
-# %% ../nbs/05_pretraining.ipynb #997831ee
 @patch(as_prop=True)
 def map_sizes(self:DeepDeMixEncoder) -> list:
     "Size (time, frequency) of the pooled maps, one pair a block; a `UserError` where the poolings leave nothing."
@@ -181,6 +184,11 @@ def forward(self:EncoderNetwork,
 # %% ../nbs/05_pretraining.ipynb #7e1662cc
 TEMPERATURES = dict(supcon=0.1, ntxent=0.5)
 
+def euclidean():
+    "Plain Euclidean distance, embeddings as they are."
+    from pytorch_metric_learning.distances import LpDistance
+    return LpDistance(normalize_embeddings=False, p=2)
+
 def metric_loss(
     name:str="triplet", # "triplet", "supcon", "ntxent" or "multi_similarity"
     margin:float=1., # of the triplet loss
@@ -194,12 +202,6 @@ def metric_loss(
     if name == "ntxent": return losses.NTXentLoss(temperature=t)
     if name == "multi_similarity": return losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)
     raise UserError(f"no contrastive loss is called '{name}'; known: triplet, supcon, ntxent, multi_similarity")
-
-# %% ../nbs/05_pretraining.ipynb #790d27cb
-def euclidean():
-    "Plain Euclidean distance, embeddings as they are."
-    from pytorch_metric_learning.distances import LpDistance
-    return LpDistance(normalize_embeddings=False, p=2)
 
 # %% ../nbs/05_pretraining.ipynb #23347df1
 def triplet_indices(
@@ -236,7 +238,7 @@ def metric_miner(
     if name == "batch_hard": return miners.BatchHardMiner(distance=euclidean())
     raise UserError(f"no miner is called '{name}'; known: semihard, batch_hard")
 
-# %% ../nbs/05_pretraining.ipynb #ce50cd8f
+# %% ../nbs/05_pretraining.ipynb #a15e0936
 class Contrast(nn.Module):
     "A contrastive loss with what surrounds it: embeddings (n, dim) and labels (n,) in, a scalar out."
     def __init__(self,
@@ -254,7 +256,6 @@ class Contrast(nn.Module):
         if memory: self.memory = _memory(self.loss, head or dim, memory, self.miner)
         self.register_buffer("queue", torch.zeros(2, dtype=torch.long))
 
-# %% ../nbs/05_pretraining.ipynb #a15e0936
 def _memory(loss, dim, size, miner):
     "A queue of past embeddings."
     from pytorch_metric_learning.losses import CrossBatchMemory
@@ -333,6 +334,112 @@ def views_of(
     both = torch.cat([waveforms, second]), excerpt.repeat(2)
     return both[0], labels.repeat(2) if positives in ("other_song", "anywhere") else both[1], both[1]
 
+# %% ../nbs/05_pretraining.ipynb #a27fd669
+class Stores:
+    "Several stores as one: all songs of the first, the songs given of the others; `split` works as a store's, and only the first has valid and test."
+    def __init__(self,
+                 stores, # `Store`s; the first decides what is held out
+                 weights=None): # one for each store; None: every song counts the same
+        self.stores, self.weights = tuple(stores), tuple(weights or [1.] * len(stores))
+        self.path, self.sample_rate, self.splits = self.stores[0].path, self.stores[0].sample_rate, self.stores[0].splits
+        self.sources = tuple(dict.fromkeys(name for s in self.stores for name in s.sources))
+        self.places = [(k, i) for k, s in enumerate(self.stores) for i in range(len(s))]
+        self.songs = [self.stores[k].songs[i] for k, i in self.places]
+        self.song_weights = np.array([self.weights[k] for k, _ in self.places])
+
+    def __len__(self): return len(self.songs)
+
+    @property
+    def parts(self): return {"stores": [dict(name=Path(s.path).name, digest=s.digest, songs=len(s), weight=w) for s, w in zip(self.stores, self.weights)]}
+
+    @property
+    def digest(self): return hashlib.sha256("\n".join(f"{s.digest}\t{w:g}" for s, w in zip(self.stores, self.weights)).encode()).hexdigest()
+
+# %% ../nbs/05_pretraining.ipynb #b2be095e
+@patch
+def split(self:Stores,
+          name:str, # "train", "valid" or "test"
+         ): # a view
+    "The training songs of all stores; valid and test are the first store's."
+    if name != "train": return self.stores[0].split(name)
+    return Stores([self.stores[0].split("train"), *self.stores[1:]], self.weights)
+
+@patch
+def stems(self:Stores,
+          i:int, # position of the song
+          start:int=0, # first sample
+          frames=None, # how many, or all that follow
+         ): # (sources, channels, frames)
+    "Stems of song `i`; a source that its store does not know is silence."
+    k, number = self.places[i]
+    x = self.stores[k].stems(number, start, frames)
+    if self.stores[k].sources == self.sources: return x
+    out = x.new_zeros(len(self.sources), *x.shape[1:])
+    out[[self.sources.index(name) for name in self.stores[k].sources]] = x
+    return out
+
+# %% ../nbs/05_pretraining.ipynb #406f08c1
+def plain_title(
+    title:str, # of a song
+) -> str: # its letters and digits, in lower case
+    "What two spellings of a title have in common."
+    return "".join(x for x in title.lower() if x.isalnum())
+
+def join_stores(
+    stores, # `Store`s, the first with validation songs
+    weights=None, # one for each store; None: 1
+): # `Stores`
+    "Several stores as one; a `UserError` for rates that differ, for a weight that is not above 0, and for a store that adds no song."
+    first, *others = stores
+    weights, kept = list(weights or [1.] * len(stores)), [first]
+    for w in weights:
+        if not (math.isfinite(w) and w > 0): raise UserError(f"the weight of a store is a number above 0, not {w}")
+    known = {x for s in first.songs for x in (plain_title(s.title), s.digest)}
+    for other in others:
+        if other.sample_rate != first.sample_rate: raise UserError(f"{other.path} has {other.sample_rate} Hz and {first.path} {first.sample_rate} Hz: prepare both with one rate")
+        train = other.split("train")
+        new = [i for i, s in enumerate(train.songs) if not {plain_title(s.title), s.digest} & known]
+        if not new: raise UserError(f"{other.path}: every training song is in the stores before it too, so it adds nothing")
+        kept.append(train.select(new))
+        known |= {x for s in other.songs for x in (plain_title(s.title), s.digest)}
+    return Stores(kept, weights)
+
+# %% ../nbs/05_pretraining.ipynb #1af78f76
+class WeightedOrder(np.random.Generator):
+    "A random generator whose permutations of song numbers begin with heavy songs more often."
+    weights = None
+    def permutation(self, songs): return np.asarray(songs)[np.argsort(self.exponential(size=len(songs)) / self.weights[np.asarray(songs, dtype=int)])]
+
+class ByWeight:
+    "For the streams of `Stores`: songs are drawn by their weights."
+    def find(self, rng, label, index, barred=()):
+        order = WeightedOrder(rng.bit_generator)
+        order.weights = self.store.song_weights
+        return super().find(order, label, index, barred)
+
+class WeightedTriplets(ByWeight, Triplets): "`Triplets` of `Stores`."
+class WeightedBatches(ByWeight, BalancedBatches): "`BalancedBatches` of `Stores`."
+
+# %% ../nbs/05_pretraining.ipynb #af6248b7
+def _weighted(
+    data, # a `Store`, a path, "path=weight" or a pair
+) -> tuple: # store or path, weight
+    "What is to be opened, and its weight."
+    if isinstance(data, (tuple, list)): return tuple(data)
+    path, _, weight = data.rpartition("=") if isinstance(data, str) else ("", "", "")
+    if not path or Path(data).exists(): return data, 1.
+    try: return path, float(weight)
+    except ValueError: return data, 1.
+
+def open_stores(
+    data, # a `Store`, a path that `open_data` takes, "path=weight", or a list of those and of pairs (store or path, weight)
+): # a `Store`, or `Stores`
+    "What pretraining learns from; the first of a list is the one that is validated on."
+    from deepdemix.data import open_data
+    pairs = [_weighted(x) for x in (data if isinstance(data, list) else [data])]
+    stores = [open_data(x) if x is None or isinstance(x, (str, Path)) else x for x, _ in pairs]
+    return stores[0] if len(stores) == 1 else join_stores(stores, [w for _, w in pairs])
+
 # %% ../nbs/05_pretraining.ipynb #b912c94d
 @dataclass
 class Excerpts:
@@ -399,7 +506,6 @@ def mel_statistics(
     db = 10 * (power @ _mel_bank(stft.n_f, sample_rate, bands).to(power)).clamp(min=1e-10).log10()
     return torch.cat([db.mean(1), db.std(1)], -1)
 
-# %% ../nbs/05_pretraining.ipynb #78dc0f37
 def _mel_bank(n_f, sample_rate, bands):
     "Triangles (n_f, bands), evenly spaced on the Mel scale."
     mel = np.linspace(0, 2595 * np.log10(1 + sample_rate / 2 / 700), bands + 2)
@@ -479,11 +585,11 @@ class Settings:
     miner: str|None = None # "semihard" or "batch_hard"
     memory: int = 0 # embeddings of earlier batches to compare with
     positives: str = "other_song" # "other_song", "anywhere", "view" or "mixture_stem"
+    per_class: int = 0 # excerpts of each instrument in a batch; 0: as many as `batch_size` triplets would hold
     instance: float = 0. # weight of the term that keeps excerpts apart
     places: int = 4 # excerpts a validation song, for the nearest neighbours
     shuffle_labels: bool = False # a control: which excerpt is called what is drawn by lot
 
-# %% ../nbs/05_pretraining.ipynb #f6e890de
 POSITIVES = ("other_song", "anywhere", "view", "mixture_stem")
 
 def read_settings(
@@ -496,62 +602,81 @@ def read_settings(
     s = Settings(**args)
     if s.positives not in POSITIVES: raise UserError(f"no definition of positive is called '{s.positives}'; known: {', '.join(POSITIVES)}")
     if s.temperature is not None and s.temperature <= 0: raise UserError(f"temperature must be above 0, got {s.temperature}")
+    if s.per_class < 0 or s.per_class == 1: raise UserError(f"per_class is 0 or at least 2, not {s.per_class}: every excerpt needs a positive")
     return s
 
 # %% ../nbs/05_pretraining.ipynb #6a0c3708
+def instruments_of(
+    store, # the songs of one split
+) -> dict: # instrument: number of songs in which it sounds
+    "The instruments of some songs; a stem that is silent does not count."
+    sounds = lambda name, song: name in song.present and f"{name} silent" not in song.flags
+    counts = {name: sum(sounds(name, song) for song in store.songs) for name in store.sources}
+    return {name: n for name, n in counts.items() if n}
+
 def check_classes(
     store, # the songs of one split
     what:str="train", # its name, for the error
 ) -> int: # songs of the rarest instrument
     "Raise a `UserError` unless there are two instruments, each in two songs."
-    counts = {name: sum(name in song.present for song in store.songs) for name in store.sources}
-    counts = {name: n for name, n in counts.items() if n}
+    counts = instruments_of(store)
     if len(counts) < 2: raise UserError(f"the {what} songs hold {len(counts)} instrument{'s' * (len(counts) != 1)}: contrast needs two, such as drums and bass")
     for name, n in counts.items():
         if n < 2: raise UserError(f"only {n} {what} song has {name}: a positive comes from another song, so every instrument needs two; add songs or prepare the store without {name}")
     return min(counts.values())
 
-# %% ../nbs/05_pretraining.ipynb #d468bd9b
-@register_task("pretraining")
-class PretrainingTask(Task):
-    "Contrast between instruments: batches of `Triplets` or `BalancedBatches`, validated on songs that are never trained on."
+# %% ../nbs/05_pretraining.ipynb #dbc515e7
+def embedding_size(
+    network, # with `embed`
+    duration:float, # seconds to try it with, where it does not say its `latent`
+) -> int:
+    "Dimensions of a network's embedding."
+    if hasattr(network, "latent"): return network.latent
+    was = network.training
+    with torch.no_grad(): z = network.eval().embed(torch.zeros(1, network.channels, round(duration * network.sample_rate)))
+    network.train(was)
+    return z.shape[-1]
+
+# %% ../nbs/05_pretraining.ipynb #bb6d7cf1
+class ContrastTask(Task):
+    "Contrast between instruments: batches of `Triplets` or `BalancedBatches` of the training songs, and their loss."
     def __init__(self, network, recipe, store):
         super().__init__(network, recipe, store)
+        if not hasattr(network, "embed"): raise UserError(f"the network '{recipe.network}' has no embed, so there is nothing to contrast; networks with one: encoder, ddm, ddm_skip, recurrent")
         self.settings = s = read_settings(recipe.task_args)
-        self.heads = Contrast(recipe.loss, network.latent, s.margin, s.temperature, s.head, s.miner, s.memory)
+        self.duration = getattr(network, "duration", recipe.mixer.get("duration", 5.))
+        self.heads = Contrast(recipe.loss, embedding_size(network, self.duration), s.margin, s.temperature, s.head, s.miner, s.memory)
         self.triplets = recipe.loss == "triplet" and not (s.miner or s.memory or s.instance) and s.positives == "other_song"
-        self.train_stream, self.valid_stream = self.stream("train", recipe.seed), self.stream("valid", VALID_SEED)
-        self.stuck, self._kept, self._held = 0, {}, None
+        self.train_stream = self.stream("train", recipe.seed)
 
-# %% ../nbs/05_pretraining.ipynb #dbc515e7
 @patch
-def stream(self:PretrainingTask,
+def stream(self:ContrastTask,
            split:str, # of the store
            seed:int, # decides everything
           ): # `Triplets`, or a list of `BalancedBatches`
     "Where the batches of a split come from."
-    from deepdemix.augmentation import BalancedBatches, Triplets
-    songs, mixer, duration = self.store.split(split), dict(self.recipe.mixer), self.network.duration
+    songs, mixer, duration = self.store.split(split), dict(self.recipe.mixer), self.duration
     if not len(songs): raise UserError(f"the data has no songs in its '{split}' split")
     if mixer.pop("duration", duration) != duration: raise UserError(f"the recipe's mixer.duration is {self.recipe.mixer['duration']:g} s, the encoder takes {duration:g} s: make them equal")
     if songs.sample_rate != self.network.sample_rate: raise UserError(f"the data has {songs.sample_rate} Hz, the encoder takes {self.network.sample_rate} Hz")
-    rarest, instruments = check_classes(songs, split), [n for n in songs.sources if any(n in s.present for s in songs.songs)]
-    settings = dict(duration=duration, channels=1, instruments=tuple(instruments), **{k: v for k, v in mixer.items() if k != "coherent"})
-    if self.triplets: return Triplets(songs, seed=seed, **settings)
-    wanted = max(2, round(3 * self.recipe.batch_size / len(instruments)))
+    rarest, instruments, several = check_classes(songs, split), tuple(instruments_of(songs)), hasattr(songs, "song_weights")
+    settings = dict(duration=duration, channels=self.network.channels, instruments=instruments, **{k: v for k, v in mixer.items() if k != "coherent"})
+    if self.triplets: return (WeightedTriplets if several else Triplets)(songs, seed=seed, **settings)
+    wanted = self.settings.per_class or max(2, round(3 * self.recipe.batch_size / len(instruments)))
     parts = 2 if self.settings.positives == "anywhere" and wanted >= 4 else 1
-    return [BalancedBatches(songs, per_class=min(wanted // parts, rarest), seed=seed + 7919 * k, **settings) for k in range(parts)]
+    return [(WeightedBatches if several else BalancedBatches)(songs, per_class=min(wanted // parts, rarest), seed=seed + 7919 * k, **settings) for k in range(parts)]
 
-# %% ../nbs/05_pretraining.ipynb #5ea56884
+# %% ../nbs/05_pretraining.ipynb #2538263d
 @patch
-def batch(self:PretrainingTask,
+def batch(self:ContrastTask,
           stream, # of `stream`
           number:int, # of the batch
          ): # waveforms (n, 1, time), labels (n,), numbers of the excerpts (n,)
     "One batch, a function of the stream and the number only."
     rng = np.random.default_rng([self.recipe.seed, number])
     if self.triplets:
-        waves, labels, _ = stream.batch(self.recipe.batch_size, number * self.recipe.batch_size)
+        n = round(self.settings.per_class * len(stream.instruments) / 3) or self.recipe.batch_size
+        waves, labels, _ = stream.batch(n, number * n)
         if self.settings.shuffle_labels: waves = torch.stack([w[rng.permutation(3)] for w in waves])
         return waves.flatten(0, 1), labels.flatten(), torch.arange(labels.numel())
     parts = [s.batch(number) for s in stream]
@@ -559,35 +684,10 @@ def batch(self:PretrainingTask,
     if self.settings.shuffle_labels: labels = labels[torch.from_numpy(rng.permutation(len(labels)))]
     return views_of(waves, labels, np.random.default_rng([stream[0].seed, number]), self.settings.positives, self.settings.instance > 0)
 
-# %% ../nbs/05_pretraining.ipynb #bb6d7cf1
 @patch
-def train_batch(self:PretrainingTask, step:int):
+def train_batch(self:ContrastTask, step:int):
     "Batch number `step`."
     return self.batch(self.train_stream, step)
-
-# %% ../nbs/05_pretraining.ipynb #6c01ed3b
-@patch
-def loss(self:PretrainingTask,
-         z, # embeddings (n, dim)
-         labels, # (n,)
-         excerpts, # (n,)
-         remember:bool=True, # use the memory
-        ): # a scalar
-    "The contrastive loss, and the term that keeps excerpts apart."
-    loss = self.heads(z, labels, self.triplets, remember)
-    if self.settings.instance: loss = loss + self.settings.instance * metric_loss("ntxent")(z, excerpts)
-    return loss
-
-# %% ../nbs/05_pretraining.ipynb #2538263d
-@patch
-def training_loss(self:PretrainingTask, batch):
-    "The loss of a batch; logs the share of active triplets and the gradient's norm of the step before."
-    grads = [p.grad.norm() for p in self.network.parameters() if p.grad is not None]
-    logs = {"grad_norm": torch.stack(grads).norm()} if grads else {}
-    waves, labels, excerpts = batch
-    z = self.network.embed(waves)
-    if self.triplets: logs["active"] = active_share(z, self.settings.margin)
-    return self.loss(z, labels, excerpts), logs
 
 # %% ../nbs/05_pretraining.ipynb #f22f24f6
 def active_share(
@@ -598,13 +698,48 @@ def active_share(
     a, p, n = z.detach().float().unflatten(0, (-1, 3)).unbind(1)
     return ((a - p).norm(dim=1) - (a - n).norm(dim=1) + margin > 0).float().mean()
 
+# %% ../nbs/05_pretraining.ipynb #9e63513c
+@patch
+def loss(self:ContrastTask,
+         z, # embeddings (n, dim)
+         labels, # (n,)
+         excerpts, # (n,)
+         remember:bool=True, # use the memory
+        ): # a scalar
+    "The contrastive loss, and the term that keeps excerpts apart."
+    loss = self.heads(z, labels, self.triplets, remember)
+    if self.settings.instance: loss = loss + self.settings.instance * metric_loss("ntxent")(z.float(), excerpts)
+    return loss
+
+@patch
+def training_loss(self:ContrastTask, batch):
+    "The loss of a batch; logs the share of active triplets."
+    waves, labels, excerpts = batch
+    z = self.network.embed(waves)
+    logs = {"active": active_share(z, self.settings.margin)} if self.triplets else {}
+    return self.loss(z, labels, excerpts), logs
+
 # %% ../nbs/05_pretraining.ipynb #54ca85cb
+@register_task("pretraining")
+class PretrainingTask(ContrastTask):
+    "Contrast, validated on songs that are never trained on."
+    def __init__(self, network, recipe, store):
+        super().__init__(network, recipe, store)
+        self.valid_stream = self.stream("valid", VALID_SEED)
+        self.stuck, self._kept, self._held = 0, {}, None
+
+    def training_loss(self, batch):
+        "The loss of a batch; logs the gradient's norm of the step before besides."
+        grads = [p.grad.norm() for p in self.network.parameters() if p.grad is not None]
+        loss, logs = super().training_loss(batch)
+        return loss, logs | ({"grad_norm": torch.stack(grads).norm()} if grads else {})
+
 @patch
 def validate(self:PretrainingTask):
     "valid_loss, valid_knn, collapse and the figures of `cloud`; all on songs never trained on."
     n = math.ceil(self.recipe.valid_examples / self.recipe.batch_size)
     losses, active = zip(*[self._valid(k) for k in range(n)])
-    if self._held is None: self._held = draw_excerpts(self.store.split("valid"), self.network.duration, self.settings.places)
+    if self._held is None: self._held = draw_excerpts(self.store.split("valid"), self.duration, self.settings.places)
     z = embed_excerpts(self.network, self._held)
     figures = cloud(z, self._held.labels)
     logs = dict(valid_loss=float(np.mean(losses)), valid_knn=neighbour_accuracy(z, self._held.labels, self._held.songs), **{f"valid_{k}": v for k, v in figures.items()})
@@ -623,7 +758,6 @@ def _valid(self:PretrainingTask, k):
     z = self.network.embed(waves)
     return float(self.loss(z, labels, excerpts, remember=False)), float(active_share(z, self.settings.margin)) if self.triplets else float("nan")
 
-# %% ../nbs/05_pretraining.ipynb #117457ed
 @patch
 def _collapsed(self:PretrainingTask, logs):
     "Whether everything is one point; says so at the second validation in a row."
@@ -635,7 +769,7 @@ def _collapsed(self:PretrainingTask, logs):
 
 # %% ../nbs/05_pretraining.ipynb #a567d684
 def pretrain(
-    store, # a `Store`, or a path that `open_data` takes
+    store, # what `open_stores` takes: a `Store`, a path, or a list of them with weights
     out, # the run folder to make
     loss:str="triplet", # "triplet", "supcon", "ntxent" or "multi_similarity"
     profile:str="laptop", # sizes and counts: a name of `training.PROFILES`
@@ -650,7 +784,26 @@ def pretrain(
     recipe = recipe_for("pretraining", profile, **{**overrides, "seed": seed, "loss": loss, "task_args": task_args})
     duration = inspect.signature(EncoderNetwork).parameters["duration"].default
     mixer = {**recipe.mixer, "duration": recipe.network_args.get("duration", duration)}
-    return fit(replace(recipe, mixer=mixer), store, out, resume=resume, progress=progress)
+    return fit(replace(recipe, mixer=mixer), open_stores(store), out, resume=resume, progress=progress)
+
+# %% ../nbs/05_pretraining.ipynb #97a8a741
+def show_pretraining(
+    run, # a run folder, or a dictionary of label: run folder
+): # the figure
+    "Figure 3 of the paper and its companion: the contrastive loss with its collapse value, and nearest-neighbour accuracy on songs never trained on."
+    import matplotlib.pyplot as plt
+    runs = run if isinstance(run, dict) else {"": run}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), dpi=75)
+    for i, (label, folder) in enumerate(runs.items()):
+        table = read_metrics(folder)
+        for key, style in (("train_loss", "--"), ("valid_loss", "-")): left.plot(table.epoch, table[key], style, color=f"C{i}", label=f"{label} {key.split('_')[0]}".strip())
+        left.axhline(table.collapse_value.iloc[-1], color=f"C{i}", lw=0.8, ls=":")
+        right.plot(table.epoch, table.valid_knn, color=f"C{i}", marker=".", label=label or None)
+    left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None)); left.legend(frameon=False, fontsize=8)
+    right.set(xlabel="epoch", ylabel="nearest-neighbour accuracy", ylim=(0, 1.02))
+    if len(runs) > 1: right.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    return fig
 
 # %% ../nbs/05_pretraining.ipynb #8feab766
 def random_twin(
@@ -696,7 +849,7 @@ def probe(
     rows |= {"random encoder": twins.mean().to_dict(), "mel statistics": _scores(lambda x: mel_statistics(x, asked.sample_rate), known, asked, k)}
     return pd.DataFrame(rows).T.astype(float)
 
-# %% ../nbs/05_pretraining.ipynb #153d4807
+# %% ../nbs/05_pretraining.ipynb #9b3ab4a5
 def confusion(
     network, # with `embed` and `duration`
     store_train, # songs to compare with
@@ -712,15 +865,37 @@ def confusion(
     matrix = confusion_matrix(asked.labels, said, labels=range(len(names)), normalize="true")
     return pd.DataFrame(matrix, index=pd.Index(names, name="true"), columns=pd.Index(names, name="said"))
 
-# %% ../nbs/05_pretraining.ipynb #21fa97a9
+def show_confusion(
+    table, # of `confusion`
+    ax=None, # matplotlib axes
+): # the axes
+    "The confusion matrix as a picture."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(3, 2.6), dpi=75)[1]
+    ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(table.values):
+        for j, v in enumerate(row): ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=8, color="white" if v > 0.5 else "black")
+    ax.set(xticks=range(len(table.columns)), yticks=range(len(table)), xticklabels=table.columns, yticklabels=table.index, xlabel="said", ylabel="true")
+    return ax
+
+# %% ../nbs/05_pretraining.ipynb #3d56940d
 def project(
     z, # embeddings (n, dim)
     seed:int=0, # of the projection
+    method:str="tsne", # or "umap", which needs the package umap-learn
 ) -> np.ndarray: # (n, 2)
-    "t-SNE: neighbours stay neighbours, distances between groups mean little."
-    from sklearn.manifold import TSNE
+    "t-SNE or UMAP: neighbours stay neighbours, distances between groups mean little."
+    if method not in ("tsne", "umap"): raise UserError(f"no projection is called '{method}'; known: tsne, umap")
     z = np.asarray(z)
+    if method == "umap": return _umap(z, seed)
+    from sklearn.manifold import TSNE
     return TSNE(perplexity=min(30, max(2, (len(z) - 1) // 3)), init="pca", random_state=seed).fit_transform(z)
+
+def _umap(z, seed):
+    "UMAP of umap-learn, or a `UserError` that says how to get it."
+    try: from umap import UMAP
+    except ImportError: raise UserError("the projection 'umap' needs the package umap-learn: pip install umap-learn, or take tsne") from None
+    return np.asarray(UMAP(n_neighbors=min(15, len(z) - 1), random_state=seed, n_jobs=1).fit_transform(z))
 
 # %% ../nbs/05_pretraining.ipynb #a5e6b672
 def show_embedding(
@@ -740,35 +915,73 @@ def show_embedding(
     ax.set(xticks=[], yticks=[], title=title)
     return ax
 
-# %% ../nbs/05_pretraining.ipynb #f8dd35d6
-def show_confusion(
-    table, # of `confusion`
-    ax=None, # matplotlib axes
-): # the axes
-    "The confusion matrix as a picture."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(3, 2.6), dpi=75)[1]
-    ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
-    for i, row in enumerate(table.values):
-        for j, v in enumerate(row): ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=8, color="white" if v > 0.5 else "black")
-    ax.set(xticks=range(len(table.columns)), yticks=range(len(table)), xticklabels=table.columns, yticklabels=table.index, xlabel="said", ylabel="true")
-    return ax
+# %% ../nbs/05_pretraining.ipynb #71057eaf
+class Explorer:
+    "Excerpts on a map: the chosen one is ringed, named and can be played. `box` holds the widgets."
+    def __init__(self, network, store, per_song=4, method="tsne", seed=0):
+        import ipywidgets as w
+        import matplotlib.pyplot as plt
+        self.excerpts = draw_excerpts(store, getattr(network, "duration", 5.), per_song)
+        self.points = project(embed_excerpts(network, self.excerpts), seed, method)
+        self.by = w.ToggleButtons(options=["instrument", "song"], description="colour")
+        self.point = w.Dropdown(options=[(self.title(i), i) for i in range(len(self.excerpts))], description="excerpt")
+        self.text, self.sound = w.Label(), w.Audio(format="wav", autoplay=False, loop=False)
+        figure, self.ax = plt.subplots(figsize=(5, 4), dpi=75)
+        self.live = isinstance(figure.canvas, w.DOMWidget)
+        if not self.live: plt.close(figure)
+        self.picture = figure.canvas if self.live else w.Image(format="png")
+        figure.canvas.mpl_connect("button_press_event", self.clicked)
+        for widget in (self.by, self.point): widget.observe(lambda _: self.show(), "value")
+        self.box = w.VBox([w.HBox([self.by, self.point]), self.picture, self.text, self.sound])
+        self.show()
 
-# %% ../nbs/05_pretraining.ipynb #97a8a741
-def show_pretraining(
-    run, # a run folder, or a dictionary of label: run folder
-): # the figure
-    "Figure 3 of the paper and its companion: the contrastive loss with its collapse value, and nearest-neighbour accuracy on songs never trained on."
-    import matplotlib.pyplot as plt
-    runs = run if isinstance(run, dict) else {"": run}
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), dpi=75)
-    for i, (label, folder) in enumerate(runs.items()):
-        table = read_metrics(folder)
-        for key, style in (("train_loss", "--"), ("valid_loss", "-")): left.plot(table.epoch, table[key], style, color=f"C{i}", label=f"{label} {key.split('_')[0]}".strip())
-        left.axhline(table.collapse_value.iloc[-1], color=f"C{i}", lw=0.8, ls=":")
-        right.plot(table.epoch, table.valid_knn, color=f"C{i}", marker=".", label=label or None)
-    left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None)); left.legend(frameon=False, fontsize=8)
-    right.set(xlabel="epoch", ylabel="nearest-neighbour accuracy", ylim=(0, 1.02))
-    if len(runs) > 1: right.legend(frameon=False, fontsize=8)
-    fig.tight_layout()
-    return fig
+    def title(self, i):
+        "What the list calls excerpt `i`."
+        return f"{i}: {self.excerpts.instruments[self.excerpts.labels[i]]} of {self.excerpts.titles[self.excerpts.songs[i]]}"
+
+    def _ipython_display_(self):
+        from IPython.display import display
+        display(self.box)
+
+# %% ../nbs/05_pretraining.ipynb #0df9859c
+@patch
+def show(self:Explorer):
+    "Draw the map, ring the chosen excerpt, name it and lay its sound ready."
+    i, e = self.point.value, self.excerpts
+    self.ax.clear()
+    show_embedding(self.points, e, self.by.value, self.ax)
+    if self.by.value == "instrument": self.ax.legend(frameon=False, fontsize=8)
+    self.ax.plot(*self.points[i], "o", ms=14, mfc="none", mec="black")
+    self.text.value, self.sound.value = self.title(i), bytes(player(e.waveforms[i], e.sample_rate).data)
+    if self.live: return self.ax.figure.canvas.draw_idle()
+    with io.BytesIO() as buffer:
+        self.ax.figure.savefig(buffer, format="png")
+        self.picture.value = buffer.getvalue()
+
+@patch
+def clicked(self:Explorer,
+            event, # of matplotlib, with xdata and ydata
+           ):
+    "Choose the excerpt nearest to the mouse."
+    if event.inaxes is self.ax: self.point.value = int(np.hypot(*(self.points - (event.xdata, event.ydata)).T).argmin())
+
+def explore(
+    network, # with `embed`
+    store, # the songs, such as `store.split("valid")`
+    per_song:int=4, # places in each song
+    method:str="tsne", # or "umap"
+    seed:int=0, # of the projection
+) -> Explorer: # shows itself at the end of a cell
+    "A map of excerpts to walk and listen through. The sound travels to the page: clear the output before sharing songs that may not be shared."
+    return Explorer(network, store, per_song, method, seed)
+
+# %% ../nbs/05_pretraining.ipynb #5147e421
+@register_term("contrast")
+def contrast_term(
+    task, # a separation task: its network, recipe and store
+    settings:dict, # "loss", and the names of `Settings`
+) -> ContrastTask:
+    "The contrastive loss of the network's `embed`, to be added to a separation loss; `UserError` for a network without `embed`."
+    settings = {"per_class": 4, **settings}
+    loss, duration = settings.pop("loss", "supcon"), getattr(task.network, "duration", task.recipe.mixer.get("duration", 5.))
+    return ContrastTask(task.network, replace(task.recipe, kind="pretraining", loss=loss, mixer=dict(duration=duration), task_args=settings), task.store)
