@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROFILE_NAMES', 'download', 'prepare', 'train', 'pretrain', 'evaluate', 'compare', 'experiment', 'label_efficiency',
-           'demo', 'separate', 'models', 'export', 'listen', 'make_parser', 'main']
+           'demo', 'separate', 'models', 'export', 'listen', 'make_parser', 'Terminated', 'main']
 
 # %% ../nbs/11_cli.ipynb #2ac47973
 import argparse
+import signal
 import sys
+import threading
 
 # %% ../nbs/11_cli.ipynb #279bd20b
 PROFILE_NAMES = ("demo", "laptop", "author", "paper")
@@ -49,12 +51,13 @@ def download(
     print(download_musdb7(args.out))
 
 def prepare(
-    args:argparse.Namespace, # one of musdb, stems, toy; out, seed
+    args:argparse.Namespace, # one of musdb, stems, toy; out, seed and the options of a store
 ):
     "Decode songs once into a store."
     from deepdemix import data
-    if args.musdb: store = data.prepare_musdb(args.musdb, args.out)
-    elif args.stems: store = data.prepare_stems(args.stems, args.out)
+    options = dict(allow_missing=args.allow_missing, skip_bad=args.skip_bad, repair=args.repair, dtype=args.dtype)
+    if args.musdb: store = data.prepare_musdb(args.musdb, args.out, **options)
+    elif args.stems: store = data.prepare_stems(args.stems, args.out, **options)
     else: store = data.prepare_toy(args.toy, args.out, seed=args.seed)
     print(f"{args.out}: {len(store)} songs")
 
@@ -153,6 +156,7 @@ def separate(
     failed = [song for song in summary["songs"] if song.get("error")]
     return 0 if not failed else 1 if any("outputs" in song for song in summary["songs"]) else 2
 
+# %% ../nbs/11_cli.ipynb #715218b9
 def models(
     args:argparse.Namespace, # nothing
 ):
@@ -192,8 +196,13 @@ def _add_data_commands(
     kind.add_argument("--stems", metavar="DIR", help="a folder of song/{drums,bass,other,vocals}.*")
     kind.add_argument("--toy", metavar="N", type=int, help="N songs of the toy band")
     p.add_argument("--out", required=True, metavar="STORE")
-    p.add_argument("--seed", type=int, default=0, help="the toy band's seed (default: 0)"); p.set_defaults(run=prepare)
+    p.add_argument("--seed", type=int, default=0, help="the toy band's seed (default: 0)")
+    p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32", help="int16: half the size; auto: only where nothing is lost (default: float32)")
+    p.add_argument("--allow-missing", action="store_true", help="a song may lack stems: they become silence")
+    p.add_argument("--skip-bad", action="store_true", help="leave out songs that can't be prepared")
+    p.add_argument("--repair", action="store_true", help="check every digest, and decode anew what no longer fits"); p.set_defaults(run=prepare)
 
+# %% ../nbs/11_cli.ipynb #aac2ea26
 def _add_training_commands(
     commands, # argparse's subparsers
 ):
@@ -205,6 +214,7 @@ def _add_training_commands(
     p.add_argument("--model", metavar="NAME", help="a network's name: see `deepdemix models`")
     p.add_argument("--encoder", metavar="RUN", help="start from the encoder of this run"); _training_options(p); p.set_defaults(run=train)
 
+# %% ../nbs/11_cli.ipynb #14f9763e
 def _add_score_commands(
     commands, # argparse's subparsers
 ):
@@ -226,6 +236,7 @@ def _add_score_commands(
     p = commands.add_parser("demo", help="the first run: offline, on any CPU, in minutes")
     p.add_argument("--out", default="demo", metavar="DIR"); p.add_argument("--seed", type=int, default=0); p.set_defaults(run=demo)
 
+# %% ../nbs/11_cli.ipynb #57d52f50
 def _add_model_commands(
     commands, # argparse's subparsers
 ):
@@ -236,6 +247,7 @@ def _add_model_commands(
     p = commands.add_parser("listen", help="the listening desk, in a browser")
     p.add_argument("file", nargs="?", metavar="FILE"); p.add_argument("--model", default="default", metavar="RUN|NAME"); p.set_defaults(run=listen)
 
+# %% ../nbs/11_cli.ipynb #5cca9d6b
 def _add_separate_command(
     commands, # argparse's subparsers
 ):
@@ -261,15 +273,21 @@ def make_parser() -> argparse.ArgumentParser: # the parser of the whole command
     return parser
 
 # %% ../nbs/11_cli.ipynb #9910b926
+class Terminated(KeyboardInterrupt):
+    "Somebody asked this process to end; it tidies up first."
+
+def _terminate(number, frame): raise Terminated
+
 def main(
     argv:list|None=None, # the words after `deepdemix`; the shell's own if None
-) -> int: # exit status: 0 success, 1 done but not all is well, 2 bad use, 130 interrupted
+) -> int: # exit status: 0 success, 1 done but not all is well, 2 bad use, 130 interrupted, 143 terminated
     "Run one command."
     args = make_parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminate)
     try: return args.run(args) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("deepdemix: stopped; what is finished is kept", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     except (ValueError, OSError) as error:
         from deepdemix.audio import UserError
         if not isinstance(error, (UserError, OSError)): raise

@@ -6,10 +6,11 @@
 __all__ = ['CHUNK', 'WEIGHTS', 'MODEL_FILES', 'TAGS', 'FORMATS', 'SUBTYPES', 'AUDIO', 'OPSET', 'channel_groups', 'by_groups',
            'segment_of', 'plan_chunks', 'pick_device', 'Separator', 'Waiting', 'output_weights', 'Cancelled',
            'pretrained_names', 'describe_pretrained', 'find_model', 'fetch_from_hub', 'push_to_hub', 'Spool',
-           'free_folder', 'write_tags', 'fix_serial', 'find_songs', 'MaskOnly', 'export']
+           'free_folder', 'write_tags', 'fix_serial', 'sweep', 'find_songs', 'MaskOnly', 'export']
 
 # %% ../nbs/08_separation.ipynb #417c7c8a
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -509,18 +510,43 @@ def separate_file(self:Separator,
                 real_time_factor=seconds / max(duration, 1e-9), damage=damage[0] if damage else None, notes=notes)
 
 # %% ../nbs/08_separation.ipynb #4e8735d4
+def _lock(folder):
+    "A descriptor that holds the folder until it is closed; None if somebody holds it, or where folders can't be locked."
+    try:
+        import fcntl
+        held = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError): return None
+    try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: os.close(held); return None
+    return held
+
+
+def sweep(out, # a folder that stems are written to
+          age=60): # seconds; younger leftovers stay
+    "Remove the hidden folders of processes that are no more."
+    for folder in out.glob(".separating-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < age or (held := _lock(folder)) is None: continue
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+
+
 @contextlib.contextmanager
 def _hidden_folder(out):
     "A hidden folder in `out` that is gone afterwards, unless it was given a name."
     with _disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
         hidden = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
         hidden.chmod(0o755)
+        held = _lock(hidden)
         try: yield hidden
         except UserError as e: raise UserError(str(e).replace(str(hidden), str(out))) from e
-        finally: shutil.rmtree(hidden, ignore_errors=True)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+            if held is not None: os.close(held)
 
-
+# %% ../nbs/08_separation.ipynb #613417f2
 @contextlib.contextmanager
 def _damage():
     "A list that gets the messages of `DamagedAudio`; other warnings are passed on afterwards."

@@ -378,7 +378,24 @@ def test_killed_half_way(tmp_path, how):
     process.communicate()
     assert process.returncode != 0
     assert [x for x in files_in(tmp_path / "out") if not x.startswith(".")] == []
-    if how == "SIGINT": assert files_in(tmp_path / "out") == []
+    left = list((tmp_path / "out").glob(".separating-*"))
+    assert len(left) == (how == "SIGKILL")
+    for folder in left: os.utime(folder, (0, 0))
+    process = start(tmp_path, tmp_path / "song.wav")
+    process.communicate()
+    assert process.returncode == 0 and not list((tmp_path / "out").glob(".*")) and len(files_in(tmp_path / "out")) == 4
+
+
+def test_terminated_half_way(tmp_path):
+    "A polite kill: status 143, one line, nothing left."
+    path = long_file(tmp_path / "song.wav", 300)
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", "separate", str(path), "--out", str(tmp_path / "out")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob(".separating-*/*")): assert process.poll() is None
+    process.terminate()
+    error = process.communicate()[1]
+    assert process.returncode == 143 and "stopped" in error and "Traceback" not in error
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def memory(tmp_path, seconds, kind):
