@@ -615,12 +615,21 @@ def records(self: Scores) -> list[dict]:
 # %% ../nbs/07_evaluation.ipynb #563db0d0
 @patch
 def save(self: Scores,
-    path,  # of scores.json
+    path,             # of scores.json
+    digits: int=None, # decimals to keep; None: all
 ) -> Path: # the same
-    "Write everything as JSON, whole or not at all."
-    content = {"format": FORMAT, "info": self.info, "failed": self.failed, "songs": self.records()}
-    with atomic_path(path) as part: part.write_text(json.dumps(content, allow_nan=False, indent=1, ensure_ascii=False), encoding="utf-8")
+    "Write everything as JSON, a song a line, whole or not at all."
+    line = lambda x: json.dumps(x, allow_nan=False, ensure_ascii=False)
+    head = line({"format": FORMAT, "info": self.info, "failed": self.failed})[:-1]
+    songs = ",\n".join(line(_rounded(x, digits)) for x in self.records())
+    with atomic_path(path) as part: part.write_text(f'{head}, "songs": [\n{songs}\n]}}\n', encoding="utf-8")
     return Path(path)
+
+def _rounded(x, digits: int):
+    "The same with its numbers rounded."
+    if isinstance(x, dict): return {k: _rounded(v, digits) for k, v in x.items()}
+    if isinstance(x, list): return [_rounded(v, digits) for v in x]
+    return round(x, digits) if digits is not None and isinstance(x, float) else x
 
 # %% ../nbs/07_evaluation.ipynb #ca08d509
 @patch(cls_method=True)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'SPLITS', 'RANDOM_TWINS', 'DEMO_SONGS', 'STARTS', 'CARD', 'Step', 'step_recipe',
            'find_step', 'finished', 'train_steps', 'score_steps', 'Experiment', 'run_experiment', 'save_report',
-           'excerpt_path', 'separate_and_score', 'demo_songs', 'songs_text', 'Promise', 'promises', 'run_demo',
-           'score_model', 'device_of', 'song_subset', 'label_efficiency', 'card', 'bundle']
+           'publish', 'excerpt_path', 'separate_and_score', 'demo_songs', 'songs_text', 'Promise', 'promises',
+           'run_demo', 'score_model', 'device_of', 'song_subset', 'label_efficiency', 'card', 'bundle']
 
 # %% ../nbs/09_experiment.ipynb #e9ddd49f
 import importlib.util
@@ -26,7 +26,7 @@ from .evaluation import Scores, compare, evaluate, plot_scores, reference_rows, 
 from .metrics import sdr, si_sdr
 from .pretraining import probe
 from .separation import WEIGHTS, Separator, describe_pretrained, find_model
-from .training import build_network, file_digest, fit, load_network, read_record, recipe_for, save_network, show_metrics
+from .training import Recipe, build_network, file_digest, fit, load_network, read_record, recipe_for, save_network, show_metrics
 
 # %% ../nbs/09_experiment.ipynb #3c236b27
 @dataclass(frozen=True)
@@ -245,6 +245,7 @@ def run_experiment(
         score_steps(store, out, steps, seed, splits, progress)
     return save_report(Experiment(out))
 
+# %% ../nbs/09_experiment.ipynb #e85c57b7
 def _same_experiment(
     out:Path, # the experiment's folder
     about:dict, # what is asked for
@@ -256,6 +257,7 @@ def _same_experiment(
         if old[key] != about[key]: raise UserError(f"{out} holds an experiment with another {key} ({old[key]}): choose another folder")
     with atomic_path(path) as part: Path(part).write_text(json.dumps(about, indent=1))
 
+# %% ../nbs/09_experiment.ipynb #386755d5
 def save_report(
     experiment:Experiment, # that is finished
 ) -> Experiment: # the same
@@ -272,6 +274,24 @@ def save_report(
         with atomic_path(out / name) as part: figure.savefig(part, format="png")
         plt.close(figure)
     return experiment
+
+# %% ../nbs/09_experiment.ipynb #e6110191
+def publish(
+    out, # a finished experiment's folder
+    results, # folder for the small files
+) -> Path: # the same
+    "Copy an experiment without its weights; `digests.json` holds their SHA-256, by seed and run."
+    experiment, results = Experiment(out), Path(results)
+    digests = json.loads((results / "digests.json").read_text()) if (results / "digests.json").exists() else {}
+    for (seed, name), run in experiment.runs().items():
+        there = results / f"seed{seed}" / name
+        there.mkdir(parents=True, exist_ok=True)
+        for file in ("recipe.json", "metrics.csv"): shutil.copy(run / file, there / file)
+        if (run / "model.safetensors").exists(): digests[f"seed{seed}/{name}"] = file_digest(run / "model.safetensors")
+    for file in ("experiment.json", "table.txt", "table.json"): shutil.copy(Path(out) / file, results / file)
+    experiment.scores.save(results / "scores.json", digits=4)
+    with atomic_path(results / "digests.json") as part: Path(part).write_text(json.dumps(digests, indent=1) + "\n")
+    return results
 
 # %% ../nbs/09_experiment.ipynb #3928a45d
 def excerpt_path() -> Path: # a .stem.mp4 of five streams: mixture, drums, bass, other, vocals
@@ -464,7 +484,7 @@ CARD = """# {name}
 - network: `{network}`, {parameters:,} parameters, stored in half precision ({megabytes:.1f} MB)
 - trained on: {songs}; best of {epochs} epochs on the validation songs (epoch {best}), {examples:,} examples seen, {hours:.1f} hours
 - made by: `{command}`, then `python -c "from deepdemix.experiment import bundle; bundle('RUN', '{name}'{changed})"`
-- weights: SHA-256 `{digest}`
+{encoder}- weights: SHA-256 `{digest}`
 
 ## Scores
 
@@ -475,6 +495,26 @@ CARD = """# {name}
 The weights were trained on the 7-second previews of MUSDB18 (academic use only, in part CC BY-NC-SA), so they are for **non-commercial research**. They know nine minutes of mostly Western popular music: expect worse on anything else.
 """
 
+# %% ../nbs/09_experiment.ipynb #05bfcce7
+def _command(
+    record:dict, # of a run
+    name:str, # of the bundled weights
+) -> str:
+    "What made the weights, for the card."
+    encoder = " --encoder ENCODER_RUN" if record["recipe"]["encoder"] else ""
+    return f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{encoder} --data "$MUSDB_PATH" --out RUN'
+
+def _encoder_line(
+    encoder, # a run folder, or nothing
+    name:str, # of the bundled weights
+    results:Path, # folder for the encoder's recipe
+) -> str:
+    "What made the encoder, for the card."
+    if not encoder: return ""
+    record, path = read_record(encoder), Path(results) / name / "encoder.json"
+    Recipe.from_dict(record["recipe"]).save(path)
+    return f'- its encoder: `deepdemix pretrain --recipe {path} --data "$MUSDB_PATH" --out ENCODER_RUN`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours\n'
+
 def card(
     run:Path, # a finished run
     name:str, # of the bundled weights
@@ -482,15 +522,43 @@ def card(
     folder:Path, # where its weights are
     tables:str, # its scores
     network_args:dict|None=None, # what `bundle` was given
+    encoder:str="", # the line about its encoder
 ) -> str: # Markdown
     "The model card of a run."
     record, weights = read_record(run), Path(folder) / "model.safetensors"
-    encoder = " --encoder ENCODER_RUN" if record["recipe"]["encoder"] else ""
     facts = dict(network=record["recipe"]["network"], parameters=record["parameters"], epochs=record["epoch"], best=record["best"]["epoch"], examples=record["examples"], hours=record["hours"])
-    facts["changed"] = f", network_args={network_args}" if network_args else ""
-    return CARD.format(name=name, sentence=sentence, megabytes=weights.stat().st_size / 1e6, digest=file_digest(weights), tables=tables,
-                       songs="the 80 training songs of MUSDB18-7",
-                       command=f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{encoder} --data "$MUSDB_PATH" --out RUN', **facts)
+    changed = f", network_args={network_args}" if network_args else ""
+    return CARD.format(name=name, sentence=sentence, megabytes=weights.stat().st_size / 1e6, digest=file_digest(weights), tables=tables, changed=changed,
+                       songs="the 80 training songs of MUSDB18-7", command=_command(record, name), encoder=encoder, **facts)
+
+# %% ../nbs/09_experiment.ipynb #b2fbbb73
+def _half(
+    run:Path, # a finished run folder
+    folder:Path, # where the weights go
+    network_args:dict, # settings of the network that differ from those in training
+):
+    "Write a run's network in half precision."
+    record = read_record(run)
+    record["recipe"]["encoder"] = Path(record["recipe"]["encoder"]).name if record["recipe"]["encoder"] else None
+    network_class, args = record["network"]
+    changed = build_network(network_class, **{**args, **network_args})
+    changed.load_state_dict(load_network(run).state_dict())
+    record["network"] = [network_class, changed.args]
+    save_network(changed, record, folder, half=True)
+
+def _scored(
+    folder:Path, # bundled weights
+    store:Store, # songs with a valid and a test split
+    results:Path, # folder for the scores
+) -> str:
+    "Score bundled weights on validation and test songs; the tables as Markdown."
+    tables = []
+    for split in ("valid", "test"):
+        scores = score_model(str(folder), store.split(split))
+        scores.frames = {}
+        scores.save(results / f"{split}.json")
+        tables.append(f"```\n{scores.table(caption=f'{split} songs')}\n```")
+    return "\n\n".join(tables)
 
 def bundle(
     run:Path, # a finished run folder
@@ -504,20 +572,9 @@ def bundle(
     "Turn a run into bundled weights: half precision, scores on validation and test songs, a model card."
     store, folder = open_data(data or find_musdb()), Path(root or WEIGHTS) / name
     sentence = sentence or describe_pretrained().get(name, "")
-    record = read_record(run)
-    record["recipe"]["encoder"] = Path(record["recipe"]["encoder"]).name if record["recipe"]["encoder"] else None
-    network = load_network(run)
-    network_class, args = record["network"]
-    changed = build_network(network_class, **{**args, **(network_args or {})})
-    changed.load_state_dict(network.state_dict())
-    record["network"] = [network_class, changed.args]
-    save_network(changed, record, folder, half=True)
-    tables = []
-    for split in ("valid", "test"):
-        scores = score_model(str(folder), store.split(split))
-        scores.frames = {}
-        Path(results, name).mkdir(parents=True, exist_ok=True)
-        scores.save(Path(results, name, f"{split}.json"))
-        tables.append(f"```\n{scores.table(caption=f'{split} songs')}\n```")
-    with atomic_path(folder / "README.md") as part: Path(part).write_text(card(run, name, sentence, folder, "\n\n".join(tables), network_args))
+    Path(results, name).mkdir(parents=True, exist_ok=True)
+    _half(run, folder, network_args or {})
+    encoder = _encoder_line(read_record(run)["recipe"]["encoder"], name, results)
+    text = card(run, name, sentence, folder, _scored(folder, store, Path(results, name)), network_args, encoder)
+    with atomic_path(folder / "README.md") as part: Path(part).write_text(text)
     return folder

@@ -9,6 +9,7 @@ __all__ = ['FLOOR', 'band_edges', 'Bands', 'FrameEncoder', 'Recurrent', 'l1_phas
 import math
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .baseline import MaskNetwork, RecurrentStack, fold_channels
@@ -99,29 +100,33 @@ class Recurrent(MaskNetwork):
         self.encoder = FrameEncoder(self.bands.n_bands * channels, hidden, layers, dropout)
         self.paint = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, painted))
 
-    def frames(self,
-        magnitude:torch.Tensor, # (batch, n_t, n_f, n_ac)
-    ) -> torch.Tensor: # (batch, n_t, 2 * hidden)
-        "The encoder's output, frame by frame."
-        levels = self.bands(magnitude).clamp_min(FLOOR).log()
-        levels[:, :, self.heard:] = math.log(FLOOR)
-        return self.encoder(levels.flatten(2))
+# %% ../nbs/06a_recurrent.ipynb #25b24648
+@patch
+def frames(self:Recurrent,
+    magnitude:torch.Tensor, # (batch, n_t, n_f, n_ac)
+) -> torch.Tensor: # (batch, n_t, 2 * hidden)
+    "The encoder's output, frame by frame."
+    levels = self.bands(magnitude).clamp_min(FLOOR).log()
+    levels[:, :, self.heard:] = math.log(FLOOR)
+    return self.encoder(levels.flatten(2))
 
-    def predict(self,
-        magnitude:torch.Tensor, # (batch, n_t, n_f, n_ac)
-    ) -> torch.Tensor: # (batch, n_t, n_f, n_ac, sources), adding up to one over the sources
-        "The share of each source in every bin."
-        b, n_t, _, c = magnitude.shape
-        painted = self.paint(self.frames(magnitude)).view(b, n_t, self.bands.n_bands, c, len(self.sources))
-        highest = painted[:, :, self.heard - 1:self.heard].expand(-1, -1, self.bands.n_bands - self.heard, -1, -1)
-        return self.bands.spread(torch.cat([painted[:, :, :self.heard], highest], dim=2).softmax(dim=-1))
+@patch
+def predict(self:Recurrent,
+    magnitude:torch.Tensor, # (batch, n_t, n_f, n_ac)
+) -> torch.Tensor: # (batch, n_t, n_f, n_ac, sources), adding up to one over the sources
+    "The share of each source in every bin."
+    b, n_t, _, c = magnitude.shape
+    painted = self.paint(self.frames(magnitude)).view(b, n_t, self.bands.n_bands, c, len(self.sources))
+    highest = painted[:, :, self.heard - 1:self.heard].expand(-1, -1, self.bands.n_bands - self.heard, -1, -1)
+    return self.bands.spread(torch.cat([painted[:, :, :self.heard], highest], dim=2).softmax(dim=-1))
 
-    def embed(self,
-        waveform:torch.Tensor, # (batch, channels, time)
-    ) -> torch.Tensor: # (batch, 2 * hidden)
-        "One vector for each excerpt: the encoder's output, averaged over time."
-        folded, _ = fold_channels(waveform, 1, self.channels)
-        return self.frames(self.magnitudes(folded)).mean(dim=1)
+@patch
+def embed(self:Recurrent,
+    waveform:torch.Tensor, # (batch, channels, time)
+) -> torch.Tensor: # (batch, 2 * hidden)
+    "One vector for each excerpt: the encoder's output, averaged over time."
+    folded, _ = fold_channels(waveform, 1, self.channels)
+    return self.frames(self.magnitudes(folded)).mean(dim=1)
 
 # %% ../nbs/06a_recurrent.ipynb #70b3a73f
 @register_loss("l1_phase_sensitive")
