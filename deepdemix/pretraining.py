@@ -182,12 +182,13 @@ def forward(self:EncoderNetwork,
     return self.embed(waveform)
 
 # %% ../nbs/05_pretraining.ipynb #7e1662cc
-TEMPERATURES = dict(supcon=0.1, ntxent=0.5)
-
 def euclidean():
     "Plain Euclidean distance, embeddings as they are."
     from pytorch_metric_learning.distances import LpDistance
     return LpDistance(normalize_embeddings=False, p=2)
+
+# %% ../nbs/05_pretraining.ipynb #fdb36fd7
+TEMPERATURES = dict(supcon=0.1, ntxent=0.5)
 
 def metric_loss(
     name:str="triplet", # "triplet", "supcon", "ntxent" or "multi_similarity"
@@ -385,6 +386,7 @@ def plain_title(
     "What two spellings of a title have in common."
     return "".join(x for x in title.lower() if x.isalnum())
 
+# %% ../nbs/05_pretraining.ipynb #44704a15
 def join_stores(
     stores, # `Store`s, the first with validation songs
     weights=None, # one for each store; None: 1
@@ -410,6 +412,7 @@ class WeightedOrder(np.random.Generator):
     weights = None
     def permutation(self, songs): return np.asarray(songs)[np.argsort(self.exponential(size=len(songs)) / self.weights[np.asarray(songs, dtype=int)])]
 
+# %% ../nbs/05_pretraining.ipynb #dc223b8d
 class ByWeight:
     "For the streams of `Stores`: songs are drawn by their weights."
     def find(self, rng, label, index, barred=()):
@@ -431,13 +434,18 @@ def _weighted(
     try: return path, float(weight)
     except ValueError: return data, 1.
 
+# %% ../nbs/05_pretraining.ipynb #80a07f5e
+def _open(path, first):
+    "Open one of several stores."
+    from deepdemix.data import is_musdb, open_data
+    return open_data(path) if first or path is None or is_musdb(path) else open_data(path, valid=0, test=0, allow_missing=True)
+
 def open_stores(
     data, # a `Store`, a path that `open_data` takes, "path=weight", or a list of those and of pairs (store or path, weight)
 ): # a `Store`, or `Stores`
-    "What pretraining learns from; the first of a list is the one that is validated on."
-    from deepdemix.data import open_data
+    "What pretraining learns from. The first of a list is validated on; of a further folder of stems every song is for training, whatever it lacks."
     pairs = [_weighted(x) for x in (data if isinstance(data, list) else [data])]
-    stores = [open_data(x) if x is None or isinstance(x, (str, Path)) else x for x, _ in pairs]
+    stores = [_open(x, first=not k) if x is None or isinstance(x, (str, Path)) else x for k, (x, _) in enumerate(pairs)]
     return stores[0] if len(stores) == 1 else join_stores(stores, [w for _, w in pairs])
 
 # %% ../nbs/05_pretraining.ipynb #b912c94d
@@ -453,6 +461,7 @@ class Excerpts:
 
     def __len__(self): return len(self.labels)
 
+# %% ../nbs/05_pretraining.ipynb #c805dc55
 def audible(
     waveform, # (channels, time)
     floor:float=-60., # dB of the mean power
@@ -590,6 +599,7 @@ class Settings:
     places: int = 4 # excerpts a validation song, for the nearest neighbours
     shuffle_labels: bool = False # a control: which excerpt is called what is drawn by lot
 
+# %% ../nbs/05_pretraining.ipynb #a5966b5d
 POSITIVES = ("other_song", "anywhere", "view", "mixture_stem")
 
 def read_settings(
@@ -614,6 +624,7 @@ def instruments_of(
     counts = {name: sum(sounds(name, song) for song in store.songs) for name in store.sources}
     return {name: n for name, n in counts.items() if n}
 
+# %% ../nbs/05_pretraining.ipynb #e4fa972d
 def check_classes(
     store, # the songs of one split
     what:str="train", # its name, for the error
@@ -865,6 +876,7 @@ def confusion(
     matrix = confusion_matrix(asked.labels, said, labels=range(len(names)), normalize="true")
     return pd.DataFrame(matrix, index=pd.Index(names, name="true"), columns=pd.Index(names, name="said"))
 
+# %% ../nbs/05_pretraining.ipynb #0f5b161e
 def show_confusion(
     table, # of `confusion`
     ax=None, # matplotlib axes
@@ -965,6 +977,7 @@ def clicked(self:Explorer,
     "Choose the excerpt nearest to the mouse."
     if event.inaxes is self.ax: self.point.value = int(np.hypot(*(self.points - (event.xdata, event.ydata)).T).argmin())
 
+# %% ../nbs/05_pretraining.ipynb #946d2bca
 def explore(
     network, # with `embed`
     store, # the songs, such as `store.split("valid")`

@@ -1,7 +1,11 @@
 "Pretraining: the paper's encoder, losses against torch and against hand-worked values, tasks, resume, real songs."
 import csv
+import io
 import math
+import pickle
+import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +13,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from deepdemix.audio import UserError
-from deepdemix.data import Store, prepare_toy
-from deepdemix.pretraining import (Contrast, DeepDeMixEncoder, EncoderNetwork, PretrainingTask, check_classes, cloud, collapse_value, count_parameters,
-                                   draw_excerpts, embed_excerpts, metric_loss, mixtures_of, neighbour_accuracy, pretrain, probe, random_twin, random_view,
-                                   retrieval, triplet_indices, views_of)
-from deepdemix.training import Recipe, build_network, fit, load_encoder, load_network, read_weights
+from deepdemix.audio import SOURCES, UserError, write
+from deepdemix.data import Store, prepare_stems, prepare_toy
+from deepdemix.pretraining import (Contrast, DeepDeMixEncoder, EncoderNetwork, PretrainingTask, WeightedBatches, WeightedTriplets, check_classes, cloud,
+                                   collapse_value, count_parameters, draw_excerpts, embed_excerpts, explore, join_stores, metric_loss, mixtures_of,
+                                   neighbour_accuracy, open_stores, plain_title, pretrain, probe, project, random_twin, random_view, retrieval, triplet_indices, views_of)
+from deepdemix.training import Recipe, build_network, build_task, fit, load_encoder, load_network, read_metrics, read_record, read_state, read_weights, register_network
 
 TINY = dict(duration=0.25, window_length=1024, hop_length=512, conv_channels=(2, 2, 4, 4), kernels=((3, 4), (3, 4), (2, 3), (2, 3)), pools=((4, 8), (4, 4)),
             linears=(16, 8), latent=6, dropout=0.2)
@@ -240,6 +244,267 @@ def test_effective_rank_counts_directions():
     z[:, :3] = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     assert cloud(z, np.arange(200) % 4)["effective_rank"] == pytest.approx(3, abs=0.1)
     assert math.isfinite(cloud(torch.ones(4, 3), [0, 0, 1, 1])["effective_rank"])
+
+
+@register_network("faders")
+class Faders(EncoderNetwork):
+    "A separator whose mask is one number for each source; it has the encoder of `EncoderNetwork`."
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.levels = torch.nn.Linear(self.latent, 4)
+    def mask(self, magnitude): return self.levels(self.encoder(magnitude)).sigmoid()[:, None, None, None].expand(*magnitude.shape, -1)
+
+
+@register_network("bare")
+class Bare(torch.nn.Module):
+    "All that the contrastive term may ask of a separator: `embed`, and what every network has. It does not say its latent or its duration."
+    def __init__(self):
+        super().__init__()
+        self.args, self.sources, self.sample_rate, self.channels = {}, SOURCES, 44100, 2
+        self.linear, self.levels = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)
+        self.stft = EncoderNetwork(**TINY).stft
+    def embed(self, waveform): return self.linear(waveform.square().mean(-1).clamp(min=1e-8).log10())
+    def mask(self, magnitude): return self.levels(self.linear(magnitude.mean((1, 2)))).sigmoid()[:, None, None, None].expand(*magnitude.shape, -1)
+
+
+def write_stems(folder, songs):
+    "A folder of stems: {title: {name: waveform}}."
+    for title, stems in songs.items():
+        (folder / title).mkdir(parents=True)
+        for name, wave in stems.items(): write(folder / title / f"{name}.wav", wave, 44100)
+    return folder
+
+
+def tones(*hertz, seconds=1.0):
+    t = torch.arange(round(seconds * 44100)) / 44100
+    return [0.1 * torch.sin(2 * math.pi * f * t)[None] for f in hertz]
+
+
+@pytest.fixture(scope="module")
+def duo(store, tmp_path_factory):
+    "Four songs of drums and vocals: one that `store` trains on and one that it holds out, both in another spelling, and two new ones."
+    train, held = (next(s.title for s in store.songs if s.split == split) for split in ("train", "valid"))
+    titles = [train.upper().replace(" ", "_"), held.replace(" ", " - "), "One more", "Another"]
+    waves = {title: dict(zip(("drums", "vocals"), tones(200 + 50 * k, 900 + 70 * k))) for k, title in enumerate(titles)}
+    folder = tmp_path_factory.mktemp("duo")
+    return prepare_stems(write_stems(folder / "songs", waves), folder / "store", sources=("vocals", "drums"), valid=0, test=0, progress=False)
+
+
+def test_a_song_of_two_stores_is_one_song_and_held_out_songs_stay_out(store, duo):
+    both = join_stores([store, duo])
+    assert [s.title for s in both.songs[len(store):]] == sorted(["One more", "Another"])
+    train = both.split("train")
+    titles = [plain_title(s.title) for s in train.songs]
+    assert len(set(titles)) == len(titles) == store.splits["train"] + 2
+    assert not set(titles) & {plain_title(s.title) for s in store.songs if s.split != "train"}
+    assert [s.title for s in both.split("valid").songs] == [s.title for s in store.split("valid").songs]
+    stream = WeightedTriplets(train, duration=0.25)
+    for k in range(100):
+        info = stream.info(k)
+        assert info["songs"][0] != info["songs"][1]
+        assert all(i in ("drums", "vocals") for s, i in zip(info["songs"], info["instruments"]) if s in ("One more", "Another"))
+
+
+def test_stems_of_a_store_with_fewer_classes_stand_where_they_belong(store, duo):
+    both = join_stores([store, duo])
+    assert both.sources == SOURCES
+    new = len(store)
+    own = next(i for i, s in enumerate(duo.songs) if s.title == both.songs[new].title)
+    x, y = both.stems(new, 100, 500), duo.stems(own, 100, 500)
+    assert torch.equal(x[3], y[0]) and torch.equal(x[0], y[1]) and x[1:3].abs().sum() == 0
+    assert torch.equal(both.stems(1, 7, 90), store.stems(1, 7, 90))
+    swapped = join_stores([duo, store])
+    assert swapped.sources == ("vocals", "drums", "bass", "other")
+    assert torch.equal(swapped.stems(len(duo))[[1, 2, 3, 0]], store.stems(store.songs.index(swapped.songs[len(duo)])))
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 6.0])
+def test_weights_are_shares(store, duo, weight):
+    train = join_stores([store, duo], [1, weight]).split("train")
+    old = store.splits["train"]
+    stream = WeightedTriplets(train, duration=0.25, seed=3)
+    anchors = [(p[0].song >= old) for p, labels in map(stream.draw, range(1500)) if labels[0] in (0, 3)]
+    share = 2 * weight / (2 * weight + old)
+    assert np.mean(anchors) == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / len(anchors)))
+
+
+def test_batches_of_several_stores_are_functions_of_seed_and_number_in_any_process(store, duo):
+    train = join_stores([store, duo], [1, 2]).split("train")
+    for cls, settings_ in ((WeightedTriplets, {}), (WeightedBatches, dict(per_class=2))):
+        stream = cls(train, duration=0.25, seed=5, **settings_)
+        draw = (lambda s, k: s.batch(2, 2 * k)) if cls is WeightedTriplets else (lambda s, k: s.batch(k))
+        first, copy = draw(stream, 3), pickle.loads(pickle.dumps(stream))
+        draw(copy, 9)
+        assert all(torch.equal(x, y) for x, y in zip(first, draw(copy, 3)))
+        assert not torch.equal(first[0], draw(cls(train, duration=0.25, seed=6, **settings_), 3)[0])
+
+
+def test_a_run_of_several_stores_resumes_with_the_same_ones_only(store, duo, tmp_path):
+    args = dict(profile="demo", network_args=TINY, batch_size=4, examples_per_epoch=8, valid_examples=8, places=1, progress=False)
+    whole = pretrain([store, (duo, 2)], tmp_path / "whole", epochs=2, **args)
+    pretrain([store, (duo, 2)], tmp_path / "parts", epochs=1, **args)
+    parts = pretrain([str(store.path), f"{duo.path}=2"], tmp_path / "parts", epochs=2, resume=True, **args)
+    a, b = (read_state(r / "resume.safetensors")["network"] for r in (whole, parts))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    data = read_record(parts)["data"]
+    assert [(s["songs"], s["weight"], len(s["digest"])) for s in data["stores"]] == [(8, 1, 64), (2, 2, 64)]
+    for other in ([store, duo], store, [store, (duo.select(["One more"]), 2)]):
+        with pytest.raises(UserError, match="other data"): pretrain(other, tmp_path / "parts", epochs=3, resume=True, **args)
+
+
+def test_a_further_folder_gives_all_its_songs_whatever_they_lack(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
+    low, high, other, voice = tones(100, 1000, 300, 500)
+    folder = write_stems(tmp_path / "more", {"a": dict(drums=low, bass=high), "b": dict(drums=other), "c": dict(vocals=voice, other=low)})
+    both = open_stores([store, f"{folder}=2"])
+    assert [s.title for s in both.split("train").songs[-3:]] == ["a", "b", "c"]
+    assert [set(s.present) for s in both.songs[-3:]] == [{"drums", "bass"}, {"drums"}, {"vocals", "other"}]
+    stream = WeightedTriplets(both.split("train"), duration=0.25)
+    drawn = {pair for k in range(200) for pair in zip(stream.info(k)["songs"], stream.info(k)["instruments"]) if pair[0] in "abc"}
+    assert drawn == {("a", "drums"), ("a", "bass"), ("b", "drums"), ("c", "vocals"), ("c", "other")}
+
+
+def test_one_store_is_what_it_always_was(store, tmp_path):
+    assert open_stores(store) is store and open_stores([store]) is store
+    assert open_stores(f"{store.path}").digest == open_stores([f"{store.path}=3"]).digest == store.digest
+    assert "stores" not in read_record(pretrain(store, tmp_path / "run", profile="demo", network_args=TINY, examples_per_epoch=4, batch_size=4, valid_examples=4, places=1, epochs=1, progress=False))["data"]
+
+
+def test_stores_that_cannot_be_joined_are_refused(store, duo, tmp_path):
+    slow = prepare_toy(3, tmp_path / "slow", duration=1.0, sample_rate=22050, progress=False)
+    for stores, weights, words in (([store, store], None, "adds nothing"), ([store, slow], None, "22050 Hz and .* 44100 Hz"), ([store, duo], [1, 0], "above 0"),
+                                   ([store, duo], [1, float("nan")], "above 0"), ([store, duo.split("train").select(["One more"]), duo.select(["One more"])], None, "adds nothing")):
+        with pytest.raises(UserError, match=words): join_stores(stores, weights)
+    with pytest.raises(UserError, match="nowhere"): open_stores([store, str(tmp_path / "nowhere") + "=2"])
+
+
+def bad_folders():
+    low, high, other, voice = tones(100, 1000, 300, 500)
+    yield "hold 1 instrument:", {f"song {k}": dict(drums=low) for k in range(4)}
+    yield "only 1 train song has bass", {"a": dict(drums=low, bass=high), "b": dict(drums=other), "c": dict(drums=voice)}
+    yield "only 1 train song has bass", {"a": dict(drums=low, bass=high), "b": dict(drums=other, bass=0 * low), "c": dict(drums=voice)}
+
+
+@pytest.mark.parametrize("words, songs", list(bad_folders()), ids=["one instrument", "a class of one song", "a silent second song"])
+def test_bad_songs_are_refused_before_a_run_begins(words, songs, tmp_path):
+    bad = prepare_stems(write_stems(tmp_path / "songs", songs), tmp_path / "store", sources=("drums", "bass"), valid=0, test=0, allow_missing=True, progress=False)
+    for loss in ("triplet", "supcon"):
+        with pytest.raises(UserError, match=words): pretrain(bad, tmp_path / "run", loss=loss, profile="demo", progress=False)
+        assert not (tmp_path / "run").exists()
+
+
+def test_per_class_decides_the_size_of_a_batch(store):
+    for loss, size in (("supcon", 12), ("triplet", 12)):
+        waves, labels, _ = task(store, loss=loss, task_args=dict(per_class=3)).train_batch(0)
+        assert len(waves) == size
+        if loss == "supcon": assert labels.bincount().tolist() == [3, 3, 3, 3]
+
+
+def separation(contrast=None, **changes):
+    base = dict(network="faders", network_args=TINY, batch_size=2, examples_per_epoch=4, epochs=1, valid_examples=2, lr=1e-2, device="cpu",
+                mixer=dict(duration=0.25, pitch=None, stretch=None), task_args={} if contrast is None else dict(contrast=contrast))
+    return Recipe(**{**base, **changes})
+
+
+def trained_weights(run): return read_state(run / "resume.safetensors")["network"]
+
+
+def test_a_term_without_weight_changes_nothing_and_one_with_weight_does(store, tmp_path):
+    runs = {name: fit(separation(c), store, tmp_path / name, progress=False) for name, c in dict(without=None, zero=dict(weight=0), some=dict(weight=0.5, head=3)).items()}
+    without, zero, some = (trained_weights(r) for r in runs.values())
+    assert all(torch.equal(without[k], zero[k]) for k in without)
+    assert any(not torch.equal(without[k], some[k]) for k in without) and without.keys() == some.keys()
+    assert "contrast" not in read_metrics(runs["zero"])
+    row = read_metrics(runs["some"]).iloc[0]
+    assert row.train_loss == pytest.approx(row.separation + 0.5 * row.contrast, rel=1e-5)
+    assert row.contrast > 0.1 and row.valid_loss < 0.1
+    load_network(runs["some"])
+
+
+def test_a_term_resumes_exactly_with_its_head_and_memory(store, tmp_path):
+    term = dict(weight=0.1, head=3, memory=32, per_class=2)
+    whole = fit(separation(term, epochs=2), store, tmp_path / "whole", progress=False)
+    fit(separation(term), store, tmp_path / "parts", progress=False)
+    parts = fit(separation(term, epochs=2), store, tmp_path / "parts", resume=True, progress=False)
+    for part in ("network", "heads"):
+        a, b = (read_state(r / "resume.safetensors")[part] for r in (whole, parts))
+        assert a and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("loss", ["supcon", "triplet", "ntxent", "multi_similarity"])
+def test_the_term_is_the_loss_of_embed_for_any_network(store, loss):
+    torch.manual_seed(0)
+    t = build_task(separation(dict(weight=2, loss=loss, per_class=2), network="bare", network_args={}), store)
+    batch = t.train_batch(0)
+    waves, labels, _ = batch[2]["contrast"]
+    assert waves.shape[1:] == (2, 11025)
+    value, logs = t.training_loss(batch)
+    z = t.network.embed(waves)
+    want = F.triplet_margin_loss(z[0::3], z[1::3], z[2::3]) if loss == "triplet" else metric_loss(loss)(z, labels)
+    torch.testing.assert_close(logs["contrast"], want.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(value, logs["separation"] + 2 * want, atol=1e-5, rtol=1e-5)
+
+
+def test_terms_that_make_no_sense_are_refused(store, tmp_path):
+    for term, words in ((dict(weight=-1), "0 or more"), (dict(weight="much"), "0 or more"), (dict(weight=1, loss="tripplet"), "multi_similarity"), (dict(weight=1, tau=1), "temperature")):
+        with pytest.raises(UserError, match=words): fit(separation(term), store, tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match="did you mean contrast"): fit(separation(task_args=dict(contrasts=1)), store, tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match="no embed"): fit(separation(1.0, network="baseline", network_args={}), store, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_thaws_layer_by_layer_and_resumes_exactly_across_it(store, tmp_path):
+    start = fit(recipe(), store, tmp_path / "start", progress=False)
+    thawing = dict(encoder=str(start), freeze_encoder=1, unfreeze_every=1)
+    moved = {}
+    before = trained_weights(fit(separation(epochs=1, **thawing), store, tmp_path / "1", progress=False))
+    for epochs in (2, 3):
+        state = trained_weights(fit(separation(epochs=epochs, **thawing), store, tmp_path / str(epochs), progress=False))
+        moved[epochs] = {k.removeprefix("encoder.").rsplit(".", 1)[0] for k in state if k.startswith("encoder.") and not torch.equal(state[k], before[k])}
+    first = read_weights(start / "model.safetensors")
+    assert all(torch.equal(before[k], first[k]) for k in first)
+    assert moved == {2: {"linear.7"}, 3: {"linear.7", "linear.4"}}
+    fit(separation(epochs=1, **thawing), store, tmp_path / "parts", progress=False)
+    parts = fit(separation(epochs=3, **thawing), store, tmp_path / "parts", resume=True, progress=False)
+    a, b = trained_weights(tmp_path / "3"), trained_weights(parts)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(UserError, match="unfreeze_every was 1 and is 2"): fit(separation(epochs=3, **{**thawing, "unfreeze_every": 2}), store, parts, resume=True, progress=False)
+    with pytest.raises(UserError, match="no encoder to freeze"): fit(separation(network="bare", network_args={}, unfreeze_every=1), store, tmp_path / "bare", progress=False)
+
+
+def test_the_explorer_shows_and_plays_what_is_chosen(store):
+    import soundfile
+    from matplotlib.backend_bases import MouseEvent
+    torch.manual_seed(0)
+    desk = explore(EncoderNetwork(**TINY), store.split("test"), per_song=1)
+    empty = desk.picture.value
+    for i in (3, 1):
+        desk.point.value = i
+        e = desk.excerpts
+        assert e.instruments[e.labels[i]] in desk.text.value and e.titles[e.songs[i]] in desk.text.value
+        sound, rate = soundfile.read(io.BytesIO(desk.sound.value), dtype="float32")
+        assert rate == 44100 and np.abs(sound - e.waveforms[i, 0].numpy()).max() < 1e-4
+    assert desk.picture.value != empty and desk.picture.value[1:4] == b"PNG"
+    canvas = desk.ax.figure.canvas
+    x, y = desk.ax.transData.transform(desk.points[2])
+    canvas.callbacks.process("button_press_event", MouseEvent("button_press_event", canvas, x, y, button=1))
+    assert desk.point.value == 2
+    instruments, desk.by.value = desk.picture.value, "song"
+    assert desk.picture.value != instruments
+    with pytest.raises(UserError, match="tsne, umap"): explore(EncoderNetwork(**TINY), store.split("test"), per_song=1, method="pca")
+
+
+def test_umap_is_taken_where_it_is_installed_and_named_where_not(monkeypatch):
+    z = np.random.default_rng(0).normal(size=(10, 4))
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(UserError, match="pip install umap-learn"): project(z, method="umap")
+    asked = {}
+    class UMAP:
+        def __init__(self, **settings_): asked.update(settings_)
+        def fit_transform(self, x): return x[:, :2]
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
+    assert np.array_equal(project(z, seed=4, method="umap"), z[:, :2])
+    assert asked["n_neighbors"] == 9 and asked["random_state"] == 4
 
 
 @pytest.fixture(scope="module")
