@@ -69,6 +69,7 @@ def test_links_between_notebooks(site):
 def test_links_to_documented_objects(site):
     docs = site.addresses()["{docs_url}"]
     assert 'href="data.html#store-open"' in site.relink(f"[`Store.open`]({docs}/data.html#store.open)", "index.ipynb")
+    assert site.relink(f"## [`toy_song`]({docs}/data.html#toy_song), played", "index.ipynb") == "## `toy_song`, played"
     assert 'href="../data.html#toy-song"' in site.relink(f"[`toy_song`]({docs}/data.html#toy_song)", "pages/quickstart.md")
 
 
@@ -76,6 +77,11 @@ def test_callouts(site):
     assert site.callouts("::: {.callout-note}\nhello\n:::") == ":::{note}\nhello\n:::"
     assert site.callouts(':::{.callout-tip title="Try it" collapse="true"}\nhello\n:::') == ":::{admonition} Try it\n:class: tip\nhello\n:::"
     assert site.callouts(":::{.other}\nhello\n:::") == ":::{.other}\nhello\n:::"
+
+
+def test_badges_are_left_out(site):
+    assert site.without_badges("a [![test](https://host/badge.svg)](https://host/x) b ![y](https://host/y.png) c") == "a  b  c"
+    for kept in ("![ours](figure.png)", "[link](https://host)"): assert site.without_badges(kept) == kept
 
 
 def test_includes_go_one_heading_down(site, tmp_path):
@@ -87,7 +93,8 @@ def test_includes_go_one_heading_down(site, tmp_path):
 def test_documentation_becomes_markdown(site):
     shown = '---\n\n[source](https://host/x.py#L3){target="_blank" style="float:right"}\n\n### fit\n\n```python\ndef fit(x)\n```\n\n*Fit.*'
     text = site.documentation(cell("#| echo: false\n#| output: asis\nshow_doc(fit)", outputs=[{"text/markdown": shown}]))
-    assert text.startswith("### fit\n") and '<a href="https://host/x.py#L3">source</a>' in text and text.endswith("*Fit.*") and "---" not in text
+    assert text.startswith("### fit\n") and '<a href="https://host/x.py">source</a>' in text and text.endswith("*Fit.*") and "---" not in text
+    assert site.documentation(cell("#| output: asis", outputs=[{"text/markdown": shown.replace("### fit", "### A.__iter__")}])).startswith(r"### A.\_\_iter\_\_")
     assert site.documentation(cell("Markdown('a')", outputs=[{"text/markdown": "a"}])) == ""
 
 
@@ -132,6 +139,14 @@ def formulas_of(path):
     import nbformat
     for c in nbformat.read(path, as_version=4).cells:
         if c.cell_type == "markdown": yield from re.findall(r"(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.sub(r"`[^`]*`|```.*?```", "", c.source, flags=re.S))
+
+
+def test_source_at_its_line(site):
+    lines = (ROOT / "deepdemix/data.py").read_text(encoding="utf-8").splitlines()
+    for name, words in {"toy_song": "def toy_song(", "Store.open": "def open(cls: Store", "Store": "class Store"}.items():
+        address = site.at_line("https://host/o/r/blob/main/deepdemix/data.py#LNone", name)
+        assert address.startswith("https://host/o/r/blob/main/deepdemix/data.py#L") and lines[int(address.rsplit("#L")[1]) - 1].startswith(words)
+    assert site.at_line("https://host/o/r/blob/main/deepdemix/data.py#LNone", "gone") == "https://host/o/r/blob/main/deepdemix/data.py"
 
 
 @pytest.mark.slow
@@ -333,15 +348,16 @@ def test_search_finds(browser, address, words, page):
 
 @pytest.mark.browser
 def test_light_and_dark(browser, address):
-    "The button goes through the themes; in each, text stands out from its ground by 4.5 to 1 at least."
+    "Both can be chosen; in each, text stands out from its ground by 4.5 to 1 at least."
     with opened(browser, address, "metrics.html") as tab:
         tab.set_viewport_size(DESKTOP)
         seen = {}
-        for _ in range(3):
-            tab.locator(".theme-switch-button").filter(visible=True).first.click()
-            tab.wait_for_timeout(300)
-            seen[tab.evaluate("document.documentElement.dataset.theme")] = tab.evaluate(CONTRAST)
-        assert set(seen) == {"light", "dark"}
+        for theme in ("dark", "light"):
+            tab.locator(".theme-switch-button").filter(visible=True).click()
+            tab.locator(f".theme-change-button[data-mode={theme}]").filter(visible=True).click()
+            tab.wait_for_timeout(600)
+            assert tab.evaluate("document.documentElement.dataset.theme") == theme
+            seen[theme] = tab.evaluate(CONTRAST)
         for theme, (ground, worst) in seen.items(): assert worst >= 4.5, (theme, worst)
         assert seen["light"][0] > .8 and seen["dark"][0] < .1
 

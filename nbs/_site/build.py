@@ -11,7 +11,7 @@ import nbformat, yaml
 from docutils.nodes import make_id
 from execnb.shell import CaptureShell
 from nbdev.config import get_config
-from nbdev.doclinks import _nbpath2html
+from nbdev.doclinks import _get_exps, _nbpath2html
 from nbdev.processors import FilterDefaults, _default_exp, exec_show_docs
 from nbdev.serve_drv import exec_nb
 
@@ -20,7 +20,7 @@ from readme import addresses, root
 
 site = root / "nbs/_site"
 source = site / "build/source"
-FRESH = ("pages/pretraining_helps.ipynb",)
+FRESH = ("pages/pretraining_helps.ipynb", "pages/comparison.ipynb")
 
 
 def quarto() -> dict:
@@ -58,7 +58,9 @@ def relink(text: str, page: str) -> str:
     def documented(found):
         return f'<a href="{up}{found[2]}#{make_id(found[3])}"><code class="docutils literal">{html.escape(found[1])}</code></a>'
 
-    text = re.sub(rf"\[`([^`\]]+)`\]\({docs}/([^)#]+\.html)#([^)]+)\)", documented, text)
+    link = rf"\[`([^`\]]+)`\]\({docs}/([^)#]+\.html)#([^)]+)\)"
+    text = re.sub(r"^#.*$", lambda line: re.sub(link, r"`\1`", line[0]), text, flags=re.M)
+    text = re.sub(link, documented, text)
     return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+\.(?:ipynb|md))(#[^)\s]+)?\)", notebook, text)
 
 
@@ -84,14 +86,27 @@ def included(text: str, folder: Path) -> str:
     return re.sub(r"\{\{<\s*include\s+(\S+)\s*>\}\}", file, text)
 
 
+def without_badges(text: str) -> str:
+    "Markdown without pictures that would be fetched from elsewhere, such as badges."
+    return re.sub(r"\[!\[[^\]]*\]\(https?:[^)]*\)\]\([^)]*\)|!\[[^\]]*\]\(https?:[^)]*\)", "", text)
+
+
 def markdown(text: str, page: str) -> str:
     "The Markdown of a page as MyST reads it."
-    return relink(callouts(addressed(included(text, (root / "nbs" / page).parent))), page)
+    return relink(without_badges(callouts(addressed(included(text, (root / "nbs" / page).parent)))), page)
 
 
 def directives(code: str) -> set[str]:
     "The `#|` lines of a cell, without spaces."
     return {re.sub(r"\s", "", line) for line in re.findall(r"^\s*#\|(.*)$", code, re.M)}
+
+
+def at_line(address: str, name: str) -> str:
+    "The address of a module's source with the line of an object, which nbdev leaves open."
+    file = address.partition("#")[0]
+    path = root / file.split("/blob/", 1)[-1].partition("/")[2]
+    line = _get_exps(path.relative_to(root).as_posix()).get(name) if path.is_file() else None
+    return f"{file}#L{line}" if line else file
 
 
 def documentation(cell) -> str:
@@ -101,7 +116,8 @@ def documentation(cell) -> str:
     link = re.search(r"^\[source\]\(([^)]+)\)\{.*?\}\s*$", text, re.M)
     text = re.sub(r"^---\s*$|^\[source\]\(.*$", "", text, flags=re.M).strip()
     heading, _, body = text.partition("\n")
-    return f'{heading}\n\n<p class="source"><a href="{link[1]}">source</a></p>\n{body}' if link else text
+    name, heading = heading.strip("# "), heading.replace("__", r"\_\_")
+    return f'{heading}\n\n<p class="source"><a href="{at_line(link[1], name)}">source</a></p>\n{body}' if link else text
 
 
 def said(text: str, limit: int = 220) -> str:
@@ -159,7 +175,7 @@ class Processors(FilterDefaults):
 def executed(path: Path):
     "A notebook with the outputs of this moment, without its hidden cells."
     notebook = nbformat.read(path, as_version=4)
-    Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    Client(notebook, timeout=600, kernel_name="python3", extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(path.parent)}}).execute()
     notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or not directives(c.source) & {"hide"}]
     return notebook
 
@@ -211,11 +227,11 @@ def write_sources() -> None:
 def configuration() -> dict:
     "What would otherwise stand in Sphinx's conf.py."
     cfg, title = get_config(path=root), quarto()["title"]
-    theme = dict(repository_url=cfg.git_url, repository_branch=cfg.branch, use_repository_button=True, use_download_button=False, use_fullscreen_button=False,
+    theme = dict(repository_url=cfg.git_url, repository_branch=cfg.branch, use_repository_button=True, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[],
                  show_toc_level=2, search_bar_text="Search", logo=dict(text=title, image_light=str(site / "_static/mark.svg"), image_dark=str(site / "_static/mark.svg"), alt_text=""))
     myst = dict(myst_enable_extensions=["colon_fence", "dollarmath", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="docutils.nodes.make_id", myst_links_external_new_tab=False)
-    notebooks = dict(nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_number_source_lines=False)
-    look = dict(html_theme="sphinx_book_theme", html_theme_options=theme, html_title=title, html_static_path=[str(site / "_static")], html_css_files=["site.css"], html_js_files=["site.js"],
+    notebooks = dict(nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_render_markdown_format="myst")
+    look = dict(html_theme="sphinx_book_theme", html_context={"default_mode": "auto"}, html_theme_options=theme, html_title=title, html_static_path=[str(site / "_static")], html_css_files=["site.css"], html_js_files=["site.js"],
                 html_favicon=str(site / "_static/mark.svg"), html_copy_source=False, html_show_sphinx=False, html_math_renderer="mathml", html_baseurl=addresses()["{docs_url}"] + "/")
     about = dict(project=title, author=cfg.author, copyright=cfg.copyright, language="en", extensions=["myst_nb", "mathml"], root_doc="index", suppress_warnings=["myst.header"])
     return about | myst | notebooks | look
@@ -225,10 +241,11 @@ def build(out: Path) -> list[str]:
     "Build the site into a folder; returns the warnings."
     from sphinx.application import Sphinx
     write_sources()
-    warnings = io.StringIO()
+    warnings, made = io.StringIO(), site / "build/html"
+    shutil.rmtree(made, ignore_errors=True)
+    Sphinx(source, None, made, site / "build/doctrees", "html", configuration(), status=None, warning=warnings, freshenv=True).build()
     shutil.rmtree(out, ignore_errors=True)
-    app = Sphinx(source, None, out, site / "build/doctrees", "html", configuration(), status=None, warning=warnings, freshenv=True)
-    app.build()
+    shutil.copytree(made, out, ignore=shutil.ignore_patterns(".buildinfo"))
     return [line for line in warnings.getvalue().splitlines() if line.strip()]
 
 
