@@ -342,11 +342,12 @@ class Stores:
                  stores, # `Store`s; the first decides what is held out
                  weights=None): # one for each store; None: every song counts the same
         self.stores, self.weights = tuple(stores), tuple(weights or [1.] * len(stores))
-        self.path, self.sample_rate, self.splits = self.stores[0].path, self.stores[0].sample_rate, self.stores[0].splits
+        self.path, self.sample_rate = self.stores[0].path, self.stores[0].sample_rate
         self.sources = tuple(dict.fromkeys(name for s in self.stores for name in s.sources))
         self.places = [(k, i) for k, s in enumerate(self.stores) for i in range(len(s))]
         self.songs = [self.stores[k].songs[i] for k, i in self.places]
         self.song_weights = np.array([self.weights[k] for k, _ in self.places])
+        self.splits = self.stores[0].splits | {"train": sum(s.split == "train" for s in self.songs)}
 
     def __len__(self): return len(self.songs)
 
