@@ -70,6 +70,8 @@ def test_links_to_documented_objects(site):
     docs = site.addresses()["{docs_url}"]
     assert 'href="data.html#store-open"' in site.relink(f"[`Store.open`]({docs}/data.html#store.open)", "index.ipynb")
     assert site.relink(f"## [`toy_song`]({docs}/data.html#toy_song), played", "index.ipynb") == "## `toy_song`, played"
+    fenced = f"```python\nx, # as [`toy_song`]({docs}/data.html#toy_song) has it\n```"
+    assert site.relink(fenced, "index.ipynb") == "```python\nx, # as `toy_song` has it\n```"
     assert 'href="../data.html#toy-song"' in site.relink(f"[`toy_song`]({docs}/data.html#toy_song)", "pages/quickstart.md")
 
 

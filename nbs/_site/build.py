@@ -48,8 +48,9 @@ def name_of(page: str) -> str:
 
 
 def relink(text: str, page: str) -> str:
-    "Links to notebooks by their names on the site, and links to documented objects relative to the page."
+    "Links to notebooks by their names on the site, and links to documented objects relative to the page; in headings and code these are names alone."
     names, up, docs = {p: name_of(p) for p in pages()}, "../" * page.count("/"), re.escape(addresses()["{docs_url}"])
+    link = rf"\[`([^`\]]+)`\]\({docs}/([^)#]+\.html)#([^)]+)\)"
 
     def notebook(found):
         target = os.path.normpath(os.path.join(os.path.dirname(page), found[1]))
@@ -58,8 +59,7 @@ def relink(text: str, page: str) -> str:
     def documented(found):
         return f'<a href="{up}{found[2]}#{make_id(found[3])}"><code class="docutils literal">{html.escape(found[1])}</code></a>'
 
-    link = rf"\[`([^`\]]+)`\]\({docs}/([^)#]+\.html)#([^)]+)\)"
-    text = re.sub(r"^#.*$", lambda line: re.sub(link, r"`\1`", line[0]), text, flags=re.M)
+    text = re.sub(r"^#[^\n]*$|^```.*?^```", lambda part: re.sub(link, r"`\1`", part[0]), text, flags=re.M | re.S)
     text = re.sub(link, documented, text)
     return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+\.(?:ipynb|md))(#[^)\s]+)?\)", notebook, text)
 
