@@ -31,7 +31,6 @@ class UserError(ValueError):
 class DamagedAudio(UserWarning):
     "A file decoded only in part; the message says which, and how much of it there is."
 
-# %% ../nbs/00_audio.ipynb #40cd2e01
 def check_finite(
     waveform, # any tensor
     name, # of the file or song, for the message
@@ -50,7 +49,6 @@ def _disk_reason(error):
     import errno
     return _DISK.get(errno.errorcode.get(getattr(error, "errno", None), ""))
 
-# %% ../nbs/00_audio.ipynb #bc01cb7a
 def _new_folder(path):
     "Make the folder that `path` goes into, or say why not."
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +208,7 @@ def _open(path):
 
 def _reason(error): return getattr(error, "strerror", None) or str(error)
 
-# %% ../nbs/00_audio.ipynb #ad5eb78b
+# %% ../nbs/00_audio.ipynb #68d83a6a
 def _stream(container, path, index):
     "The audio stream number `index`; `UserError` if there are not that many, or it cannot be decoded."
     streams = container.streams.audio
@@ -219,7 +217,6 @@ def _stream(container, path, index):
     if context is None or not context.sample_rate: raise UserError(f"{path}: audio stream {index} is damaged, or of a kind that cannot be decoded")
     return streams[index]
 
-# %% ../nbs/00_audio.ipynb #68d83a6a
 def _declared(container, stream):
     "(samples per channel that the stream promises, or 0; whether that is its own word and not a guess from the bit rate)."
     rate = stream.codec_context.sample_rate
