@@ -108,7 +108,6 @@ def _falling(n, high, low, fall, decay, rate):
     f = low + (high - low) * _decay(n, fall, rate)
     return np.sin(2 * np.pi * np.cumsum(f) / rate).astype(np.float32) * _decay(n, decay, rate)
 
-# %% ../nbs/01_data.ipynb #e2027741
 def _drumkit(rng, rate):
     "One song's drums: name -> mono sound."
     n, u, mix = int(0.5 * rate), rng.uniform, np.exp(rng.uniform(-.7, .4, 4))
@@ -353,7 +352,6 @@ def _room(rng, rate):
     n, length = int(.35 * rate), rng.uniform(.03, .12)
     return np.stack([_noise(rng, n, 200, rng.uniform(3000, 9000), rate, 1) for _ in range(2)]) * _decay(n, length, rate) / math.sqrt(length * rate / 2)
 
-# %% ../nbs/01_data.ipynb #97ef02be
 def _mixdown(stems, room, levels, wet, pans):
     "Stems (4, 2, frames) in the room, each placed and set to its level in dB RMS where it sounds."
     from scipy.signal import oaconvolve
@@ -572,7 +570,6 @@ class _Again(Exception):
 _TOLERANCE = 0.1
 _SILENT = 1e-4
 
-# %% ../nbs/01_data.ipynb #0960e3a9
 def _scale(x, exact):
     "What an integer is worth for this array in 16 bits; where they must be exact, `_Again` if they are not."
     top, bottom = float(x.max(initial=0)) * 2**15, float(x.min(initial=0)) * 2**15
@@ -772,7 +769,6 @@ def _write_mixture(take, path, settings, dtype, exact, info, stems, read):
     flags = info["flags"] + notes + (["mixture differs"] if snr < _MIXTURE_SNR else [])
     return dict(info, flags=flags, mixture_digest=array.digest, mixture_snr=snr, scales=[*info["scales"], scale])
 
-# %% ../nbs/01_data.ipynb #082c2ad9
 def _write_arrays(take, base, settings, dtype, exact, frames):
     "Decode a song into its arrays, each whole or not at all: a dict of what the index shall know."
     _missing(take, settings)
@@ -876,6 +872,18 @@ def _check_out(takes, out, dtype):
     old = _indexed(out)
     if old and not old & set(files): raise UserError(f"{out} is a store of other songs: choose another folder, or remove it")
 
+# %% ../nbs/01_data.ipynb #ee9ce2c3
+def _tidy(out, files):
+    "Remove the arrays of songs that the data set no longer has."
+    for path in (out / "songs").iterdir():
+        if path.name.split(".")[0] not in files: path.unlink()
+
+def _complaint(problems, kept):
+    "One line about the songs that could not be prepared."
+    some = "; ".join(list(problems.values())[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    advice = f"The other {kept} are kept: mend or remove what is wrong and run again, or pass skip_bad=True" if kept else "No song is left"
+    return f"{len(problems)} of {kept + len(problems)} songs cannot be prepared: {some}. {advice}"
+
 # %% ../nbs/01_data.ipynb #96a26621
 def prepare(
     takes, # list of `Take`
@@ -901,18 +909,6 @@ def prepare(
         _write_json(out / "store.json", dict(format=FORMAT, sample_rate=sample_rate, sources=sources, digest=_digest(map(_song, songs)), skipped=skipped, songs=songs))
         _tidy(out, {t.file for t in takes})
     return Store.open(out)
-
-# %% ../nbs/01_data.ipynb #ee9ce2c3
-def _tidy(out, files):
-    "Remove the arrays of songs that the data set no longer has."
-    for path in (out / "songs").iterdir():
-        if path.name.split(".")[0] not in files: path.unlink()
-
-def _complaint(problems, kept):
-    "One line about the songs that could not be prepared."
-    some = "; ".join(list(problems.values())[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    advice = f"The other {kept} are kept: mend or remove what is wrong and run again, or pass skip_bad=True" if kept else "No song is left"
-    return f"{len(problems)} of {kept + len(problems)} songs cannot be prepared: {some}. {advice}"
 
 # %% ../nbs/01_data.ipynb #7cca26ed
 _STREAMS = ("mixture", "drums", "bass", "other", "vocals")
