@@ -50,7 +50,6 @@ class Windowed:
         try: return overlap_add(self.network, waveform, self.chunk, self.overlap, batch_size=self.batch_size, align=self.align, device=self.device)
         finally: self.network.train(training)
 
-# %% ../nbs/07_evaluation.ipynb #6dfa9b3d
 def windowed(network: nn.Module, duration: float=5., **kwargs) -> Windowed:
     "`network` over overlapping windows of `duration` seconds; keywords as `Windowed`'s."
     return Windowed(network, duration, **kwargs)
@@ -72,7 +71,6 @@ def real_mask(stems: Tensor, mixture: Tensor) -> Tensor:
     "The real mask in [0, 1] that comes closest to each source."
     return ((stems * mixture.conj()).real / mixture.abs().square().clamp_min(1e-20)).clamp(0, 1)
 
-# %% ../nbs/07_evaluation.ipynb #cb3b9cb7
 def complex_mask(stems: Tensor, mixture: Tensor) -> Tensor:
     "The complex mask of magnitude at most 1 that comes closest to each source."
     mask = stems * mixture.conj() / mixture.abs().square().clamp_min(1e-20)
@@ -195,7 +193,6 @@ def score_song(
 # %% ../nbs/07_evaluation.ipynb #ae499574
 COLUMNS = ["model", "seed", "split", "song", "source", "metric", "value"]
 
-# %% ../nbs/07_evaluation.ipynb #bd9c8598
 @dataclass(repr=False)
 class Scores:
     "Scores of one or more models: tidy rows, how they were made, and what failed."
@@ -235,7 +232,6 @@ def _merged(a: dict, b: dict) -> dict:
     def both(x, y): return x if x == y else listed(x) + [v for v in listed(y) if v not in listed(x)]
     return {k: both(a[k], b[k]) if k in a and k in b else (a | b)[k] for k in {**a, **b}}
 
-# %% ../nbs/07_evaluation.ipynb #5d4acaa3
 def _record(key: tuple, names: tuple, values: dict, frames: dict) -> dict:
     "One song's entry of scores.json: numbers, None where there is none."
     def plain(x): return float(x) if math.isfinite(x) else None
@@ -275,7 +271,7 @@ def _protocol(separate, store, channels: str, mixture: str | None) -> str:
     if rate and rate != store.sample_rate: raise UserError(f"the model works at {rate} Hz, the data are at {store.sample_rate} Hz")
     return mixture or ("sum" if channels == "mono" else "stream")
 
-# %% ../nbs/07_evaluation.ipynb #8ecce5cb
+# %% ../nbs/07_evaluation.ipynb #64ff76af
 def _each_song(store, estimate: Callable, channels: str, mixture: str, metrics, bss: bool, seed: int, progress: bool) -> tuple[list, list]:
     "Entries of scores.json and failures, over all songs; `estimate` gives {model: estimates}."
     from tqdm.auto import tqdm
@@ -291,7 +287,6 @@ def _each_song(store, estimate: Callable, channels: str, mixture: str, metrics, 
     if not records: raise UserError(f"no song could be scored; the first, {failed[0]['song']}: {failed[0]['reason']}")
     return records, failed
 
-# %% ../nbs/07_evaluation.ipynb #64ff76af
 def _info(store, channels: str, mixture: str, **more) -> dict:
     "What must be known to repeat the scores."
     return {"deepdemix": __version__, "data": getattr(store, "digest", None), "songs": len(store), "sample_rate": store.sample_rate,
@@ -359,7 +354,6 @@ def average_songs(
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(values, -2) if metric == "uSDR" else np.nanmedian(values, -2)
 
-# %% ../nbs/07_evaluation.ipynb #30939648
 def _mean(values: np.ndarray) -> np.ndarray:
     "Mean over the last axis of what there is."
     with warnings.catch_warnings():
@@ -393,7 +387,6 @@ def by_song(self: Scores, metric: str="SDR", model: str=None, split: str=None):
     values, titles = self.array(metric, model or self._single(), split)
     return pd.DataFrame(values.mean(0), pd.Index(titles, name="song"), self.sources)
 
-# %% ../nbs/07_evaluation.ipynb #0798220d
 @patch
 def _single(self: Scores) -> str:
     "The one model's name."
@@ -561,7 +554,7 @@ def _notes(self: Scores) -> list[str]:
     notes = [f"{counts}; {how}. Median over songs (uSDR: mean); overall is the mean over sources, in brackets its 95 % bootstrap interval over songs."]
     return notes + [f"no score: {f['song']} ({f['model']}): {f['reason']}" for f in self.failed]
 
-# %% ../nbs/07_evaluation.ipynb #343523c0
+# %% ../nbs/07_evaluation.ipynb #dc1e4b00
 @patch
 def table(self: Scores,
     metrics=None,          # which, in order; by default SDR, SNR and SI-SDR, or SDR and uSDR for stereo
@@ -583,7 +576,6 @@ def table(self: Scores,
     if paper: groups.append(_paper_rows(all, metrics))
     return Table([g for g in groups if g], [(m, c) for m in metrics for c in [OVERALL, *all.sources]], caption, tuple(all._notes()))
 
-# %% ../nbs/07_evaluation.ipynb #dc1e4b00
 def _paper_rows(scores: Scores, metrics: list) -> list:
     "The paper's numbers on the splits that were scored."
     splits = list(scores.rows.split.unique())
@@ -712,7 +704,7 @@ class Verdict:
         "For JSON."
         return {**vars(self), "per_source": {k: v.to_dict() for k, v in self.per_source.items()}, "sentence": self.sentence}
 
-# %% ../nbs/07_evaluation.ipynb #1ae565e5
+# %% ../nbs/07_evaluation.ipynb #e78d0218
 @patch
 def _rows(self: Verdict) -> list[list[str]]:
     "The per-source table."
@@ -730,7 +722,6 @@ def __str__(self: Verdict) -> str:
     table = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
     return "\n".join([self.sentence, "", *table, "", *self.notes])
 
-# %% ../nbs/07_evaluation.ipynb #e78d0218
 Verdict.__repr__ = Verdict.__str__
 
 
