@@ -45,7 +45,6 @@ def k_weighting(
 # %% ../nbs/02_augmentation.ipynb #58df0ee3
 SILENCE = -70.0
 
-# %% ../nbs/02_augmentation.ipynb #62664d10
 class Loudness:
     "Integrated loudness of any window of a set of stems, from K-weighted energy added up every 5 ms."
     def __init__(self,
@@ -240,7 +239,6 @@ def need(self: Bank) -> float:
     frames = [min(s.frames, self.excerpt * self.store.sample_rate) if self.shift else s.frames for s in self.store.songs]
     return sum(frames) * longest * len(self.store.sources) * self.channels * self.variants * 4 / 2**30
 
-# %% ../nbs/02_augmentation.ipynb #5fbf4ab7
 @patch
 def _check(self: Bank):
     if len(self.store) == 0: raise UserError("There are no songs here: the store, or this split of it, is empty.")
@@ -252,7 +250,7 @@ def _check(self: Bank):
     if self.stretch and self.stretch[0] <= 0: raise UserError(f"stretch={self.stretch}: lengths are more than 0.")
     if self.shift == "tied": self._tied(0.0)
     if self.shift and self.need() > self.memory and not self.cache:
-        raise UserError(f"Shifted copies of these songs take {self.need():.1f} GiB and memory={self.memory:g} GiB is allowed: allow more, use a shorter excerpt, or give a cache folder.")
+        raise UserError(f"Shifted copies of these songs take {self.need():.3g} GiB and memory={self.memory:g} GiB is allowed: allow more, use a shorter excerpt, or give a cache folder.")
 
 # %% ../nbs/02_augmentation.ipynb #00fd41d0
 def _between(rng, bounds, neutral):
@@ -294,7 +292,7 @@ def generation(self: Bank, song: int, index: int) -> int:
     "How often the copies of a song have been replaced before the example `index`."
     return 0 if self.shift is None else (index + song * self.refresh // len(self.store)) // self.refresh
 
-# %% ../nbs/02_augmentation.ipynb #bfa0b1b8
+# %% ../nbs/02_augmentation.ipynb #a5fa5f35
 @patch
 def get(self: Bank,
     song: int, # number of the song in the store
@@ -310,7 +308,6 @@ def get(self: Bank,
     self.kept.move_to_end(key)
     return self.kept[key]
 
-# %% ../nbs/02_augmentation.ipynb #a5fa5f35
 @patch
 def _forget(self: Bank, new):
     for old in [k for k in self.kept if k[:2] == new[:2] and abs(k[2] - new[2]) > 1]: del self.kept[old]
@@ -327,7 +324,6 @@ def _path(self: Bank, key) -> Path:
     name = json.dumps([1, song.title, getattr(song, "digest", ""), self.channels, self.shift, self.parameters(*key)])
     return Path(self.cache) / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
 
-# %% ../nbs/02_augmentation.ipynb #236cd511
 @patch
 def _make(self: Bank, key) -> Variant:
     parameters = self.parameters(*key)
@@ -353,7 +349,6 @@ def _render(key):
     made = _adopted._make(key)
     return None if _adopted.cache else made
 
-# %% ../nbs/02_augmentation.ipynb #ce966694
 @patch
 def _ahead(self: Bank, key, index):
     if multiprocessing.current_process().daemon: return
@@ -483,7 +478,7 @@ def _fresh(self: Mixer, rng, song, place) -> Variant:
     reach = self._reach(total, stretch)
     return self.bank.render(song, pitch, stretch, int(place * (total - reach + 1)), reach)
 
-# %% ../nbs/02_augmentation.ipynb #6c745547
+# %% ../nbs/02_augmentation.ipynb #df358bd4
 TRIES = 8
 
 @patch
@@ -498,9 +493,29 @@ def _group(self: Mixer, i: int, sources: list[int], pool: list[int], salt: int =
         if self.gate is None or most >= self.gate: break
     return best
 
-# %% ../nbs/02_augmentation.ipynb #df358bd4
 @patch
 def _has(self: Mixer, p): return self.store.sources[p.source] in self.store.songs[p.song].present
+
+# %% ../nbs/02_augmentation.ipynb #d4873b14
+@patch
+def _others(self: Mixer, source, used):
+    pool = self.pools[source] or range(len(self.store))
+    return [k for k in pool if k not in used] or pool
+
+def level_gain(
+    level: tuple | None, # as in `Mixer`
+    snr: float, # the level drawn, in dB
+    lufs: float, # what is levelled
+) -> float: # a factor
+    "What brings an excerpt to its level."
+    if level is None: return 1.0
+    return 10 ** ((snr if level[0] == "gain" else level[1] + snr - lufs) / 20)
+
+@patch
+def _set_level(self: Mixer, piece, share, factor):
+    low, high = self.level[-1] if self.level else (0.0, 0.0)
+    piece.snr = low + (high - low) * float(share)
+    piece.gain = factor * level_gain(self.level, piece.snr, piece.lufs)
 
 # %% ../nbs/02_augmentation.ipynb #ad9486cc
 @patch
@@ -518,28 +533,6 @@ def draw(self: Mixer,
         if doubled[s] < self.mixup: pieces += self._group(i, [s], self._others(s, [pieces[s].song]), salt=len(sources))
     for p in pieces: self._set_level(p, levels[p.source], 2 ** -0.5 if doubled[p.source] < self.mixup else 1.0)
     return pieces
-
-# %% ../nbs/02_augmentation.ipynb #7681c71b
-@patch
-def _others(self: Mixer, source, used):
-    pool = self.pools[source] or range(len(self.store))
-    return [k for k in pool if k not in used] or pool
-
-def level_gain(
-    level: tuple | None, # as in `Mixer`
-    snr: float, # the level drawn, in dB
-    lufs: float, # what is levelled
-) -> float: # a factor
-    "What brings an excerpt to its level."
-    if level is None: return 1.0
-    return 10 ** ((snr if level[0] == "gain" else level[1] + snr - lufs) / 20)
-
-# %% ../nbs/02_augmentation.ipynb #deb1d721
-@patch
-def _set_level(self: Mixer, piece, share, factor):
-    low, high = self.level[-1] if self.level else (0.0, 0.0)
-    piece.snr = low + (high - low) * float(share)
-    piece.gain = factor * level_gain(self.level, piece.snr, piece.lufs)
 
 # %% ../nbs/02_augmentation.ipynb #7776dfca
 class Blocks:
@@ -598,7 +591,7 @@ def _sum(self: Mixer, out: Tensor, mixture: Tensor) -> Tensor: # out (sources, c
     if mixture.device.type != "cpu" or scale < 1: out *= scale; mixture *= scale
     return scale
 
-# %% ../nbs/02_augmentation.ipynb #5d055683
+# %% ../nbs/02_augmentation.ipynb #20d457dc
 @patch
 def batch(self: Mixer,
     n: int, # number of examples
@@ -608,7 +601,6 @@ def batch(self: Mixer,
     "The examples from `start` on, stacked."
     return self._assemble([(i, self.draw(i)) for i in range(start, start + n)], device)[:2]
 
-# %% ../nbs/02_augmentation.ipynb #20d457dc
 @patch
 def _assemble(self: Mixer, drawn, device=None):
     channels = self.bank.channels
@@ -637,7 +629,6 @@ def to_dict(self: Mixer) -> dict:
     "All settings, ready for JSON."
     return dict(self.settings)
 
-# %% ../nbs/02_augmentation.ipynb #c04b20ac
 @patch(cls_method=True)
 def from_dict(cls: Mixer,
     store, # a `Store`
@@ -681,7 +672,7 @@ def _starts(self: Excerpts, variant: Variant, source: int) -> tuple[np.ndarray, 
     power = variant.loudness.energy(starts, starts + frames)[source] / frames
     return starts[power > 10 ** ((self.gate + 0.691) / 10)], frames
 
-# %% ../nbs/02_augmentation.ipynb #d7ecb082
+# %% ../nbs/02_augmentation.ipynb #38718a0d
 @patch
 def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
     "An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in random order."
@@ -697,7 +688,6 @@ def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
             return piece
     raise UserError(f"No further song has {self.duration:g} s of {self.instruments[label]} above {self.gate:g} LUFS: lower the gate, or leave it out by instruments=(…).")
 
-# %% ../nbs/02_augmentation.ipynb #38718a0d
 @patch
 def cut(self: Excerpts, piece: Piece, out: Tensor) -> Tensor: # out and result (channels, time)
     "Write the waveform of a piece to `out`; where it is too short, silence follows."
@@ -740,7 +730,6 @@ def __getitem__(self: Triplets, i: int) -> Tensor: # (3, channels, time)
     "The triplet `i`."
     return self.batch(1, i)[0][0]
 
-# %% ../nbs/02_augmentation.ipynb #e8757f74
 @patch
 def info(self: Triplets, i: int) -> dict:
     "Titles, instruments, places (s) and loudnesses (LUFS) of the triplet `i`."
@@ -803,7 +792,6 @@ def batch(self: BalancedBatches,
         songs.append(piece.song)
     return waves, labels.to(waves.device), torch.tensor(songs, device=waves.device)
 
-# %% ../nbs/02_augmentation.ipynb #709a4fda
 @patch
 def _under(self: BalancedBatches, rng, piece, wave) -> None:
     snr, stems = rng.uniform(*self.background), piece.variant.cut(slice(None), piece.start, piece.frames, wave.device)
