@@ -17,15 +17,19 @@ PROFILE_NAMES = ("demo", "laptop", "author", "paper")
 
 def _data_option(
     parser:argparse.ArgumentParser, # the command's parser
+    several:bool=False, # whether it may be given more than once
 ):
     "Add `--data`."
-    parser.add_argument("--data", metavar="STORE", help="a store, a MUSDB18 folder or a folder of stems (default: MUSDB_PATH)")
+    where = "a store, a MUSDB18 folder or a folder of stems (default: MUSDB_PATH)"
+    if several: parser.add_argument("--data", metavar="STORE[=WEIGHT]", action="append", help=f"{where}; may be repeated, the first is validated on, a weight says how often a song is drawn")
+    else: parser.add_argument("--data", metavar="STORE", help=where)
 
 def _training_options(
     parser:argparse.ArgumentParser, # the command's parser
+    several:bool=False, # whether it takes several stores
 ):
     "Add what every training command takes."
-    _data_option(parser)
+    _data_option(parser, several)
     parser.add_argument("--out", required=True, metavar="RUN", help="the run folder to make")
     parser.add_argument("--profile", choices=PROFILE_NAMES, default="laptop", help="sizes and counts (default: laptop)")
     parser.add_argument("--seed", type=int, help="the run's seed (default: the recipe's, 0 in a profile)")
@@ -85,10 +89,11 @@ def train(
 def pretrain(
     args:argparse.Namespace, # loss and the training options
 ):
-    "Pretrain an encoder with a contrastive loss."
+    "Pretrain an encoder with a contrastive loss, on the songs of one store or of several."
+    from deepdemix.pretraining import open_stores
     from deepdemix.training import fit
     recipe = _recipe(args, "pretraining", loss=args.loss)
-    print(fit(recipe, _open(args), args.out, resume=args.resume, logger=args.logger))
+    print(fit(recipe, open_stores(args.data), args.out, resume=args.resume, logger=args.logger))
 
 # %% ../nbs/11_cli.ipynb #09c9baf2
 def evaluate(
@@ -208,7 +213,7 @@ def _add_training_commands(
 ):
     "pretrain and train"
     p = commands.add_parser("pretrain", help="pretrain an encoder with a contrastive loss")
-    _training_options(p)
+    _training_options(p, several=True)
     p.add_argument("--loss", choices=("triplet", "supcon", "ntxent", "multi_similarity"), help="the loss (default: triplet, the paper's)"); p.set_defaults(run=pretrain)
     p = commands.add_parser("train", help="train a separator")
     p.add_argument("--model", metavar="NAME", help="a network's name: see `deepdemix models`")

@@ -50,6 +50,17 @@ def test_a_recipe_can_be_run_again(folder):
     assert old == new
 
 
+def test_pretraining_takes_several_stores(folder, tmp_path, capsys):
+    assert main(["prepare", "--toy", "4", "--seed", "1", "--out", str(tmp_path / "more")]) == 0
+    words = ["pretrain", "--data", folder / "toy", "--data", f"{tmp_path / 'more'}=2", "--out", tmp_path / "run", "--profile", "demo", "--device", "cpu", *TINY]
+    assert main([str(w) for w in words]) == 0
+    stores = json.loads((tmp_path / "run" / "recipe.json").read_text())["data"]["stores"]
+    assert [(s["name"], s["songs"], s["weight"]) for s in stores] == [("toy", 16, 1), ("more", 2, 2)]
+    capsys.readouterr()
+    assert main([str(w) for w in [*words[:1], "--data", folder / "toy", *words[5:], "--resume", "--set", "epochs=2"]]) == 2
+    assert "other data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["train", "--out", "x"], ["train", "--model", "nobody", "--out", "x"], ["evaluate", "--model", "default", "--data", "nowhere", "--out", "x"]])
 def test_one_line_and_status_2(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
