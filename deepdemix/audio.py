@@ -632,6 +632,7 @@ class STFT(nn.Module):
     ):
         super().__init__()
         self.window_length, self.hop_length, self.window_type = window_length, hop_length, window_type
+        if window_length > 2**18: raise UserError(f"window_length {window_length}: at most {2**18} samples")
         if not 0 < hop_length <= window_length: raise UserError(f"hop_length {hop_length} must be between 1 and window_length {window_length}")
         window = _window(window_type, window_length)
         self.register_buffer("window", window.float(), persistent=False)

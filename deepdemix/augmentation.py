@@ -246,7 +246,8 @@ def _check(self: Bank):
     for name in ("variants", "refresh"):
         if getattr(self, name) < 1: raise UserError(f"{name}={getattr(self, name)}: use 1 or more.")
     for name, bounds in (("pitch", self.pitch), ("stretch", self.stretch)):
-        if bounds is not None and not bounds[0] <= bounds[1]: raise UserError(f"{name}={bounds}: give (lowest, highest) or None.")
+        fits = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(x, (int, float)) for x in bounds) and bounds[0] <= bounds[1]
+        if bounds is not None and not fits: raise UserError(f"{name}={bounds}: give (lowest, highest) or None.")
     if self.stretch and self.stretch[0] <= 0: raise UserError(f"stretch={self.stretch}: lengths are more than 0.")
     if self.shift == "tied": self._tied(0.0)
     if self.shift and self.need() > self.memory and not self.cache:

@@ -15,6 +15,11 @@ import threading
 # %% ../nbs/11_cli.ipynb #279bd20b
 PROFILE_NAMES = ("demo", "laptop", "author", "paper")
 
+def _seed(text):
+    "A seed on the command line."
+    if not 0 <= int(text) < 2**63: raise argparse.ArgumentTypeError(f"{text} is no seed: 0 or more, and below 2**63")
+    return int(text)
+
 def _data_option(
     parser:argparse.ArgumentParser, # the command's parser
     several:bool=False, # whether it may be given more than once
@@ -32,7 +37,7 @@ def _training_options(
     _data_option(parser, several)
     parser.add_argument("--out", required=True, metavar="RUN", help="the run folder to make")
     parser.add_argument("--profile", choices=PROFILE_NAMES, default="laptop", help="sizes and counts (default: laptop)")
-    parser.add_argument("--seed", type=int, help="the run's seed (default: the recipe's, 0 in a profile)")
+    parser.add_argument("--seed", type=_seed, help="the run's seed (default: the recipe's, 0 in a profile)")
     parser.add_argument("--resume", action="store_true", help="go on where the run in RUN stopped")
     parser.add_argument("--recipe", metavar="FILE.json", help="a whole recipe, instead of a profile")
     parser.add_argument("--set", action="append", default=[], metavar="field=value", help="change one field of the recipe; may be repeated")
@@ -62,7 +67,7 @@ def prepare(
     options = dict(allow_missing=args.allow_missing, skip_bad=args.skip_bad, repair=args.repair, dtype=args.dtype)
     if args.musdb: store = data.prepare_musdb(args.musdb, args.out, **options)
     elif args.stems: store = data.prepare_stems(args.stems, args.out, **options)
-    else: store = data.prepare_toy(args.toy, args.out, seed=args.seed)
+    else: store = data.prepare_toy(args.toy, args.out, seed=args.seed, **options)
     print(f"{args.out}: {len(store)} songs")
 
 # %% ../nbs/11_cli.ipynb #f0eaf92f
@@ -128,7 +133,7 @@ def label_efficiency(
 ):
     "Train on ever more songs, with and without a pretrained encoder, and draw the curves."
     from deepdemix.experiment import label_efficiency
-    print(label_efficiency(_open(args), args.out, profile=args.profile, seeds=args.seeds, songs=args.songs))
+    print(label_efficiency(_open(args), args.out, profile=args.profile, seeds=args.seeds, songs=args.songs, settings=args.set))
     print(f"saved: {args.out}")
 
 def demo(
@@ -157,7 +162,7 @@ def separate(
         clip=args.clip, residual_to=args.residual_to, overwrite=args.overwrite, progress=not args.json)
     if args.json: print(json.dumps(summary, indent=1))
     else:
-        for song in summary["songs"]: print(song.get("error") or f"{song['input']}: {len(song['outputs'])} stems in {song['folder']}", file=sys.stderr if song.get("error") else sys.stdout)
+        for song in summary["songs"]: print(f"deepdemix: {song['error']}" if song.get("error") else f"{song['input']}: {len(song['outputs'])} stems in {song['folder']}", file=sys.stderr if song.get("error") else sys.stdout)
     failed = [song for song in summary["songs"] if song.get("error")]
     return 0 if not failed else 1 if any("outputs" in song for song in summary["songs"]) else 2
 
@@ -201,7 +206,7 @@ def _add_data_commands(
     kind.add_argument("--stems", metavar="DIR", help="a folder of song/{drums,bass,other,vocals}.*")
     kind.add_argument("--toy", metavar="N", type=int, help="N songs of the toy band")
     p.add_argument("--out", required=True, metavar="STORE")
-    p.add_argument("--seed", type=int, default=0, help="the toy band's seed (default: 0)")
+    p.add_argument("--seed", type=_seed, default=0, help="the toy band's seed (default: 0)")
     p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32", help="int16: half the size; auto: only where nothing is lost (default: float32)")
     p.add_argument("--allow-missing", action="store_true", help="a song may lack stems: they become silence")
     p.add_argument("--skip-bad", action="store_true", help="leave out songs that can't be prepared")
@@ -237,9 +242,10 @@ def _add_score_commands(
     p.add_argument("--set", action="append", default=[], metavar="field=value"); p.set_defaults(run=experiment)
     p = commands.add_parser("label-efficiency", help="how many songs pretraining is worth")
     _data_option(p); p.add_argument("--out", required=True, metavar="DIR"); p.add_argument("--profile", choices=PROFILE_NAMES, default="demo")
-    p.add_argument("--seeds", type=int, default=3, metavar="N"); p.add_argument("--songs", type=int, nargs="+", default=[4, 8, 20, 40, 80]); p.set_defaults(run=label_efficiency)
+    p.add_argument("--seeds", type=int, default=3, metavar="N"); p.add_argument("--songs", type=int, nargs="+", default=[4, 8, 20, 40, 80])
+    p.add_argument("--set", action="append", default=[], metavar="field=value"); p.set_defaults(run=label_efficiency)
     p = commands.add_parser("demo", help="the first run: offline, on any CPU, in minutes")
-    p.add_argument("--out", default="demo", metavar="DIR"); p.add_argument("--seed", type=int, default=0); p.set_defaults(run=demo)
+    p.add_argument("--out", default="demo", metavar="DIR"); p.add_argument("--seed", type=_seed, default=0); p.set_defaults(run=demo)
 
 # %% ../nbs/11_cli.ipynb #57d52f50
 def _add_model_commands(
@@ -263,8 +269,8 @@ def _add_separate_command(
     p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one"); p.add_argument("--stems", nargs="+", metavar="STEM", help="write only these")
     p.add_argument("--format", choices=("wav", "flac", "mp3", "ogg"), default="wav"); p.add_argument("--subtype", metavar="PCM_24|FLOAT|…", help="bit depth (default: 16 bit)")
     p.add_argument("--clip", choices=("rescale", "clamp", "none"), default="rescale", help="what to do where a stem passes full scale"); p.add_argument("--residual-to", metavar="STEM", help="give what is left over to this stem, so that stems sum to the mixture")
-    p.add_argument("--overwrite", action="store_true"); p.add_argument("--json", action="store_true", help="print a summary as JSON")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto"); p.add_argument("--overlap", type=float); p.add_argument("--batch-size", type=int); p.add_argument("--threads", type=int); p.set_defaults(run=separate)
+    p.add_argument("--overwrite", action="store_true", help="replace stems that are there"); p.add_argument("--json", action="store_true", help="print a summary as JSON")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto"); p.add_argument("--overlap", type=float, help="part of a chunk that the next one shares, 0 to 0.9"); p.add_argument("--batch-size", type=int, help="chunks that go through the network together"); p.add_argument("--threads", type=int, help="processor threads"); p.set_defaults(run=separate)
 
 # %% ../nbs/11_cli.ipynb #69234e71
 def make_parser() -> argparse.ArgumentParser: # the parser of the whole command
@@ -278,6 +284,10 @@ def make_parser() -> argparse.ArgumentParser: # the parser of the whole command
     return parser
 
 # %% ../nbs/11_cli.ipynb #9910b926
+def _stopped(error):
+    "The exit status of a training that was asked to stop; None for any other error."
+    if type(error).__name__ == "Interrupted": return 143 if "SIGTERM" in str(error) else 130
+
 class Terminated(KeyboardInterrupt):
     "Somebody asked this process to end; it tidies up first."
 
@@ -297,4 +307,4 @@ def main(
         from deepdemix.audio import UserError
         if not isinstance(error, (UserError, OSError)): raise
         print(f"deepdemix: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _stopped(error) or 2

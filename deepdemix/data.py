@@ -706,7 +706,7 @@ def _missing(take, settings):
     missing = [s for s in settings.sources if s not in take.stems]
     if len(missing) == len(settings.sources): raise UserError(f"{take.title}: none of its stems is there ({', '.join(settings.sources)})")
     if missing and not settings.allow_missing:
-        raise UserError(f"{take.title}: no {' and no '.join(missing)} (allow_missing=True makes it silence)")
+        raise UserError(f"{take.title}: no {' and no '.join(missing)} (allow_missing=True, or --allow-missing, makes it silence)")
     return missing
 
 def _parts(take, settings, frames, channels, read):
@@ -881,7 +881,7 @@ def _tidy(out, files):
 def _complaint(problems, kept):
     "One line about the songs that could not be prepared."
     some = "; ".join(list(problems.values())[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    advice = f"The other {kept} are kept: mend or remove what is wrong and run again, or pass skip_bad=True" if kept else "No song is left"
+    advice = f"The other {kept} are kept: mend or remove what is wrong and run again, or pass skip_bad=True (--skip-bad)" if kept else "No song is left"
     return f"{len(problems)} of {kept + len(problems)} songs cannot be prepared: {some}. {advice}"
 
 # %% ../nbs/01_data.ipynb #96a26621

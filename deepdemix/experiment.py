@@ -24,6 +24,7 @@ import torch
 from fastcore.basics import patch
 
 from .audio import SAMPLE_RATE, SOURCES, STFT, UserError, atomic_path, read, read_streams, write
+from .augmentation import Triplets
 from .data import Store, find_musdb, open_data, prepare_toy, toy_song
 from .evaluation import Scores, average_songs, compare, evaluate, plot_scores, reference_rows, windowed
 from .metrics import sdr, si_sdr
@@ -275,7 +276,9 @@ def run_experiment(
 ) -> Experiment:
     "Train and score the plan for every seed. Interrupted, it goes on where it stopped. Raises `UserError` for a store without splits."
     out, steps = Path(out), PAPER_STEPS + (CONTROL_STEPS if controls else ())
+    if seeds < 1: raise UserError(f"seeds={seeds}: use 1 or more")
     for split in SPLITS: store.split(split)
+    for split in SPLITS[:2]: Triplets(store.split(split))
     out.mkdir(parents=True, exist_ok=True)
     about = dict(profile=profile, steps=[s.name for s in steps], seeds=list(range(seeds)), settings=list(settings), data=store.digest,
                  real=all(s.mixture == "stream" for s in store.songs))
@@ -469,14 +472,16 @@ def label_efficiency(
     profile:str="demo", # sizes and counts
     seeds:int=3, # runs of everything
     songs=(4, 8, 20, 40, 80), # sizes of the training set; those beyond the store's are left out
+    settings=(), # further recipe fields, as `field=value`
     progress:bool=True, # show progress
 ): # a data frame: songs, start, seed, and test SNR and SDR
     "Train and score DDM on nested sets of songs; writes curve.csv and curve.png. Interrupted, it goes on where it stopped."
+    if seeds < 1 or min(songs, default=0) < 2: raise UserError(f"seeds={seeds} and songs={list(songs)}: use 1 seed or more, and 2 songs or more")
     rows, out = [], Path(out)
     everything = len(store.split("train"))
     for seed in range(seeds):
         for count in sorted({min(n, everything) for n in songs}):
-            rows += _label_point(store, out, profile, seed, count, progress)
+            rows += _label_point(store, out, profile, seed, count, settings, progress)
     return _save_curve(rows, out)
 
 # %% ../nbs/09_experiment.ipynb #00378f6c
@@ -488,16 +493,17 @@ def _label_point(
     profile:str, # sizes and counts
     seed:int, # of runs and of the order of songs
     count:int, # training songs
+    settings, # further recipe fields
     progress:bool, # show progress
 ) -> list: # a row for each start
     "Train and score the three starts on one set of songs."
     few, rows = song_subset(store, count, seed), []
     encoders = {"few": (few, out / f"songs{count}"), "all": (store, out / "all")}
-    for songs, folder in encoders.values(): train_steps(songs, folder, (find_step("encoder"),), profile, seed, progress=progress)
+    for songs, folder in encoders.values(): train_steps(songs, folder, (find_step("encoder"),), profile, seed, settings, progress)
     for start, (label, which) in STARTS.items():
         step = Step("ddm_" + start.replace(" ", "_"), "ddm", f"{label}, {start}, {count} songs")
-        settings = [f"encoder={encoders[which][1] / f'seed{seed}' / 'encoder'}"] if which else []
-        train_steps(few, out / f"songs{count}", (step,), profile, seed, settings, progress)
+        encoder = [f"encoder={encoders[which][1] / f'seed{seed}' / 'encoder'}"] if which else []
+        train_steps(few, out / f"songs{count}", (step,), profile, seed, [*settings, *encoder], progress)
         scores = score_steps(few, out / f"songs{count}", (step,), seed, ("test",), progress)
         rows.append(dict(songs=count, start=start, seed=seed, **{m: scores.only(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")}))
     return rows

@@ -6,10 +6,13 @@
 __all__ = ['CHUNK', 'WEIGHTS', 'MODEL_FILES', 'TAGS', 'FORMATS', 'SUBTYPES', 'AUDIO', 'OPSET', 'channel_groups', 'by_groups',
            'segment_of', 'plan_chunks', 'pick_device', 'Separator', 'Waiting', 'output_weights', 'Cancelled',
            'pretrained_names', 'describe_pretrained', 'find_model', 'fetch_from_hub', 'push_to_hub', 'Spool',
-           'free_folder', 'write_tags', 'fix_serial', 'sweep', 'find_songs', 'MaskOnly', 'export']
+           'free_folder', 'write_tags', 'fix_serial', 'sweep', 'find_songs', 'MaskOnly', 'CentredNorm', 'centred',
+           'export']
 
 # %% ../nbs/08_separation.ipynb #417c7c8a
 import contextlib
+import copy
+import io
 import json
 import math
 import os
@@ -28,7 +31,7 @@ from torch import nn
 
 import deepdemix
 from .audio import DamagedAudio, UserError, Writer, atomic_path, check_finite, overlap_add_blocks, probe, read, read_blocks, resample_blocks
-from .training import load_network
+from .training import load_network, read_record
 
 # %% ../nbs/08_separation.ipynb #528f114a
 def channel_groups(found, # channels of the song
@@ -95,7 +98,8 @@ class Separator:
                  batch_size=1, # chunks that go through the network together
                  threads=None): # CPU threads; None leaves torch's setting
         self.device, self.name, self.threads = pick_device(device), str(name), threads
-        if threads is not None and threads < 1 or batch_size < 1: raise UserError("threads and batch_size must be at least 1")
+        if threads is not None and not 1 <= threads <= 1024: raise UserError(f"threads={threads}: use 1 to 1024")
+        if batch_size < 1: raise UserError(f"batch_size={batch_size}: use 1 or more")
         self.network = network.to(self.device).eval()
         self.sources, self.sample_rate, self.channels = tuple(network.sources), network.sample_rate, network.channels or 1
         self.plan = plan_chunks(network, chunk, overlap, context) | dict(batch_size=batch_size)
@@ -108,7 +112,9 @@ def _stems(self:Separator, batch):
     "The network on a batch of chunks `(b, channels, time)`, in `(b, s, channels, time)`; `UserError` if it gives NaN."
     try: stems = by_groups(self.network, batch.to(self.device), self.channels).float().cpu()
     except torch.cuda.OutOfMemoryError as e: raise UserError(f"{self.device} has too little memory: choose a smaller batch_size or chunk, or the device cpu") from e
-    if not torch.isfinite(stems).all(): raise UserError(f"the model {self.name} turns sound into NaN: its weights are broken, train it again")
+    if not torch.isfinite(stems).all():
+        if (peak := float(batch.abs().max())) > 1e4: raise UserError(f"samples as large as {peak:.0e}, where full scale is 1: not a sound")
+        raise UserError(f"the model {self.name} turns sound into NaN: its weights are broken, train it again")
     return stems
 
 
@@ -313,11 +319,12 @@ def from_pretrained(cls:Separator,
                     **kwargs): # device, chunk, overlap, context, batch_size, threads
     "A separator from weights on disk. `UserError` for unknown names, pickles, and weights that don't fit their recipe."
     folder = find_model(name)
-    try: network = load_network(folder)
+    try: network, kind = load_network(folder), (read_record(folder).get("recipe") or {}).get("kind")
     except UserError: raise
     except Exception as e: raise UserError(f"{folder} holds no model that can be read ({type(e).__name__}: {str(e)[:200]})") from e
     missing = [x for x in ("sources", "sample_rate", "channels") if not hasattr(network, x)]
-    if missing: raise UserError(f"{folder} holds no separator: its network has no {', '.join(missing)}. A pretrained encoder is used with train --encoder")
+    if missing or kind == "pretraining":
+        raise UserError(f"{folder} holds no separator{f': its network has no ' + ', '.join(missing) if missing else ' but an encoder'}. A pretrained encoder is used with train --encoder")
     return cls(network, name=str(name) if str(name) in pretrained_names() or str(name).startswith("hf:") else folder.name, **kwargs)
 
 # %% ../nbs/08_separation.ipynb #57cc76dc
@@ -607,7 +614,7 @@ def _one_of_many(self:Separator, path, out, taken, options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DamagedAudio)
         try: song = self.separate_file(path, out, **options, taken=taken)
-        except UserError as e: return dict(input=str(path), error=str(e))
+        except UserError as e: return dict(input=str(path), error=str(e) if str(path) in str(e) else f"{path}: {e}")
         except Cancelled: raise
         except Exception as e: return dict(input=str(path), error=f"{path}: {type(e).__name__}: {e}")
     if song["damage"]: song["error"] = f"{song['damage']}; what could be read is in {song['folder']}"
@@ -622,14 +629,37 @@ class MaskOnly(nn.Module):
 
     def forward(self, magnitude): return self.network.mask(magnitude)
 
+# %% ../nbs/08_separation.ipynb #b79263d8
+class CentredNorm(nn.Module):
+    "A batch norm in eval mode that takes the mean away first."
+    def __init__(self, norm):
+        super().__init__()
+        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())
+        self.register_buffer("mean", norm.running_mean.clone())
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().clone())
 
+    def forward(self, x):
+        mean, scale, shift = (v.view(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.scale, self.shift))
+        return (x - mean) * scale + shift
+
+
+def centred(network):
+    "A copy of a network whose batch norms are `CentredNorm`."
+    network = copy.deepcopy(network)
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm): setattr(parent, name, CentredNorm(child))
+    return network
+
+# %% ../nbs/08_separation.ipynb #6512ecfb
 def _example(network, batch, frames):
     "A magnitude `(b, n_t, n_f, channels)` of noise that the network takes."
     segment = segment_of(network)
     frames = network.stft.frames(segment) if segment else frames
     return torch.rand(batch, frames, network.stft.n_f, network.channels, generator=torch.Generator().manual_seed(batch))
 
-# %% ../nbs/08_separation.ipynb #b79263d8
+# %% ../nbs/08_separation.ipynb #f0feae10
 def export(network, # a mask network
            path): # ends in .pt (TorchScript) or .onnx
     "Write the network without its STFT; returns the path. `UserError` where it can't be, or where the result differs by more than 1e-4."
@@ -639,7 +669,7 @@ def export(network, # a mask network
     network = MaskOnly(network).cpu().eval()
     with torch.no_grad(), atomic_path(path) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = run(network, Path(part))
+        exported = run(centred(network), Path(part))
         for batch, frames in (1, 40), (3, 57):
             x = _example(network.network, batch, frames)
             away = (exported(x) - network(x)).abs().max()
@@ -649,7 +679,9 @@ def export(network, # a mask network
 
 def _torchscript(network, path):
     "Trace and save; the saved network as a function."
-    torch.jit.trace(network, _example(network.network, 2, 50), check_trace=False).save(str(path))
+    made = io.BytesIO()
+    torch.jit.save(torch.jit.trace(network, _example(network.network, 2, 50), check_trace=False), made)
+    path.write_bytes(made.getvalue())
     return torch.jit.load(str(path))
 
 # %% ../nbs/08_separation.ipynb #2c4880ec

@@ -272,6 +272,7 @@ def check(self:Recipe): # itself
     for name in POSITIVE + NOT_NEGATIVE:
         value = getattr(self, name)
         if not math.isfinite(value) or value < 0 or (value == 0 and name in POSITIVE): raise UserError(f"the recipe field '{name}' can't be {value}")
+    if self.seed >= 2**63: raise UserError(f"the recipe field 'seed' can't be {self.seed}: it is below 2**63")
     for name, values in dict(ema=[self.ema], warmup=[self.warmup], betas=self.betas).items():
         if not all(0 <= v < 1 for v in values): raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
     if self.unfreeze_every and self.freeze_encoder is True: raise UserError("unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of epochs, or false")

@@ -68,3 +68,43 @@ def test_one_line_and_status_2(words, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith("deepdemix: ") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["train", "--model", "baseline", "--seed", "99999999999999999999"], ["prepare", "--toy", "2", "--seed", "-1"], ["demo", "--seed", "-1"]])
+def test_a_seed_is_checked_before_anything_is_made(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop: main([*words, "--out", "x"])
+    assert stop.value.code == 2 and "seed" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["label-efficiency", "--songs", "-2"], ["label-efficiency", "--seeds", "0"], ["experiment", "--seeds", "0"]])
+def test_counts_are_checked(folder, words, tmp_path, capsys):
+    assert main([*words, "--data", str(folder / "toy"), "--out", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "1" in error and not (tmp_path / "x").exists()
+
+
+def test_an_encoder_is_no_separator(folder, capsys, tmp_path):
+    words = [["separate", str(folder / "none.wav"), "--out", str(tmp_path / "s")], ["evaluate", "--data", str(folder / "toy"), "--out", str(tmp_path / "s.json")]]
+    for command in words:
+        assert main([*command, "--model", str(folder / "encoder")]) == 2
+        assert "train --encoder" in capsys.readouterr().err
+
+
+def test_a_toy_store_in_16_bits(tmp_path):
+    from deepdemix.data import Store
+    assert main(["prepare", "--toy", "1", "--out", str(tmp_path / "toy"), "--dtype", "int16"]) == 0
+    assert Store.open(tmp_path / "toy").songs[0].dtype == "int16"
+
+
+def test_a_stopped_training_has_the_status_of_its_signal(folder, tmp_path):
+    import signal, subprocess, sys, time
+    words = ["train", "--model", "baseline", "--data", str(folder / "toy"), "--profile", "demo", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen([sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", *words, "--resume"], stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        line = process.stderr.readline()
+        assert line.startswith("epoch"), line
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == status and "Traceback" not in error
