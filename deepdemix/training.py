@@ -28,7 +28,8 @@ from .audio import STFT, SOURCES, UserError, atomic_path, overlap_add, to_mono
 
 # %% ../nbs/03_training.ipynb #428904d7
 NETWORKS = {}
-ROOMS = ("deepdemix.baseline", "deepdemix.pretraining", "deepdemix.deepdemix", "deepdemix.recurrent")
+ROOMS = ("deepdemix.baseline", "deepdemix.pretraining", "deepdemix.deepdemix", "deepdemix.recurrent", "deepdemix.open_unmix", "deepdemix.conv_tasnet",
+         "deepdemix.mm_dense_lstm", "deepdemix.tfc_tdf", "deepdemix.hybrid_demucs", "deepdemix.compact")
 
 def _import_rooms():
     "Import the rooms that exist, so that they register what they define."
