@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .audio import SAMPLE_RATE, SOURCES, STFT, UserError, atomic_path, read, read_streams, write
+from .audio import SAMPLE_RATE, SOURCES, STFT, UserError, atomic_path, read, read_streams, show_spectrogram, to_mono, write
 from .augmentation import Triplets
 from .data import Store, find_musdb, open_data, prepare_toy, toy_song
 from .evaluation import Scores, average_songs, compare, evaluate, plot_scores, reference_rows, windowed
 from .metrics import sdr, si_sdr
-from .pretraining import probe
+from .pretraining import draw_excerpts, embed_excerpts, neighbour_accuracy, probe, project, random_twin, show_embedding
 from .separation import WEIGHTS, Separator, describe_pretrained, find_model
 from .training import Recipe, build_network, file_digest, fit, load_network, read_record, recipe_for, save_network, show_metrics
 
@@ -188,6 +188,20 @@ def differences(self:Experiment,
     values = self.scores.array(metric, b, split)[0] - self.scores.array(metric, a, split)[0]
     return average_songs(values, metric).mean(-1)
 
+
+@patch
+def verdicts(self:Experiment,
+    metrics=("SDR", "SNR", "SI-SDR"), # which
+    split:str="test", # songs
+): # a data frame: a row for every pair of `PAIRS` that was run and every metric
+    "All comparisons: difference (dB), 95 % interval over seeds and songs, each source, and how many songs improve."
+    import pandas as pd
+    rows = {}
+    for a, b in (pair for pair in PAIRS if set(pair) <= set(self.scores.models)):
+        for v in (self.verdict(metric, a, b, split) for metric in metrics):
+            rows[f"{b} against {a}", v.metric] = dict(difference=v.difference, low=v.low, high=v.high, **{k: x.difference for k, x in v.per_source.items()}, improved=f"{v.improved} of {v.songs}")
+    return pd.DataFrame(rows).T.rename_axis(["comparison", "metric"])
+
 # %% ../nbs/09_experiment.ipynb #f348a183
 def detectable(
     differences, # dB, one for each seed
@@ -264,6 +278,71 @@ def plot_table(self:Experiment,
     return fig
 
 # %% ../nbs/09_experiment.ipynb #6efb24bd
+@patch
+def plot_embedding(self:Experiment,
+    store, # the songs
+    seed:int=0, # of the run
+): # a figure
+    "The encoder's map (t-SNE) of validation excerpts before and after pretraining, and how many their neighbours name rightly."
+    import matplotlib.pyplot as plt
+    after = load_network(self.out / f"seed{seed}" / "encoder")
+    excerpts = draw_excerpts(store.split("valid"), after.duration)
+    fig, axes = plt.subplots(1, 2, figsize=(7, 3.3), dpi=75, layout="constrained")
+    for ax, network, when in zip(axes, (random_twin(after, seed), after), ("before", "after")):
+        z = embed_excerpts(network, excerpts)
+        named = neighbour_accuracy(z, excerpts.labels, excerpts.songs)
+        show_embedding(project(z), excerpts, ax=ax).set_title(f"{when}: {named:.0%} named rightly by their neighbours", fontsize=9)
+    axes[0].legend(frameon=False, fontsize=8)
+    return fig
+
+# %% ../nbs/09_experiment.ipynb #e8dea31e
+@patch
+def changes(self:Experiment,
+    metric:str="SDR", # which
+    a:str="DDM", # a row
+    b:str="DDM (pt)", # another
+    split:str="test", # songs
+): # a data frame: songs down, the one that gains most first; sources across
+    "What B scores above A in each song (dB), the mean over seeds."
+    change = self.scores.by_song(metric, b, split) - self.scores.by_song(metric, a, split)
+    return change.loc[change.mean(axis=1).sort_values(ascending=False).index]
+
+@patch
+def plot_changes(self:Experiment,
+    store, # the songs
+    n:int=5, # how many that gain, and how many that lose
+    a:str="DDM", # a row
+    b:str="DDM (pt)", # another
+    seed:int=0, # of the runs that draw
+): # a figure
+    "The songs that gain most and those that lose most, one a row: mixture, the source that changes most, both estimates (kHz over seconds)."
+    import matplotlib.pyplot as plt
+    songs, change, labels = store.split("test"), self.changes(a=a, b=b).dropna(), {s.label: s.name for s in self.steps}
+    n, nets = max(1, min(n, len(change) // 2)), [windowed(load_network(self.out / f"seed{seed}" / labels[x])) for x in (a, b)]
+    rows = [*change.index[:n], *change.index[-n:]]
+    fig, axes = plt.subplots(len(rows), 4, figsize=(7.5, 1.05 * len(rows) + .3), dpi=60, layout="constrained", sharex=True, sharey=True)
+    for title, line in zip(rows, axes): _change_row(songs, title, change.loc[title], nets, line)
+    for ax, name in zip(axes[0], ("mixture", "true source", a, b)): ax.set_title(name, fontsize=9)
+    return fig
+
+def _change_row(
+    songs, # the test songs
+    title:str, # of one
+    change, # dB by source
+    nets:list, # two separators
+    axes, # four
+):
+    "One song of `plot_changes`."
+    stems = to_mono(songs.stems([s.title for s in songs.songs].index(title)))
+    source = (change if change.mean() > 0 else -change).idxmax()
+    k, stft = list(songs.sources).index(source), STFT(2048, 1024)
+    with torch.no_grad(): found = [net(stems.sum(0))[k] for net in nets]
+    for ax, x in zip(axes, (stems.sum(0), stems[k], *found)):
+        show_spectrogram(stft(x), songs.sample_rate, stft, ax=ax)
+        ax.set(xlabel="", ylabel="", ylim=(0, 5))
+    axes[0].set_ylabel(f"{title.split(' - ')[-1][:16]}\n{source} {change[source]:+.1f} dB", fontsize=7)
+
+# %% ../nbs/09_experiment.ipynb #676a4b0e
 def run_experiment(
     store:Store, # songs in splits train, valid and test
     out, # the experiment's folder
@@ -286,7 +365,7 @@ def run_experiment(
     for seed in range(seeds):
         train_steps(store, out, steps, profile, seed, settings, progress)
         score_steps(store, out, steps, seed, splits, progress)
-    return save_report(Experiment(out))
+    return save_report(Experiment(out), store)
 
 # %% ../nbs/09_experiment.ipynb #e85c57b7
 def _same_experiment(
@@ -303,8 +382,9 @@ def _same_experiment(
 # %% ../nbs/09_experiment.ipynb #386755d5
 def save_report(
     experiment:Experiment, # that is finished
+    store=None, # the songs, for the pictures that need them
 ) -> Experiment: # the same
-    "Write the table as text, JSON and picture, and figure 3."
+    "Write the table as text, JSON and picture, figure 3 and, with the songs at hand, the embedding and the songs that change most."
     import matplotlib.pyplot as plt
     out = experiment.out
     with atomic_path(out / "table.txt") as part: Path(part).write_text(experiment.text() + "\n")
@@ -313,8 +393,9 @@ def save_report(
     figures = {"table.png": experiment.plot_table(), "loss_curve.png": plt.subplots(1, 2, figsize=(9, 3), dpi=90, layout="constrained")[0]}
     experiment.plot_pretraining(figures["loss_curve.png"].axes[0])
     experiment.plot_training(figures["loss_curve.png"].axes[1])
+    if store is not None: figures |= {"embedding.png": experiment.plot_embedding(store), **({"songs.jpg": experiment.plot_changes(store)} if "test" in experiment.splits else {})}
     for name, figure in figures.items():
-        with atomic_path(out / name) as part: figure.savefig(part, format="png")
+        with atomic_path(out / name) as part: figure.savefig(part, format=name[-3:])
         plt.close(figure)
     return experiment
 
@@ -331,7 +412,8 @@ def publish(
         there.mkdir(parents=True, exist_ok=True)
         for file in ("recipe.json", "metrics.csv"): shutil.copy(run / file, there / file)
         if (run / "model.safetensors").exists(): digests[f"seed{seed}/{name}"] = file_digest(run / "model.safetensors")
-    for file in ("experiment.json", "table.txt", "table.json"): shutil.copy(Path(out) / file, results / file)
+    for file in ("experiment.json", "table.txt", "table.json", "embedding.png", "songs.jpg"):
+        if (experiment.out / file).exists(): shutil.copy(experiment.out / file, results / file)
     experiment.scores.save(results / "scores.json", digits=4)
     with atomic_path(results / "digests.json") as part: Path(part).write_text(json.dumps(digests, indent=1) + "\n")
     return results
