@@ -214,8 +214,37 @@ def improvement(
     return metric(references, estimates, **kwargs) - metric(references, mixture.unsqueeze(-3).expand_as(references), **kwargs)
 
 # %% ../nbs/02a_metrics.ipynb #ebc6fddc
+def _full(half: np.ndarray) -> np.ndarray:
+    "The spectrum (n,) of a real signal from its half (n / 2 + 1,)."
+    return np.concatenate([half, half[-2:0:-1].conj()])
+
+
+def _lags(spectra: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
+    "Correlations of one signal with others, from half spectra (f,) and (j, f), at lags 1 - taps … taps - 1 of the others: (j, 2 taps - 1)."
+    from scipy.fft import ifft
+    n_fft, spectrum, found = 2 * (len(spectrum) - 1), _full(spectrum), []
+    for part in np.array_split(spectra, min(len(spectra), -(-len(spectra) * n_fft // 2 ** 23))):
+        products = np.stack([other * np.conj(spectrum) for other in map(_full, part)])
+        signals = ifft(products, overwrite_x=True, workers=torch.get_num_threads()).real
+        found.append(np.concatenate([signals[:, n_fft + 1 - taps:], signals[:, :taps]], 1))
+    return np.concatenate(found)
+
+
+def _whole_correlations(r: Tensor, e: Tensor, taps: int, n_fft: int) -> tuple[Tensor, Tensor]:
+    "Correlations of `r` (i, time) with itself and with `e` (k, time), (i, i, lags) and (i, k, lags), by one FFT of the song, as museval's."
+    from scipy.fft import rfft
+    spectra = np.stack([rfft(_double(x).numpy(), n_fft) for x in r])
+    auto = np.empty((len(r), len(r), 2 * taps - 1))
+    for i in range(len(r)):
+        found = _lags(spectra[i:], spectra[i], taps)
+        auto[i:, i] = found[:, ::-1]
+        auto[i, i:] = found
+    cross = [_lags(spectra, rfft(_double(x).numpy(), n_fft), taps)[:, ::-1] for x in e]
+    return torch.from_numpy(auto), torch.from_numpy(np.stack(cross, 1))
+
+# %% ../nbs/02a_metrics.ipynb #d0c4c277
 def _correlations(a: Tensor, b: Tensor, taps: int, n_fft: int=2 ** 15) -> Tensor:
-    "Correlations of `a` (i, time) with `b` (j, time) at lags 1 - taps … taps - 1: (i, j, 2 taps - 1)."
+    "Correlations of `a` (i, time) with `b` (j, time) at lags 1 - taps … taps - 1, in blocks: (i, j, 2 taps - 1)."
     block, total = n_fft - 2 * (taps - 1), 0
     for start in range(0, a.shape[-1], block):
         x = torch.fft.rfft(_double(a[:, start:start + block]), n_fft)
@@ -224,40 +253,58 @@ def _correlations(a: Tensor, b: Tensor, taps: int, n_fft: int=2 ** 15) -> Tensor
         total = total + x.conj()[:, None] * y
     return torch.fft.irfft(total, n_fft)[..., :2 * taps - 1]
 
-# %% ../nbs/02a_metrics.ipynb #d0c4c277
-def _solve(gram: Tensor, right: Tensor) -> Tensor:
+# %% ../nbs/02a_metrics.ipynb #b0480780
+def _solve(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
     "Solution of the normal equations, regularised as museval's; least squares where they have none."
-    gram = gram + torch.finfo(gram.dtype).eps * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solution, failed = torch.linalg.solve_ex(gram, right)
-    return torch.linalg.lstsq(gram.cpu(), right.cpu(), driver="gelsd").solution.to(gram.device) if failed else solution
+    try: return np.linalg.solve(gram + np.finfo(float).eps * np.eye(len(gram)), right)
+    except np.linalg.LinAlgError: return np.linalg.lstsq(gram, right)[0]
 
 
 def _filters(correlations: Tensor, cross: Tensor, taps: int) -> Tensor:
     "Filters (i, taps, k) that best make signals k of i, from correlations (i, i, lags) and (i, k, lags)."
-    count = len(correlations)
-    delay = torch.arange(taps, device=correlations.device)
+    count, delay = len(correlations), torch.arange(taps)
     gram = correlations[..., delay[:, None] - delay + taps - 1].transpose(1, 2).reshape(count * taps, -1)
     right = cross[..., taps - 1:].transpose(1, 2).reshape(count * taps, -1)
-    return _solve(gram, right).reshape(count, taps, -1)
+    return torch.from_numpy(_solve(gram.numpy(), right.numpy())).reshape(count, taps, -1)
 
-# %% ../nbs/02a_metrics.ipynb #b0480780
-def _song_filters(references: Tensor, estimates: Tensor, taps: int) -> tuple[Tensor, Tensor]:
-    "Filters from all sources to each estimate, and from each source to its own."
+# %% ../nbs/02a_metrics.ipynb #74c5ea95
+def _song_filters(references: Tensor, estimates: Tensor, taps: int, most: int=2 ** 24) -> tuple[Tensor, Tensor]:
+    "Filters from all sources to each estimate, and from each source to its own; in blocks if one FFT had more than `most` samples."
     sources, channels, time = references.shape
     r, e = references.reshape(-1, time), estimates.reshape(-1, time)
-    auto, cross = _correlations(r, r, taps), _correlations(r, e, taps)
+    n_fft = 2 ** math.ceil(math.log2(time + taps - 1))
+    if n_fft <= most: auto, cross = _whole_correlations(r, e, taps, n_fft)
+    else: auto, cross = _correlations(r, r, taps), _correlations(r, e, taps)
     own = [slice(i * channels, (i + 1) * channels) for i in range(sources)]
     return _filters(auto, cross, taps), torch.stack([_filters(auto[i, i], cross[i, i], taps) for i in own])
 
+# %% ../nbs/02a_metrics.ipynb #0ac5e0c7
+def _filtered(signals: np.ndarray, filters: np.ndarray, length: int, n_fft: int) -> np.ndarray:
+    "Sums over i of signals i through filters i -> k, from half spectra (i, f) and (i, k, f): (k, length)."
+    from scipy.fft import irfft
+    out = [irfft(filters[:, k] * signals, n_fft, workers=torch.get_num_threads())[:, :length].sum(0) for k in range(filters.shape[1])]
+    return np.stack(out)
 
-def _energy(spectrum: Tensor, n_fft: int) -> Tensor:
-    "Energy of the signals whose half spectrum is (sources, channels, f), up to a constant: (sources,)."
-    twice = torch.full(spectrum.shape[-1:], 2., dtype=torch.float64, device=spectrum.device)
-    twice[0] = 1
-    if n_fft % 2 == 0: twice[-1] = 1
-    return (spectrum.abs().square() * twice).sum((-2, -1))
 
-# %% ../nbs/02a_metrics.ipynb #74c5ea95
+def _ratios(true: np.ndarray, image: np.ndarray, everything: np.ndarray, estimate: np.ndarray) -> list[float]:
+    "ISR, SIR and SAR of one source from the true source, itself filtered, all sources filtered, and the estimate, each (channels, time)."
+    spatial = image - true
+    interference = everything - true - spatial
+    artefacts = -true - spatial - interference + estimate
+    parts = ((true, spatial), (true + spatial, interference), (true + spatial + interference, artefacts))
+    with np.errstate(divide="ignore", invalid="ignore"): return [10 * np.log10((a ** 2).sum() / (b ** 2).sum()) for a, b in parts]
+
+# %% ../nbs/02a_metrics.ipynb #575fb8ce
+def _decomposed(r: np.ndarray, e: np.ndarray, every: np.ndarray, own: np.ndarray, n_fft: int, taps: int) -> Tensor:
+    "The three ratios of one frame (3, sources), from half spectra of the filters."
+    from scipy.fft import rfft
+    sources, channels, time = r.shape
+    r, e = (np.pad(x, ((0, 0), (0, 0), (0, taps - 1))) for x in (r, e))
+    spectra = rfft(r, n_fft, workers=torch.get_num_threads())
+    everything = _filtered(spectra.reshape(sources * channels, -1), every, time + taps - 1, n_fft).reshape(r.shape)
+    return torch.tensor([_ratios(r[i], _filtered(spectra[i], own[i], time + taps - 1, n_fft), everything[i], e[i]) for i in range(sources)]).T
+
+# %% ../nbs/02a_metrics.ipynb #adf2f1f6
 def isr_sir_sar(
     references,                      # true sources (sources, channels, time)
     estimates,                       # estimated sources, same shape
@@ -267,30 +314,20 @@ def isr_sir_sar(
     taps: int=512,                   # length of the distortion filters
 ) -> tuple[Tensor, Tensor, Tensor]:  # ISR, SIR, SAR in dB, each (sources, frames); NaN where a source is silent
     "Image-to-spatial-distortion, source-to-interference and source-to-artefacts ratios, as `museval.evaluate(...)[1:]`."
-    from scipy.fft import next_fast_len
-    references, estimates = _pair(references, estimates)
+    from scipy.fft import next_fast_len, rfft
+    references, estimates = (x.cpu() for x in _pair(references, estimates))
     if references.ndim > 3: raise UserError("isr_sir_sar takes one song: (sources, channels, time)")
+    _finite(references, estimates)
     sources, channels, time = references.shape
     frames = _frames(time, int(window * sample_rate), int(hop * sample_rate))
     ratios = torch.full((3, sources, len(frames)), math.nan, dtype=torch.float64)
     if _silent(references) or _silent(estimates): return tuple(ratios)
-    every, own = _song_filters(references, estimates, taps)
-    n_fft = next_fast_len(frames[0][1] + taps - 1, real=True)
-    every = torch.fft.rfft(every.transpose(1, 2), n_fft)
-    own = torch.fft.rfft(own.transpose(2, 3), n_fft)
+    n_fft = next_fast_len(frames[0][1] + 2 * (taps - 1), real=True)
+    every, own = (rfft(x.transpose(-2, -1).numpy(), n_fft) for x in _song_filters(references, estimates, taps))
     for t, (start, stop) in enumerate(frames):
         r, e = references[..., start:stop], estimates[..., start:stop]
-        if not (_silent(r) or _silent(e)): ratios[:, :, t] = _decomposed(_double(r), _double(e), every, own, n_fft)
+        if not (_silent(r) or _silent(e)): ratios[:, :, t] = _decomposed(_double(r).numpy(), _double(e).numpy(), every, own, n_fft, taps)
     return tuple(ratios)
-
-# %% ../nbs/02a_metrics.ipynb #0ac5e0c7
-def _decomposed(r: Tensor, e: Tensor, every: Tensor, own: Tensor, n_fft: int) -> Tensor:
-    "The three ratios of one frame (3, sources), from spectra of the filters."
-    r, e = torch.fft.rfft(r, n_fft), torch.fft.rfft(e, n_fft)
-    image = torch.einsum("sif,sikf->skf", r, own)
-    everything = torch.einsum("if,ikf->kf", r.flatten(0, 1), every).view_as(e)
-    pairs = ((r, image - r), (image, everything - image), (everything, e - everything))
-    return torch.stack([_db(_energy(a, n_fft), _energy(b, n_fft)) for a, b in pairs]).cpu()
 
 # %% ../nbs/02a_metrics.ipynb #bd2c675c
 METRICS = {"SDR": sdr, "uSDR": usdr, "SNR": snr, "SD-SDR": sd_sdr, "SI-SDR": si_sdr}
