@@ -415,6 +415,7 @@ function key(e) {
   else if (jobs[e.code]) jobs[e.code](); else return;
   e.preventDefault();
 }
+function stretch() { try { if (window.frameElement) window.frameElement.style.height = Math.ceil(document.querySelector("main").getBoundingClientRect().height) + 1 + "px"; } catch {} }
 function frame() {
   if (state.playing) { if (!state.loop && position() >= data.duration) { pause(); state.at = 0; apply(); } else cursor(); }
   requestAnimationFrame(frame);
@@ -425,7 +426,7 @@ $("play").onclick = () => state.playing ? pause() : play(); $("start").onclick =
 $("position").oninput = e => go(+e.target.value); $("volume").oninput = e => { state.volume = +e.target.value; balance(); };
 $("from").onchange = $("to").onchange = () => region(+$("from").value, +$("to").value);
 document.addEventListener("keydown", key); document.addEventListener("click", e => { const b = e.target.closest("button, a, [type=radio], [type=range]"); if (b && e.detail > 0) b.blur(); });
-new ResizeObserver(draw).observe($("rows")); window.desk = { state, sets, level, position, gains: () => gains(sets, state), play, pause, go, region, apply };
+new ResizeObserver(draw).observe($("rows")); new ResizeObserver(stretch).observe(document.querySelector("main")); window.desk = { state, sets, level, position, gains: () => gains(sets, state), play, pause, go, region, apply };
 open().then(() => { apply(); draw(); requestAnimationFrame(frame); }, e => { $("status").textContent = "this browser can't open the sound: " + e.message; }); apply();
 """
 
