@@ -116,7 +116,7 @@ def documentation(cell) -> str:
     link = re.search(r"^\[source\]\(([^)]+)\)\{.*?\}\s*$", text, re.M)
     text = re.sub(r"^---\s*$|^\[source\]\(.*$", "", text, flags=re.M).strip()
     heading, _, body = text.partition("\n")
-    name, heading = heading.strip("# "), heading.replace("__", r"\_\_")
+    name, heading, body = heading.strip("# "), heading.replace("__", r"\_\_"), body.replace(":NoneType=None", "=None")
     return f'{heading}\n\n<p class="source"><a href="{at_line(link[1], name)}">source</a></p>\n{body}' if link else text
 
 
@@ -145,13 +145,19 @@ def shown(cell) -> None:
     cell.source = re.sub(r"^\s*#\|.*\n?", "", cell.source, flags=re.M).strip()
 
 
+def runs_alone(page: str) -> bool:
+    "Whether a notebook needs no file of the repository; a test runs each of these alone in an empty folder."
+    code = "".join(c.source for c in nbformat.read(root / "nbs" / page, as_version=4).cells if c.cell_type == "code")
+    return not re.search(r'"\.\./results"|parents\[1\]', code)
+
+
 def links(page: str) -> str:
     "Where a notebook can be read and run; in Colab only what needs no file of the repository."
     at = addresses()
     parts = [f"[Notebook]({at['{git_url}']}/blob/{at['{branch}']}/nbs/{page})"]
-    code = "".join(c.source for c in nbformat.read(root / "nbs" / page, as_version=4).cells if c.cell_type == "code")
-    if '"../' not in code and "results" not in code:
-        parts.append(f"[open in Colab](https://colab.research.google.com/github/{at['{slug}']}/blob/{at['{branch}']}/nbs/{page}), and run `!pip install git+{at['{git_url}']}` there first")
+    if runs_alone(page):
+        colab = f"https://colab.research.google.com/github/{at['{slug}']}/blob/{at['{branch}']}/nbs/{page}"
+        parts.append(f'<a class="colab" href="{colab}">Open in Colab</a> and begin with `!pip install git+{at["{git_url}"]}`')
     return f'<div class="links">\n\n{" · ".join(parts)}\n\n</div>'
 
 
