@@ -33,11 +33,14 @@ class Standardise(nn.Module):
 def measure(self:Standardise,
     x:torch.Tensor, # magnitudes (b, n_t, n_ac, bins)
 ):
-    "Take mean and spread over batch, frames and channels; silence changes nothing."
+    "Take mean and spread over batch, frames and channels, and over all processes that train together; silence changes nothing."
     frames = x.float().mean(2).flatten(0, 1)
-    spread = frames.std(0, correction=0)
+    sums = torch.stack([torch.ones_like(frames), frames, frames.square()]).sum(1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(sums)
+    mean, square = sums[1:] / sums[0]
+    spread = (square - mean.square()).clamp_min(0).sqrt()
     if not 0 < spread.max() < torch.inf: return
-    self.mean.copy_(-frames.mean(0))
+    self.mean.copy_(-mean)
     self.scale.copy_(1 / spread.clamp_min(1e-4 * spread.max()))
     self.measured.fill_(True)
 
