@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TEMPERATURES', 'POSITIVES', 'STUDY', 'fold_kernel', 'folded_conv2d', 'SameConv2d', 'conv_block', 'DeepDeMixEncoder',
            'count_parameters', 'EncoderNetwork', 'euclidean', 'metric_loss', 'triplet_indices', 'collapse_value',
-           'metric_miner', 'Contrast', 'random_view', 'mixtures_of', 'views_of', 'Stores', 'plain_title', 'join_stores',
-           'WeightedOrder', 'ByWeight', 'WeightedTriplets', 'WeightedBatches', 'open_stores', 'Excerpts', 'audible',
-           'draw_excerpts', 'embed_excerpts', 'mel_statistics', 'neighbour_accuracy', 'linear_probe', 'retrieval',
-           'cloud', 'Settings', 'read_settings', 'instruments_of', 'check_classes', 'embedding_size', 'ContrastTask',
-           'active_share', 'PretrainingTask', 'pretrain', 'show_pretraining', 'random_twin', 'probe', 'study',
-           'confusion', 'show_confusion', 'project', 'show_embedding', 'Explorer', 'explore', 'contrast_term']
+           'metric_miner', 'Contrast', 'together', 'random_view', 'mixtures_of', 'views_of', 'Stores', 'plain_title',
+           'join_stores', 'WeightedOrder', 'ByWeight', 'WeightedTriplets', 'WeightedBatches', 'open_stores', 'Excerpts',
+           'audible', 'draw_excerpts', 'embed_excerpts', 'mel_statistics', 'neighbour_accuracy', 'linear_probe',
+           'retrieval', 'cloud', 'Settings', 'read_settings', 'instruments_of', 'check_classes', 'embedding_size',
+           'ContrastTask', 'active_share', 'PretrainingTask', 'pretrain', 'show_pretraining', 'random_twin', 'probe',
+           'study', 'confusion', 'show_confusion', 'project', 'show_embedding', 'Explorer', 'explore', 'contrast_term']
 
 # %% ../nbs/05_pretraining.ipynb #2dfdfc65
 import copy, hashlib, inspect, io, math, warnings
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from .audio import SAMPLE_RATE, SOURCE_COLORS, SOURCES, STFT, UserError, amplitude_to_db, atomic_path, player, to_mono
 from .augmentation import BalancedBatches, Triplets
-from .training import (VALID_SEED, Recipe, Task, build_network, build_task, fit, load_network, read_metrics, read_record, recipe_for, register_network,
+from .training import (VALID_SEED, Recipe, Task, build_network, build_task, fit, load_network, own_rows, read_metrics, read_record, recipe_for, register_network,
                                 register_task, register_term)
 
 # %% ../nbs/05_pretraining.ipynb #a101c44e
@@ -286,25 +286,36 @@ def _memory(loss, dim, size, miner):
     return CrossBatchMemory(loss, dim, memory_size=size, miner=miner)
 
 # %% ../nbs/05_pretraining.ipynb #d92d7659
+def together(
+    part, # a loss or a miner of pytorch-metric-learning
+    world:int=1, # processes that train
+): # the same; with several processes over the embeddings of all, and a loss is then `world` times as large
+    "Compare the embeddings of all processes. The factor undoes the mean that is taken of their gradients."
+    if world == 1: return part
+    from pytorch_metric_learning.miners import BaseMiner
+    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
+    return (DistributedMinerWrapper if isinstance(part, BaseMiner) else DistributedLossWrapper)(part, efficient=False)
+
 @patch
 def forward(self:Contrast,
             z, # embeddings (n, dim)
             labels, # (n,)
             triplets:bool=False, # rows are anchor, positive, negative, anchor, …
             remember:bool=True, # use the memory and add to it
-           ): # a scalar; 0 where the batch holds no pair to learn from
+            world:int=1, # processes whose embeddings are compared; of triplets each stands for itself
+           ): # a scalar, `world` times the loss of all but for triplets; 0 where the batch holds no pair to learn from
     "The loss of one batch; never NaN."
     z = self.head(z.float())
     if triplets: return self.loss(z, labels, triplet_indices(len(z) // 3, z.device))
-    if self.memory is not None and remember: return self._with_memory(z, labels)
-    return self.loss(z, labels, self.miner(z, labels) if self.miner else None)
+    if self.memory is not None and remember: return self._with_memory(z, labels, world)
+    return together(self.loss, world)(z, labels, together(self.miner, world)(z, labels) if self.miner else None)
 
 @patch
-def _with_memory(self:Contrast, z, labels):
+def _with_memory(self:Contrast, z, labels, world=1):
     "The place in the queue is kept in a buffer, so that a resumed run finds it."
     m = self.memory
     m.queue_idx, m.has_been_filled = int(self.queue[0]), bool(self.queue[1])
-    loss = m(z, labels)
+    loss = together(m, world)(z, labels)
     self.queue.copy_(torch.tensor([m.queue_idx, m.has_been_filled]))
     return loss
 
@@ -703,6 +714,21 @@ def stream(self:ContrastTask,
 
 # %% ../nbs/05_pretraining.ipynb #2538263d
 @patch
+def units(self:ContrastTask,
+          stream, # of `stream`
+         ) -> int: # triplets, or excerpts with their views
+    "What a batch can be split into."
+    s = self.settings
+    if self.triplets: return round(s.per_class * len(stream.instruments) / 3) or self.recipe.batch_size
+    return sum(part.per_class * len(part.instruments) for part in stream) * (2 if s.instance or s.positives in ("view", "mixture_stem") else 1)
+
+@patch
+def take_part(self:ContrastTask, rank:int, world:int):
+    "Become one of several processes. Raises a `UserError` where a batch can't be split evenly."
+    own_rows(self.units(self.train_stream), (rank, world))
+    self.share = rank, world
+
+@patch
 def batch(self:ContrastTask,
           stream, # of `stream`
           number:int, # of the batch
@@ -710,8 +736,7 @@ def batch(self:ContrastTask,
     "One batch, a function of the stream and the number only."
     rng = np.random.default_rng([self.recipe.seed, number])
     if self.triplets:
-        n = round(self.settings.per_class * len(stream.instruments) / 3) or self.recipe.batch_size
-        waves, labels, _ = stream.batch(n, number * n)
+        waves, labels, _ = stream.batch(n := self.units(stream), number * n)
         if self.settings.shuffle_labels: waves = torch.stack([w[rng.permutation(3)] for w in waves])
         return waves.flatten(0, 1), labels.flatten(), torch.arange(labels.numel())
     parts = [s.batch(number) for s in stream]
@@ -740,10 +765,11 @@ def loss(self:ContrastTask,
          labels, # (n,)
          excerpts, # (n,)
          remember:bool=True, # use the memory
+         world:int=1, # processes whose embeddings are compared
         ): # a scalar
     "The contrastive loss, and the term that keeps excerpts apart."
-    loss = self.heads(z, labels, self.triplets, remember)
-    if self.settings.instance: loss = loss + self.settings.instance * metric_loss("ntxent")(z.float(), excerpts)
+    loss = self.heads(z, labels, self.triplets, remember, world)
+    if self.settings.instance: loss = loss + self.settings.instance * together(metric_loss("ntxent"), world)(z.float(), excerpts)
     return loss
 
 @patch
@@ -751,8 +777,9 @@ def training_loss(self:ContrastTask, batch):
     "The loss of a batch; logs the share of active triplets."
     waves, labels, excerpts = batch
     z = self.network.embed(waves)
-    logs = {"active": active_share(z, self.settings.margin)} if self.triplets else {}
-    return self.loss(z, labels, excerpts), logs
+    if self.triplets: return self.loss(z, labels, excerpts), {"active": active_share(z, self.settings.margin)}
+    loss = self.loss(z, labels, excerpts, world=self.share[1])
+    return loss, {"train_loss": loss.detach() / self.share[1]} if self.share[1] > 1 else {}
 
 # %% ../nbs/05_pretraining.ipynb #54ca85cb
 @register_task("pretraining")

@@ -10,10 +10,11 @@ __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE',
            'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights',
            'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder', 'write_state',
            'read_state', 'random_state', 'set_random_state', 'seeded', 'lr_factor', 'build_optimizer', 'Average',
-           'Interrupted', 'Loop', 'thawed', 'thaw', 'write_metrics', 'read_metrics', 'show_metrics', 'Reporter', 'fit']
+           'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'thawed', 'thaw', 'write_metrics', 'read_metrics',
+           'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
-import contextlib, csv, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, platform, random
+import contextlib, csv, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
 import signal, subprocess, sys, threading, time, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -389,6 +390,7 @@ class Task:
     "What a step of training is. `train_batch` must depend on its argument and the recipe only: that makes a run resumable and independent of workers."
     monitor = "valid_loss" # the figure that decides which weights are best
     heads = None # an optional `nn.Module` that is trained along, but is no part of the model
+    share = 0, 1 # number of this process, and of all that train together
     def __init__(self,
                  network, # what is trained
                  recipe, # how
@@ -471,22 +473,29 @@ class SeparationTask(Task):
         if heads: self.heads = nn.ModuleDict(heads)
 
     def train_batch(self, step):
-        n, here = self.recipe.batch_size, self.device.type == "cuda" and torch.utils.data.get_worker_info() is None
-        mixes = self.mixer.batch(n, start=step * n, device=self.device if here else None)
+        mixes = self._mixes(step, range(self.recipe.batch_size))
         return (*mixes, {name: term.train_batch(step) for name, (_, term) in self.terms.items()}) if self.terms else mixes
 
     def training_loss(self, batch):
         mixture, sources, *more = batch
         loss, logs = self.loss(self.network, mixture, sources), {}
-        if self.terms: logs["separation"] = loss.detach()
+        if self.terms: logs = dict(separation=loss.detach(), train_loss=loss.detach())
         for name, (weight, term) in self.terms.items():
             value, figures = term.training_loss(more[0][name])
-            loss, logs = loss + weight * value, logs | {name: value.detach(), **{f"{name}_{k}": v for k, v in figures.items()}}
+            told = figures.pop("train_loss", value.detach())
+            loss, logs = loss + weight * value, logs | {name: told, **{f"{name}_{k}": v for k, v in figures.items()}}
+            logs["train_loss"] = logs["train_loss"] + weight * told
         return loss, logs
 
 
 
 # %% ../nbs/03_training.ipynb #e048c8c8
+@patch
+def _mixes(self:SeparationTask, step, rows):
+    "Some rows of batch `step`, made where the network is."
+    here = self.device.type == "cuda" and torch.utils.data.get_worker_info() is None
+    return self.mixer.batch(len(rows), start=step * self.recipe.batch_size + rows.start, device=self.device if here else None)
+
 @patch
 def _mixer(self:SeparationTask, split, seed, size):
     "The stream of mixes of one split."
@@ -830,6 +839,166 @@ class Average:
     def _set(self, values):
         for p, v in zip(self.params, values): p.copy_(v)
 
+# %% ../nbs/03_training.ipynb #6f826599
+def own_rows(
+    n:int, # examples in a whole batch
+    share:tuple, # number of this process, and of all
+) -> range:
+    "The rows of a batch that one of several processes computes. Raises a `UserError` where they can't all have the same number."
+    rank, world = share
+    if n % world: raise UserError(f"a batch of {n} can't be split evenly over {world} processes: batch_size and per_class count the whole batch")
+    return range(n // world * rank, n // world * (rank + 1))
+
+# %% ../nbs/03_training.ipynb #7cf00570
+def _cut(
+    batch, # a tensor, or tuples, lists and dictionaries of them
+    share:tuple, # number of this process, and of all
+):
+    "The rows of one process of every tensor."
+    if isinstance(batch, dict): return {k: _cut(v, share) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)): return type(batch)(_cut(v, share) for v in batch)
+    if not isinstance(batch, torch.Tensor) or not batch.dim(): return batch
+    rows = own_rows(len(batch), share)
+    return batch[rows.start:rows.stop]
+
+@patch
+def take_part(self:Task, rank:int, world:int):
+    "Become one of several processes. Raises a `UserError` where a batch can't be split evenly."
+    own_rows(self.recipe.batch_size, (rank, world))
+    self.share = rank, world
+
+@patch
+def own_batch(self:Task, step:int):
+    "This process's part of batch `step`."
+    return _cut(self.train_batch(step), self.share) if self.share[1] > 1 else self.train_batch(step)
+
+# %% ../nbs/03_training.ipynb #b0e39894
+@patch
+def take_part(self:SeparationTask, rank:int, world:int):
+    "The terms take part too."
+    Task.take_part(self, rank, world)
+    for _, term in self.terms.values(): term.take_part(rank, world)
+
+@patch
+def own_batch(self:SeparationTask, step:int):
+    "This process's mixes of batch `step`, and its part of the terms' batches."
+    if self.share[1] == 1 or type(self).train_batch is not SeparationTask.train_batch: return Task.own_batch(self, step)
+    mixes = self._mixes(step, own_rows(self.recipe.batch_size, self.share))
+    return (*mixes, {name: term.own_batch(step) for name, (_, term) in self.terms.items()}) if self.terms else mixes
+
+# %% ../nbs/03_training.ipynb #6174cb51
+class Ranks:
+    "What the processes of one training tell each other. Alone, nothing is sent."
+    def __init__(self,
+                 rank:int=0, # number of this process
+                 world:int=1, # of all
+                 group=None): # of torch.distributed, one that carries what is in main memory
+        self.rank, self.world, self.group = rank, world, group
+
+    def collect(self, x) -> list:
+        "What every process has, in their order."
+        everyones = [x] * self.world
+        if self.world > 1: torch.distributed.all_gather_object(everyones, x, group=self.group)
+        return everyones
+
+    def any(self, *wishes:int) -> list:
+        "The largest of all processes' numbers, one by one."
+        if self.world == 1: return list(wishes)
+        x = torch.tensor(wishes, dtype=torch.long)
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self.group)
+        return x.tolist()
+
+    def alike(self, error:Exception) -> Exception:
+        "An error that all processes raise: `quiet` on all but the first, so that it is told once."
+        error.quiet = self.rank > 0
+        return error
+
+# %% ../nbs/03_training.ipynb #0250c86b
+@patch
+def first(self:Ranks,
+          act, # a function
+          *args): # its arguments
+    "Let rank 0 act and give its result to all; all wait for it. Its error is everyone's."
+    if self.world == 1: return act(*args)
+    told, error = [None, None], None
+    if self.rank == 0:
+        try: told[0] = act(*args)
+        except Exception as e: error, told[1] = e, f"{e}"
+    torch.distributed.broadcast_object_list(told, 0, group=self.group)
+    if told[1] is not None: raise self.alike(error or UserError(told[1]))
+    return told[0]
+
+
+def is_first() -> bool:
+    "Whether this process is the one that speaks for all; a lone one is."
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+
+# %% ../nbs/03_training.ipynb #517be2f5
+def _introduce(recipe, store) -> dict:
+    "What all processes must have in common, and where this one is."
+    settings = {k: v for k, v in recipe.to_dict().items() if k not in MAY_CHANGE}
+    return dict(where=f"process on {platform.node()}", versions=_versions(), recipe=settings, data={"digest": getattr(store, "digest", None)})
+
+def _compare(
+    notes:list, # of `_introduce`, by rank
+):
+    "Raise a `UserError` that names the first difference between the first process and another."
+    for k, note in enumerate(notes):
+        for part in ("versions", "recipe", "data"):
+            for name in notes[0][part] | note[part]:
+                a, b = notes[0][part].get(name), note[part].get(name)
+                if a != b: raise UserError(f"the processes differ in their {part}: {name} is {a} for process 0 ({notes[0]['where']}) and {b} for process {k} ({note['where']}); make them alike")
+
+# %% ../nbs/03_training.ipynb #21ebbb28
+def _started() -> tuple|None:
+    "Processes on this machine and machines that torchrun or SLURM has started; None if neither has."
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    e = os.environ
+    if TorchElasticEnvironment.detect(): return int(e["LOCAL_WORLD_SIZE"]), int(e["WORLD_SIZE"]) // int(e["LOCAL_WORLD_SIZE"])
+    if not ("SLURM_NTASKS" in e and SLURMEnvironment.detect()): return None
+    nodes = int(e.get("SLURM_NNODES", 1))
+    return int(e["SLURM_NTASKS"]) // nodes, nodes
+
+def _agree(name, asked, started):
+    "Raise a `UserError` where a number that was asked for is not the one that was started."
+    if asked not in (None, "auto", started): raise UserError(f"{name} is {asked}, but {started} were started: leave {name} out under torchrun and SLURM, or make them equal")
+
+def _places(
+    kind:str, # "cpu", "cuda" or "mps"
+    devices, # a number, "auto" or None
+    nodes, # a number or None
+) -> tuple: # processes here, machines
+    "How many processes train. Raises a `UserError` for what is not there."
+    there, started = dict(cuda=torch.cuda.device_count()).get(kind, 1), _started()
+    if started:
+        for name, asked, n in zip(("devices", "nodes"), (devices, nodes), started): _agree(name, asked, n)
+        devices, nodes = started
+    devices, nodes = there if devices == "auto" else 1 if devices is None else devices, 1 if nodes is None else nodes
+    if min(devices, nodes) < 1: raise UserError(f"devices and nodes are 1 or more, not {devices} and {nodes}")
+    if kind != "cpu" and devices > there: raise UserError(f"{devices} {kind} devices are wanted, this machine has {there}")
+    missing = [v for v in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if v not in os.environ]
+    if nodes > 1 and not started and missing: raise UserError(f"nodes is {nodes}, and nothing says where the other machines are: start with torchrun or srun, or set {', '.join(missing)}")
+    if devices * nodes > 1 and not started and hasattr(sys, "ps1"): raise UserError("a notebook trains with one process: start several from the command line or a script")
+    return devices, nodes
+
+# %% ../nbs/03_training.ipynb #a82b94ab
+def _lost(
+    error:Exception, # while several processes trained
+) -> str|None: # what to say; None: it has nothing to do with the others
+    "Why the processes can't talk to each other."
+    text = str(error)
+    if "EADDRINUSE" in text or "already in use" in text: return f"port {os.environ.get('MASTER_PORT')} is taken: set MASTER_PORT to a free one"
+    if "clients joined" in text or "client socket has timed out" in text: return "not all processes of this training came; are all machines started, with the same MASTER_ADDR and MASTER_PORT?"
+    words = ("connection closed", "connection reset", "connection was likely closed", "broken pipe", "gloo", "nccl", "timed out", "socket")
+    known = isinstance(error, getattr(torch.distributed, "DistError", ())) or (isinstance(error, RuntimeError) and any(w in text.lower() for w in words))
+    return "another process of this training has ended or can't be reached" if known else None
+
+class _Watch(logging.Handler):
+    "Lightning's note that a process has died, as one line."
+    def emit(self, record):
+        if "terminated with code" in record.getMessage():
+            print(f"deepdemix: another process of this training has ended ({record.getMessage().split(' terminated with ')[1].split('.')[0]}), so all are ended; resume to go on", file=sys.stderr, flush=True)
+
 # %% ../nbs/03_training.ipynb #9bc5b527
 class Interrupted(UserError):
     "Training was stopped by Ctrl-C or SIGTERM; its state is saved."
@@ -842,18 +1011,35 @@ class Loop:
                  out, # the run folder
                  record, # of recipe.json
                  report): # called with the loop after every step and epoch
-        self.task, self.recipe, self.out, self.record, self.report = task, recipe, Path(out), record, report
+        self.task, self.recipe, self.out, self.record, self.report, self.ranks = task, recipe, Path(out), record, report, Ranks()
         self.network, self.optimizer = task.network, build_optimizer(task, recipe)
         self.average = Average(task.network, recipe.ema) if recipe.ema else None
-        self.step, self.rows, self.sums, self.best = 0, [], {}, None
+        self.step, self.rows, self.sums, self.pooled, self.best = 0, [], {}, {}, None
         self.seconds, self.began, self.saved, self.epoch_began = 0., time.monotonic(), time.monotonic(), 0.
-        self.pending, self.stop = None, None
+        self.pending, self.stop, self.met, self.over = None, None, False, False
 
     @property
     def epoch(self): return self.step // self.recipe.steps_per_epoch
 
     @property
     def spent(self): return self.seconds + time.monotonic() - self.began
+
+# %% ../nbs/03_training.ipynb #13f19c96
+@patch
+def meet(self:Loop,
+         trainer, # of Lightning, whose processes can talk by now
+         store, # the data
+         state): # of the earlier start, as this process found it
+    "Compare notes, and take up the state of the first process."
+    if trainer.world_size > 1:
+        group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
+        self.ranks = Ranks(trainer.global_rank, trainer.world_size, group)
+        notes = self.ranks.collect(_introduce(self.recipe, store))
+        self.ranks.first(_compare, notes)
+        state = self.ranks.first(lambda: state)
+    if state: self.load_state(state)
+    self.met, self.over = True, self.step >= self.recipe.steps or self._stale
+    if not self.over: self.write_record("running")
 
 # %% ../nbs/03_training.ipynb #0b5d2d7c
 @patch(as_prop=True)
@@ -906,14 +1092,14 @@ def before_step(self:Loop):
 def loss(self:Loop, batch):
     "The loss of a batch; one that is not finite ends the run."
     loss, logs = self.task.training_loss(batch)
-    if loss.device.type == "cpu" and not torch.isfinite(loss): self._not_finite()
+    if self.ranks.world == 1 and loss.device.type == "cpu" and not torch.isfinite(loss): self._not_finite()
     for k, v in {"train_loss": loss, **logs}.items(): self.sums.setdefault(k, []).append(torch.as_tensor(v).detach().float())
     return loss
 
 @patch
 def _not_finite(self:Loop):
     "Say what to do; the state on disk is the last good one."
-    raise UserError(f"the loss or the weights are no longer finite after step {self.step}: begin again with a lower lr (now {self.recipe.lr:g}) or grad_clip=1; {self.out} keeps the last good state")
+    raise self.ranks.alike(UserError(f"the loss or the weights are no longer finite after step {self.step}: begin again with a lower lr (now {self.recipe.lr:g}) or grad_clip=1; {self.out} keeps the last good state"))
 
 # %% ../nbs/03_training.ipynb #0df94468
 @patch
@@ -922,11 +1108,12 @@ def after_step(self:Loop, trainer):
     self.step += 1
     if self.average: self.average.update(self.step)
     if self.step % self.recipe.steps_per_epoch == 0: self.end_epoch(trainer)
-    minutes = self.spent / 60
-    if self.pending: self.stop = "interrupted"
-    elif self.recipe.max_minutes and minutes >= self.recipe.max_minutes: self.stop = "out of time"
+    late, due = 0 < self.recipe.max_minutes <= self.spent / 60, time.monotonic() - self.saved >= 60 * self.recipe.save_minutes
+    signalled, late, due = self.ranks.any(self.pending or 0, late, due)
+    if signalled: self.pending, self.stop = signalled, "interrupted"
+    elif late: self.stop = "out of time"
     elif self.step >= self.recipe.steps or self._stale: self.stop = "finished"
-    if self.stop or time.monotonic() - self.saved >= 60 * self.recipe.save_minutes: self.save_state(trainer)
+    if self.stop or due: self.save_state(trainer)
     if self.stop: trainer.should_stop = True
     self.report(self)
 
@@ -940,18 +1127,32 @@ def _stale(self:Loop):
 @patch
 def end_epoch(self:Loop, trainer):
     "Validate, add a row to metrics.csv, keep the weights if they are the best."
+    self._pool()
+    row = dict(epoch=self.epoch, step=self.step, examples=self.step * self.recipe.examples_per_step)
+    row |= {k: float(torch.stack([x.cpu() for x in v]).double().mean()) for k, v in self.sums.items()}
     with self.average.applied() if self.average else contextlib.nullcontext():
-        figures = self._validate(trainer)
-        row = dict(epoch=self.epoch, step=self.step, examples=self.step * self.recipe.examples_per_step)
-        row |= {k: float(torch.stack([x.cpu() for x in v]).double().mean()) for k, v in self.sums.items()} | figures
-        row |= dict(lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.spent - self.epoch_began, 3))
+        row |= self.ranks.first(self._validate, trainer) | dict(lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.spent - self.epoch_began, 3))
         if not math.isfinite(row["train_loss"]): self._not_finite()
-        cost = self._cost(row)
-        if self.best is None or cost < self.best: self._keep(cost, row)
+        self.ranks.first(self._close_epoch, row)
     self.rows.append(row)
-    self.sums, self.epoch_began = {}, self.spent
-    write_metrics(self.out/"metrics.csv", self.rows)
+    self.sums, self.pooled, self.epoch_began = {}, {}, self.spent
+
+@patch
+def _close_epoch(self:Loop, row):
+    "Keep the weights if they are the best, and write the table and the record."
+    cost = self._cost(row)
+    if self.best is None or cost < self.best: self._keep(cost, row)
+    write_metrics(self.out/"metrics.csv", [*self.rows, row])
     self.write_record("running")
+
+@patch
+def _pool(self:Loop):
+    "Make the figures of each step since the last call their means over all processes."
+    if self.ranks.world == 1: return
+    new = {k: torch.stack([x.cpu() for x in v[self.pooled.get(k, 0):]]) for k, v in self.sums.items() if len(v) > self.pooled.get(k, 0)}
+    everyones = self.ranks.collect(new)
+    for k in new: self.sums[k][self.pooled.get(k, 0):] = list(torch.stack([x[k] for x in everyones]).mean(0))
+    self.pooled = {k: len(v) for k, v in self.sums.items()}
 
 @patch
 def _validate(self:Loop, trainer):
@@ -973,8 +1174,9 @@ def _keep(self:Loop, cost, row):
 
 @patch
 def write_record(self:Loop, status):
-    "Write recipe.json with how far the run came."
-    self.record |= dict(status=status, finished=status == "finished", step=self.step, epoch=self.epoch, examples=self.step * self.recipe.examples_per_step, hours=round(self.spent / 3600, 5))
+    "Write recipe.json with how far the run came; the first process does."
+    if self.ranks.rank: return
+    self.record |= dict(status=status, finished=status == "finished", step=self.step, epoch=self.epoch, examples=self.step * self.recipe.examples_per_step, processes=self.ranks.world, hours=round(self.spent / 3600, 5))
     _write_json(self.out/"recipe.json", self.record)
 
 # %% ../nbs/03_training.ipynb #5a92a61b
@@ -982,18 +1184,19 @@ def write_record(self:Loop, status):
 def save_state(self:Loop, trainer):
     "Write all that the next start needs, unless the weights are spoilt."
     if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()): self._not_finite()
-    heads = self.task.heads.state_dict() if self.task.heads else {}
-    state = dict(format=FORMAT, step=self.step, network=self.network.state_dict(), heads=heads, optimizer=self.optimizer.state_dict(), random=random_state(),
+    self._pool()
+    heads, (own, *others) = self.task.heads.state_dict() if self.task.heads else {}, self.ranks.collect(random_state())
+    state = dict(format=FORMAT, step=self.step, network=self.network.state_dict(), heads=heads, optimizer=self.optimizer.state_dict(), random=own, others=others,
                  precision=trainer.precision_plugin.state_dict(), average=self.average.mean if self.average else [], rows=self.rows,
                  sums={k: torch.stack([x.cpu() for x in v]) for k, v in self.sums.items()}, seconds=self.spent, epoch_seconds=self.spent - self.epoch_began)
-    write_state(self.out/"resume.safetensors", state)
+    self.ranks.first(write_state, self.out/"resume.safetensors", state)
     self.saved = time.monotonic()
 
 @patch
 def load_state(self:Loop, state):
     "Take up the counters and weights of an earlier start; the rest waits for `start`."
     self.step, self.rows, self.seconds, self.best = state["step"], state["rows"], state["seconds"], _best_cost(self.out)
-    self.sums = {k: list(v) for k, v in state["sums"].items()}
+    self.sums, self.pooled = {k: list(v) for k, v in state["sums"].items()}, {k: len(v) for k, v in state["sums"].items()}
     load_into(self.network, state["network"], "the saved state")
     if self.task.heads: load_into(self.task.heads, state["heads"], "the saved state")
     self.epoch_began = state["seconds"] - state["epoch_seconds"]
@@ -1014,22 +1217,28 @@ def start(self:Loop, trainer):
     if state:
         self.optimizer.load_state_dict(state["optimizer"])
         trainer.precision_plugin.load_state_dict(state["precision"])
-        set_random_state(state["random"])
+    self._start_random([state["random"], *state.get("others", [])] if state else [])
     self.state, self.began, self.saved = None, time.monotonic(), time.monotonic()
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, self._signal)
 
 @patch
+def _start_random(self:Loop, saved):
+    "Random states as they were. A process without one draws from the seed, its number and the step, so that no two drop the same cells."
+    if self.ranks.rank < len(saved): set_random_state(saved[self.ranks.rank])
+    elif self.ranks.rank: torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, self.ranks.rank, self.step]).generate_state(1)[0]))
+
+@patch
 def _signal(self:Loop, number, frame):
     "The first signal asks for a stop after this step, a second Ctrl-C stops at once."
     if self.pending and number == signal.SIGINT: raise KeyboardInterrupt
-    self.pending = signal.Signals(number).name
+    self.pending = int(number)
 
 # %% ../nbs/03_training.ipynb #dfb8edcb
 class _Batches(torch.utils.data.Dataset):
     "The batches of a task by number."
     def __init__(self, task): self.task = task
-    def __getitem__(self, i): return self.task.train_batch(i)
+    def __getitem__(self, i): return self.task.own_batch(i)
 
 def _same(x): return x
 
@@ -1043,18 +1252,20 @@ def _loader(
 ):
     "A loader of all batches that are left; it draws nothing from the global random generators."
     r = loop.recipe
-    numbers = range(loop.step * r.accumulate, r.steps * r.accumulate)
+    numbers = range(loop.step * r.accumulate, 0 if loop.over else r.steps * r.accumulate)
     return torch.utils.data.DataLoader(_Batches(loop.task), batch_size=None, sampler=numbers, num_workers=r.num_workers, collate_fn=_same, worker_init_fn=_start_worker,
                                        generator=torch.Generator().manual_seed(r.seed))
 
 # %% ../nbs/03_training.ipynb #90be7fe0
-def _lightning_module(loop):
+def _lightning_module(loop, store, state):
     "The adapter between Lightning's hooks and the loop."
     import lightning.pytorch as pl
     class Training(pl.LightningModule):
         def __init__(self):
             super().__init__()
             self.network, self.heads, self.n = loop.network, loop.task.heads, 0
+        def setup(self, stage): loop.meet(self.trainer, store, state)
+        def train_dataloader(self): return _loader(loop)
         def configure_optimizers(self): return loop.optimizer
         def on_train_start(self): loop.start(self.trainer)
         def on_train_batch_start(self, batch, i): loop.before_step()
@@ -1067,31 +1278,55 @@ def _lightning_module(loop):
 @contextlib.contextmanager
 def _quiet():
     "Keep Lightning's start-up lines and hints to itself, and put signal handlers back."
+    importlib.import_module("lightning.pytorch")
     loggers = [logging.getLogger(n) for n in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
     levels, handlers = [l.level for l in loggers], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     for l in loggers: l.setLevel(logging.ERROR)
+    watch, launcher = _Watch(), logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    launcher.addHandler(watch); launcher.setLevel(logging.INFO); launcher.propagate = False
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
         for l, level in zip(loggers, levels): l.setLevel(level)
+        launcher.removeHandler(watch); launcher.setLevel(logging.NOTSET); launcher.propagate = True
         if threading.current_thread() is threading.main_thread():
             for s, h in handlers.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
 
 # %% ../nbs/03_training.ipynb #e3560a10
+def _strategy(
+    name:str, # "auto" or "ddp"
+    processes:int, # in all
+):
+    "What Lightning calls a strategy: one device, or copies of the network whose gradients are averaged."
+    if name not in ("auto", "ddp"): raise _no_such("strategy", name, ("auto", "ddp"))
+    if name == "auto" and processes == 1: return "auto"
+    from lightning.pytorch.strategies import DDPStrategy
+    return DDPStrategy(find_unused_parameters=True)
+
+def _plugins():
+    "SLURM's environment without Lightning's own checkpoints, where SLURM has started this process."
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    return [SLURMEnvironment(auto_requeue=False)] if "SLURM_NTASKS" in os.environ and not TorchElasticEnvironment.detect() and SLURMEnvironment.detect() else None
+
 def _trainer(
     recipe, # device, precision, accumulation, clipping
     out, # where Lightning would write if it wrote
+    devices=None, # processes on this machine
+    nodes=None, # machines
+    strategy:str="auto", # a name of `_strategy`
 ):
     "Lightning's trainer for a recipe; a device or precision that is not there raises a `UserError`."
     import lightning.pytorch as pl
     available = dict(auto=True, cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if not available[recipe.device]: raise UserError(f"this machine has no {recipe.device} device; use device=auto or device=cpu")
-    on_cpu = recipe.device == "cpu" or (recipe.device == "auto" and not (available["cuda"] or available["mps"]))
-    if on_cpu and recipe.precision == "16-mixed": raise UserError("precision 16-mixed needs a GPU; use bf16-mixed or 32")
-    precision = "32-true" if recipe.precision == "32" else recipe.precision
-    return pl.Trainer(accelerator=recipe.device, devices=1, precision=precision, max_epochs=1, accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.grad_clip or None,
+    kind = recipe.device if recipe.device != "auto" else next(k for k in ("cuda", "mps", "cpu") if available[k])
+    if kind == "cpu" and recipe.precision == "16-mixed": raise UserError("precision 16-mixed needs a GPU; use bf16-mixed or 32")
+    devices, nodes = _places(kind, devices, nodes)
+    precision, several = "32-true" if recipe.precision == "32" else recipe.precision, devices * nodes > 1
+    return pl.Trainer(accelerator=kind, devices=devices, num_nodes=nodes, strategy=_strategy(strategy, devices * nodes), sync_batchnorm=several and kind == "cuda", plugins=_plugins(),
+                      precision=precision, max_epochs=1, accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.grad_clip or None,
                       logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=str(out))
 
 # %% ../nbs/03_training.ipynb #5d4ca898
@@ -1226,6 +1461,9 @@ def fit(
     logger:str="csv", # "tensorboard" writes event files besides
     progress:bool=True, # a bar on a terminal, a line an epoch elsewhere
     task=None, # a `Task`, or a class of one; None: by the recipe's kind
+    devices:int|str|None=None, # processes on this machine, one to a device; "auto": one for every GPU; None: one, or as many as torchrun or SLURM has started
+    nodes:int|None=None, # machines; None: one, or as many as torchrun or SLURM has started
+    strategy:str="auto", # or "ddp", which several processes use anyway
 ) -> Path: # the run folder: recipe.json, model.safetensors (the best), metrics.csv, resume.safetensors
     "Train. Raises `Interrupted` when stopped by Ctrl-C or SIGTERM, after saving; `UserError` for what the caller can fix."
     recipe, out = recipe.check(), Path(out)
@@ -1235,35 +1473,47 @@ def fit(
     record, state = _open_run(recipe, store, out, resume)
     with seeded(recipe.seed), _quiet():
         if not isinstance(task, Task): task = build_task(recipe, store, task)
-        return _run(recipe, store, out, task, record, state, logger, progress)
+        return _run(recipe, store, out, task, record, state, logger, progress, _trainer(recipe, out, devices, nodes, strategy))
 
 # %% ../nbs/03_training.ipynb #50cc209c
-def _run(recipe, store, out, task, record, state, logger, progress):
+def _run(recipe, store, out, task, record, state, logger, progress, trainer):
     "One start of a run, from its first or its saved step to its end or the next stop."
+    first = trainer.is_global_zero
+    task.take_part(trainer.global_rank, trainer.world_size)
     if recipe.encoder and state is None: load_encoder(task.network, recipe.encoder)
     if (recipe.freeze_encoder or recipe.unfreeze_every) and not isinstance(getattr(task.network, "encoder", None), nn.Module): raise UserError(f"the network '{recipe.network}' has no encoder to freeze")
-    trainer = _trainer(recipe, out)
-    out.mkdir(parents=True, exist_ok=True)
+    if first: out.mkdir(parents=True, exist_ok=True)
     record = new_record(recipe, task.network, store) | ({"best": record["best"]} if record and "best" in record and state else {})
-    reporter = Reporter(recipe, out, logger, progress)
+    reporter = Reporter(recipe, out, logger if first else "csv", progress and first)
     loop = Loop(task, recipe, out, record, reporter)
-    if state: loop.load_state(state)
-    try: return _drive(loop, trainer)
+    try: return _drive(loop, trainer, store, state)
     finally: reporter.close()
 
-def _drive(loop, trainer):
+def _drive(loop, trainer, store, state):
     "Hand the loop to Lightning and close the run's record."
-    if loop.step >= loop.recipe.steps or loop._stale: return loop.out
-    loop.write_record("running")
-    try: trainer.fit(_lightning_module(loop), _loader(loop))
-    except UserError:
-        loop.write_record("failed")
-        raise
-    except (SystemExit, KeyboardInterrupt): raise Interrupted(f"stopped at once at step {loop.step}; what {loop.out} holds can be resumed") from None
+    try: trainer.fit(_lightning_module(loop, store, state))
+    except (SystemExit, KeyboardInterrupt): raise loop.ranks.alike(Interrupted(f"stopped at once at step {loop.step}; what {loop.out} holds can be resumed")) from None
+    except Exception as error:
+        told = _failed(loop, trainer, error)
+        if told is error: raise
+        raise told from error
+    if loop.over: return loop.out
+    loop.ranks.first(_close, loop)
+    if loop.stop == "interrupted": raise loop.ranks.alike(Interrupted(f"stopped by {signal.Signals(loop.pending).name} at step {loop.step} of {loop.recipe.steps}; resume to go on: {loop.out}"))
+    return loop.out
+
+def _failed(loop, trainer, error):
+    "The error to raise; processes that don't know of it are ended, and the record says so."
+    lost = _lost(error) if trainer.world_size > 1 else None
+    if lost: error = UserError(f"{lost}; what {loop.out} holds can be resumed from step {loop.step} or before" if loop.met else lost)
+    if isinstance(error, UserError) and loop.met: loop.write_record("failed")
+    if trainer.world_size > 1 and not hasattr(error, "quiet") and trainer.strategy.launcher is not None: trainer.strategy.launcher.kill(signal.SIGKILL)
+    return error
+
+def _close(loop):
+    "Weights for a run that was never validated, and the last record."
     if not (loop.out/"model.safetensors").exists(): _keep_unvalidated(loop)
     loop.write_record(loop.stop or "finished")
-    if loop.stop == "interrupted": raise Interrupted(f"stopped by {loop.pending} at step {loop.step} of {loop.recipe.steps}; resume to go on: {loop.out}")
-    return loop.out
 
 def _keep_unvalidated(loop):
     "Before the first validation the present weights are the best there are."

@@ -1,0 +1,264 @@
+"Training on several processes: the same as on one, stopped and killed together, resumed exactly, one line for what goes wrong."
+import multiprocessing, os, signal, socket, subprocess, sys, traceback
+
+import lightning.pytorch
+import pytest
+import torch
+from torch import nn
+
+from deepdemix import training as T
+from deepdemix.audio import SOURCES, STFT, UserError
+from deepdemix.data import prepare_toy
+from deepdemix.training import Interrupted, Recipe, build_task, fit, read_metrics, read_record, read_state, read_weights, register_network
+from test_training import PLAIN, STORE, WHOLE, recipe, same_runs, stopping_after
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="these tests fork")
+
+
+@register_network("no_statistics")
+class Plain(nn.Module):
+    "One frame at a time: no batch statistics, no dropout; one layer that nothing reaches."
+    def __init__(self, hidden=6):
+        super().__init__()
+        self.args, self.sources, self.sample_rate, self.channels = dict(hidden=hidden), SOURCES, 8000, 1
+        self.stft, self.encoder, self.decoder = STFT(64, 32), nn.Sequential(nn.Linear(33, hidden), nn.ReLU()), nn.Linear(hidden, 132)
+        self.idle = nn.Linear(2, 2)
+
+    def mask(self, magnitude): return self.decoder(self.encoder(magnitude.transpose(2, 3))).sigmoid().unflatten(-1, (33, 4)).transpose(2, 3)
+
+    def forward(self, waveform):
+        x = self.stft(waveform)
+        return self.stft.inverse_stems(self.mask(x.abs()) * x[..., None], waveform.shape[-1])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+def _work(act, rank, world, env, folder):
+    "One forked process, with the environment that torchrun would give it."
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0", MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="test", **env)
+    told = os.open(folder/f"told {rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(told, 1); os.dup2(told, 2)
+    torch.set_num_threads(1)
+    status = 0
+    try: act(rank)
+    except UserError as e:
+        status = 130 if isinstance(e, Interrupted) else 2
+        if not getattr(e, "quiet", False): os.write(2, f"deepdemix: {e}\n".encode())
+    except BaseException:
+        status = 1
+        os.write(2, traceback.format_exc().encode())
+    finally: os._exit(status)
+
+def together(folder, act, world=2, timeout=60, **env):
+    "Run `act(rank)` in forked processes that form a group: their exit statuses and what they told. A process that hangs fails the test."
+    folder.mkdir(exist_ok=True)
+    env = {"MASTER_PORT": str(free_port()), **env}
+    processes = [multiprocessing.get_context("fork").Process(target=_work, args=(act, r, world, env, folder)) for r in range(world)]
+    for p in processes: p.start()
+    for p in processes: p.join(timeout)
+    hanging = [p for p in processes if p.is_alive()]
+    for p in hanging: p.kill(); p.join()
+    told = [(folder/f"told {r}").read_text() for r in range(world)]
+    assert not hanging, f"{len(hanging)} processes hang; told: {told}"
+    return [p.exitcode for p in processes], told
+
+def plain(**fields): return recipe(**{**dict(network="no_statistics", epochs=1, lr=1e-3), **fields})
+
+def save_gradients(task, folder):
+    folder.mkdir(exist_ok=True)
+    T.write_weights(folder/"gradients.safetensors", {k: p.grad for k, p in task.network.named_parameters() if p.grad is not None})
+
+def train(out, r, store=STORE, **args):
+    "Train, and keep the last step's gradients."
+    with T.seeded(r.seed): task = build_task(r, store)
+    fit(r, store, out, progress=False, task=task, **args)
+    if T.is_first(): save_gradients(task, out)
+
+def close(a, b):
+    "Whether two runs hold the same gradients, weights and figures, up to rounding. Where a gradient is rounding itself, Adam makes whole steps of it: those weights are left out."
+    grads, others = (read_weights(f/"gradients.safetensors") for f in (a, b))
+    x, y = (read_weights(f/"model.safetensors") for f in (a, b))
+    assert grads.keys() == others.keys() and x.keys() == y.keys()
+    norm = lambda tensors: sum(float(t.double().square().sum()) for t in tensors) ** 0.5
+    assert 0 < norm(grads.values()) and norm(grads[k] - others[k] for k in grads) < 1e-3 * norm(grads.values()), "gradients differ"
+    for k in grads: torch.testing.assert_close(grads[k], others[k], atol=1e-5, rtol=1e-4, msg=lambda m: f"gradients of {k}: {m}")
+    for k in x:
+        clear = grads[k].abs() > 1e-6 if k in grads else ...
+        torch.testing.assert_close(x[k][clear], y[k][clear], atol=1e-5, rtol=1e-4, msg=lambda m: f"weights {k}: {m}")
+    x, y = (read_metrics(f).drop(columns="seconds") for f in (a, b))
+    assert list(x.columns) == list(y.columns)
+    torch.testing.assert_close(torch.tensor(x.to_numpy()), torch.tensor(y.to_numpy()), atol=1e-4, rtol=1e-4, equal_nan=True)
+    return True
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(accumulate=2, grad_clip=0.01, ema=0.9, num_workers=1), dict(freeze_encoder=1, epochs=2)], ids=["plain", "accumulated", "thawed"])
+def test_two_processes_are_one_for_separation(tmp_path, fields):
+    r = plain(**fields)
+    train(tmp_path/"one", r)
+    assert together(tmp_path, lambda rank: train(tmp_path/f"two {rank}", r))[0] == [0, 0]
+    assert close(tmp_path/"one", tmp_path/"two 0")
+    assert not (tmp_path/"two 1").exists(), "only the first process writes"
+    assert [read_record(tmp_path/n)["processes"] for n in ("one", "two 0")] == [1, 2]
+
+def test_four_processes_of_one_example_each(tmp_path):
+    r = plain(examples_per_epoch=8)
+    train(tmp_path/"one", r)
+    assert together(tmp_path, lambda rank: train(tmp_path/"four", r, devices="auto", strategy="ddp"), world=4)[0] == [0] * 4
+    assert close(tmp_path/"one", tmp_path/"four")
+
+
+ENCODER = dict(duration=0.25, window_length=1024, hop_length=512, conv_channels=(2, 2, 4, 4), kernels=((3, 4), (3, 4), (2, 3), (2, 3)), pools=((4, 8), (4, 4)), linears=(16, 8), latent=6, dropout=0.)
+CONTRAST = dict(kind="pretraining", network="encoder", network_args=ENCODER, batch_size=4, examples_per_epoch=12, epochs=1, valid_examples=4, mixer=dict(duration=0.25), device="cpu", lr=1e-3)
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory): return prepare_toy(8, tmp_path_factory.mktemp("toy")/"store", duration=2.0, valid=0.25, test=0.25, progress=False)
+
+@pytest.mark.parametrize("settings", [dict(loss="supcon"), dict(loss="supcon", instance=0.5), dict(loss="supcon", memory=24, head=4), dict(loss="triplet"), dict(loss="triplet", miner="batch_hard")],
+                         ids=["supcon", "instance", "memory", "triplets", "miner"])
+def test_two_processes_are_one_for_contrast(tmp_path, toy, settings):
+    r = Recipe(**CONTRAST, loss=settings["loss"], task_args=dict(places=2, **{k: v for k, v in settings.items() if k != "loss"}))
+    train(tmp_path/"one", r, toy)
+    assert together(tmp_path, lambda rank: train(tmp_path/"two", r, toy))[0] == [0, 0]
+    assert close(tmp_path/"one", tmp_path/"two")
+
+def test_a_loss_that_sees_only_its_own_embeddings_is_another(tmp_path, toy, monkeypatch):
+    "The test above can fail: without the exchange the gradients differ."
+    monkeypatch.setattr("deepdemix.pretraining.together", lambda part, world=1: part)
+    r = Recipe(**CONTRAST, loss="supcon", task_args=dict(places=2))
+    train(tmp_path/"one", r, toy)
+    assert together(tmp_path, lambda rank: train(tmp_path/"two", r, toy))[0] == [0, 0]
+    with pytest.raises(AssertionError, match="gradients"): close(tmp_path/"one", tmp_path/"two")
+
+def test_a_term_beside_separation(tmp_path, toy):
+    r = Recipe(**{**CONTRAST, "kind": "separation", "network": "ddm", "network_args": ENCODER, "loss": "l1_magnitude", "mixer": dict(duration=0.25, pitch=None, stretch=None), "task_args": dict(contrast=dict(weight=0.1, per_class=2))})
+    train(tmp_path/"one", r, toy)
+    assert together(tmp_path, lambda rank: train(tmp_path/"two", r, toy))[0] == [0, 0]
+    assert close(tmp_path/"one", tmp_path/"two")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "Nine steps of two processes, with dropout, averaged weights and accumulation."
+    folder = tmp_path_factory.mktemp("whole")
+    assert together(folder, lambda rank: fit(recipe(**WHOLE), STORE, folder/"run", progress=False))[0] == [0, 0]
+    return folder/"run"
+
+def act_at(n, rank, action):
+    "A task with which one of the processes does something while it computes its n-th loss."
+    return lambda here: stopping_after(n if here == rank else 0, action)
+
+def test_each_process_has_its_own_dropout(whole):
+    state = read_state(whole/"resume.safetensors")
+    assert len(state["others"]) == 1 and not torch.equal(state["random"]["torch"], state["others"][0]["torch"])
+
+@pytest.mark.parametrize("rank,loss,number", [(1, 5, signal.SIGTERM), (0, 6, signal.SIGINT)])
+def test_one_is_asked_to_stop_and_all_stop_and_resume_exactly(tmp_path, whole, rank, loss, number):
+    task = act_at(loss, rank, lambda: os.kill(os.getpid(), number))
+    status, told = together(tmp_path, lambda r: fit(recipe(**WHOLE), STORE, tmp_path/"run", progress=False, task=task(r)))
+    assert status == [130, 130] and told[0].count("deepdemix:") == 1 and f"stopped by {number.name} at step {(loss + 1) // 2} of 9" in told[0] and "deepdemix" not in told[1]
+    assert read_record(tmp_path/"run")["status"] == "interrupted"
+    assert together(tmp_path, lambda r: fit(recipe(**WHOLE), STORE, tmp_path/"run", resume=True, progress=False))[0] == [0, 0]
+    assert same_runs(whole, tmp_path/"run")
+    assert together(tmp_path, lambda r: fit(recipe(**WHOLE), STORE, tmp_path/"run", resume=True, progress=False))[0] == [0, 0], "a finished run has nothing to do"
+    assert same_runs(whole, tmp_path/"run")
+
+def test_stopped_by_time_and_resumed_is_the_same(tmp_path, whole):
+    for start in range(3): together(tmp_path, lambda r: fit(recipe(**WHOLE, max_minutes=1e-9 if start < 2 else 0), STORE, tmp_path/"run", resume=True, progress=False))
+    assert same_runs(whole, tmp_path/"run")
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_all_with_a_line_and_resumes_exactly(tmp_path, whole, rank):
+    task = act_at(9, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    status, told = together(tmp_path, lambda r: fit(recipe(**WHOLE, save_minutes=0), STORE, tmp_path/"run", progress=False, task=task(r)))
+    assert status[rank] == -signal.SIGKILL and status[1 - rank] == 2
+    assert "deepdemix: another process of this training has ended or can't be reached; what" in told[1 - rank] and "Traceback" not in told[1 - rank]
+    assert read_state(tmp_path/"run"/"resume.safetensors")["step"] == 4
+    assert together(tmp_path, lambda r: fit(recipe(**WHOLE), STORE, tmp_path/"run", resume=True, progress=False))[0] == [0, 0]
+    assert same_runs(whole, tmp_path/"run")
+
+@pytest.mark.parametrize("first,then", [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first, then):
+    r, half = plain(epochs=2), stopping_after(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(tmp_path/"whole", r)
+    def start(world, act):
+        if world > 1: return together(tmp_path, act)[0]
+        try: act(0)
+        except Interrupted: pass
+    start(first, lambda rank: fit(r, STORE, tmp_path/"run", progress=False, task=half))
+    assert read_record(tmp_path/"run")["step"] == 8
+    start(then, lambda rank: train(tmp_path/"run", r, resume=True))
+    assert read_record(tmp_path/"run")["finished"] and close(tmp_path/"whole", tmp_path/"run")
+
+def test_patience_ends_all_at_the_same_epoch(tmp_path):
+    class Worse(T.SeparationTask):
+        def validate(self):
+            self.n = getattr(self, "n", 0) + 1
+            return dict(valid_loss=float(self.n))
+    assert together(tmp_path, lambda rank: fit(plain(epochs=9, patience=2), STORE, tmp_path/"run", progress=False, task=Worse))[0] == [0, 0]
+    assert read_record(tmp_path/"run")["epoch"] == 3 and read_metrics(tmp_path/"run").valid_loss.tolist() == [1., 2., 3.]
+
+
+def told_once(status, told, text):
+    lines = [line for t in told for line in t.splitlines() if line.startswith("deepdemix:")]
+    assert 2 in status and text in lines[0] and not any("Traceback" in t for t in told), (status, told)
+    return len(lines)
+
+def test_processes_that_differ_do_not_begin(tmp_path):
+    def versions(rank):
+        if rank: T._versions = lambda: {"torch": "1.0"}
+        fit(plain(), STORE, tmp_path/"run", progress=False)
+    assert told_once(*together(tmp_path, versions), "differ in their versions: torch is 2") == 1
+    class Other(type(STORE)): digest = "other songs"
+    assert told_once(*together(tmp_path, lambda rank: fit(plain(), Other() if rank else STORE, tmp_path/"run", progress=False)), "differ in their data: digest is four songs") == 1
+    assert told_once(*together(tmp_path, lambda rank: fit(plain(lr=0.1 + rank), STORE, tmp_path/"run", progress=False)), "differ in their recipe: lr is 0.1 for process 0") == 1
+    assert not (tmp_path/"run"/"recipe.json").exists()
+
+def test_an_error_of_the_first_process_is_told_once(tmp_path):
+    class Failing(T.SeparationTask):
+        def validate(self): raise UserError("nothing to validate on")
+    assert told_once(*together(tmp_path, lambda rank: fit(plain(), STORE, tmp_path/"run", progress=False, task=Failing)), "nothing to validate on") == 1
+    assert read_record(tmp_path/"run")["status"] == "failed"
+
+def test_numbers_that_are_not_finite_end_all(tmp_path):
+    def exploding(rank):
+        class Exploding(T.SeparationTask):
+            count = 0
+            def training_loss(self, batch):
+                self.count += 1
+                loss, logs = super().training_loss(batch)
+                return loss * (float("nan") if rank and self.count == 3 else 1), logs
+        return Exploding
+    assert told_once(*together(tmp_path, lambda rank: fit(plain(save_minutes=0), STORE, tmp_path/"run", progress=False, task=exploding(rank))), "no longer finite after step 3") == 1
+    assert read_state(tmp_path/"run"/"resume.safetensors")["step"] == 2
+
+def test_a_batch_that_cannot_be_split(tmp_path):
+    told_once(*together(tmp_path, lambda rank: fit(plain(batch_size=3), STORE, tmp_path/"run", progress=False)), "a batch of 3 can't be split evenly over 2 processes")
+
+def test_what_torchrun_started_holds(tmp_path):
+    told_once(*together(tmp_path, lambda rank: fit(plain(), STORE, tmp_path/"run", devices=4)), "devices is 4, but 2 were started")
+    told_once(*together(tmp_path, lambda rank: fit(plain(), STORE, tmp_path/"run", nodes=2)), "nodes is 2, but 1 were started")
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); s.listen()
+        def act(rank):
+            if rank == 0: fit(plain(), STORE, tmp_path/"run", progress=False)
+        status, told = together(tmp_path, act, MASTER_PORT=str(s.getsockname()[1]))
+        assert f"port {s.getsockname()[1]} is taken: set MASTER_PORT" in told[0] and status[0] == 2
+
+def test_slurm_is_understood(monkeypatch):
+    for k, v in dict(SLURM_NTASKS="8", SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="4", SLURM_JOB_NAME="train", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0").items(): monkeypatch.setenv(k, v)
+    assert T._started() == (4, 2) and T._places("cpu", None, None) == (4, 2)
+    with pytest.raises(UserError, match="devices is 3, but 4 were started"): T._places("cpu", 3, None)
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    assert T._started() is None
+
+def test_what_is_not_there(monkeypatch):
+    for args, text in ((("cuda", torch.cuda.device_count() + 1, None), "devices are wanted, this machine has"), (("cpu", None, 2), "nothing says where the other machines are"), (("cpu", -1, None), "1 or more"), (("cpu", 1, 0), "1 or more")):
+        with pytest.raises(UserError, match=text): T._places(*args)
+    with pytest.raises(UserError, match="no strategy is called 'fsdp'"): T._strategy("fsdp", 2)
+    monkeypatch.setattr(sys, "ps1", ">>>", raising=False)
+    with pytest.raises(UserError, match="a notebook trains with one process"): T._places("cpu", 2, None)
