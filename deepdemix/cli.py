@@ -8,6 +8,7 @@ __all__ = ['PROFILE_NAMES', 'download', 'prepare', 'train', 'pretrain', 'evaluat
 
 # %% ../nbs/11_cli.ipynb #2ac47973
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -19,6 +20,11 @@ def _seed(text):
     "A seed on the command line."
     if not 0 <= int(text) < 2**63: raise argparse.ArgumentTypeError(f"{text} is no seed: 0 or more, and below 2**63")
     return int(text)
+
+def _devices(text):
+    "A number of devices on the command line, or auto."
+    if text != "auto" and int(text) < 1: raise argparse.ArgumentTypeError(f"{text} is no number of devices: 1 or more, or auto")
+    return text if text == "auto" else int(text)
 
 def _data_option(
     parser:argparse.ArgumentParser, # the command's parser
@@ -43,6 +49,9 @@ def _training_options(
     parser.add_argument("--set", action="append", default=[], metavar="field=value", help="change one field of the recipe; may be repeated")
     parser.add_argument("--logger", choices=("csv", "tensorboard"), default="csv", help="where the curves go (default: csv)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (default: the recipe's, auto in a profile)")
+    parser.add_argument("--devices", type=_devices, metavar="N|auto", help="processes on this machine, one to a device (default: 1, or what torchrun or SLURM has started)")
+    parser.add_argument("--nodes", type=int, metavar="N", help="machines (default: 1, or what torchrun or SLURM has started)")
+    parser.add_argument("--strategy", choices=("auto", "ddp"), default="auto", help="how several processes train together (default: auto)")
 
 # %% ../nbs/11_cli.ipynb #d5f814a4
 def _open(
@@ -51,6 +60,29 @@ def _open(
     "The store that `--data` names, or the one of MUSDB_PATH."
     from deepdemix.data import find_musdb, open_data
     return open_data(args.data or find_musdb())
+
+def _positive(text):
+    "A number of things on the command line."
+    if int(text) < 1: raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return int(text)
+
+def _ray_options(parser):
+    "Add what a command takes that can run on a cluster."
+    parser.add_argument("--ray", action="store_true", help="work on all cores with Ray: pip install 'deepdemix[ray]'")
+    parser.add_argument("--address", metavar="HOST:PORT", help="with --ray: join this cluster (default: one of our own, on this machine)")
+    parser.add_argument("--workers", metavar="N", type=_positive, help="with --ray: processes (default: as many as fit)")
+
+def _on_ray(
+    args:argparse.Namespace, # ray, address, workers
+    threads:int=1, # cores a worker
+    gpus:int=0, # GPUs a worker
+):
+    "The cluster that the options ask for, or None."
+    from deepdemix.audio import UserError
+    if not args.ray and (args.address or args.workers): raise UserError("--address and --workers go with --ray")
+    if not args.ray: return None
+    from deepdemix.catalogue import OnRay
+    return OnRay(args.address, args.workers, threads, gpus)
 
 def download(
     args:argparse.Namespace, # out
@@ -64,7 +96,7 @@ def prepare(
 ):
     "Decode songs once into a store."
     from deepdemix import data
-    options = dict(allow_missing=args.allow_missing, skip_bad=args.skip_bad, repair=args.repair, dtype=args.dtype)
+    options = dict(allow_missing=args.allow_missing, skip_bad=args.skip_bad, repair=args.repair, dtype=args.dtype, parts=args.parts, each=_on_ray(args))
     if args.musdb: store = data.prepare_musdb(args.musdb, args.out, **options)
     elif args.stems: store = data.prepare_stems(args.stems, args.out, **options)
     else: store = data.prepare_toy(args.toy, args.out, seed=args.seed, **options)
@@ -82,23 +114,32 @@ def _recipe(
     fields |= {"seed": args.seed, "device": args.device}
     return recipe.override([*(f"{k}={v}" for k, v in fields.items() if v is not None), *args.set])
 
+def _fit(
+    recipe, # of `_recipe`
+    store, # the data
+    args:argparse.Namespace, # the training options
+):
+    "Train and name the run folder; of several processes the first does."
+    from deepdemix.training import fit, is_first
+    run = fit(recipe, store, args.out, resume=args.resume, logger=args.logger, devices=args.devices, nodes=args.nodes, strategy=args.strategy)
+    if is_first(): print(run)
+
 def train(
     args:argparse.Namespace, # model, encoder and the training options
 ):
     "Train a separator, from scratch or from a pretrained encoder."
-    from deepdemix.training import UserError, fit
+    from deepdemix.training import UserError
     if not (args.model or args.recipe): raise UserError("say what to train: --model NAME (see `deepdemix models`) or --recipe FILE.json")
     recipe = _recipe(args, args.model, encoder=args.encoder)
-    print(fit(recipe, _open(args), args.out, resume=args.resume, logger=args.logger))
+    _fit(recipe, _open(args), args)
 
 def pretrain(
     args:argparse.Namespace, # loss and the training options
 ):
     "Pretrain an encoder with a contrastive loss, on the songs of one store or of several."
     from deepdemix.pretraining import open_stores
-    from deepdemix.training import fit
     recipe = _recipe(args, "pretraining", loss=args.loss)
-    print(fit(recipe, open_stores(args.data), args.out, resume=args.resume, logger=args.logger))
+    _fit(recipe, open_stores(args.data), args)
 
 # %% ../nbs/11_cli.ipynb #09c9baf2
 def evaluate(
@@ -157,6 +198,7 @@ def separate(
 ):
     "Take songs apart into stems."
     import json
+    if _on_ray(args): return _separate_on_ray(args)
     summary = _separator(args).separate_files(
         args.files, args.out, two_stems=args.two_stems, stems=args.stems, format=args.format, subtype=args.subtype,
         clip=args.clip, residual_to=args.residual_to, overwrite=args.overwrite, progress=not args.json)
@@ -165,6 +207,22 @@ def separate(
         for song in summary["songs"]: print(f"deepdemix: {song['error']}" if song.get("error") else f"{song['input']}: {len(song['outputs'])} stems in {song['folder']}", file=sys.stderr if song.get("error") else sys.stdout)
     failed = [song for song in summary["songs"] if song.get("error")]
     return 0 if not failed else 1 if any("outputs" in song for song in summary["songs"]) else 2
+
+
+def _separate_on_ray(
+    args:argparse.Namespace, # as for `separate`; files are folders, lists and songs
+):
+    "Take a catalogue apart on a cluster."
+    import json
+    from deepdemix.catalogue import separate_catalogue
+    from deepdemix.separation import pick_device
+    device = "cpu" if args.address and args.device == "auto" else pick_device(args.device).type if args.device == "auto" else args.device
+    loading = dict(device=device, threads=args.threads or 1) | {k: getattr(args, k) for k in ("overlap", "batch_size") if getattr(args, k) is not None}
+    options = {k: getattr(args, k) for k in ("two_stems", "stems", "format", "subtype", "clip", "residual_to")}
+    summary = separate_catalogue(args.files, args.out, args.model, _on_ray(args, args.threads or 1, int(device == "cuda")), args.overwrite, not args.json, loading, **options)
+    for line in () if args.json else summary["reasons"]: print(f"deepdemix: {line}", file=sys.stderr)
+    print(json.dumps(summary, indent=1) if args.json else f"{summary['done']} songs done, {summary['skipped']} were finished before, {summary['failed']} failed: {summary['manifest']}")
+    return 0 if not summary["reasons"] else 1 if summary["failed"] < summary["songs"] else 2
 
 # %% ../nbs/11_cli.ipynb #715218b9
 def models(
@@ -210,7 +268,8 @@ def _add_data_commands(
     p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32", help="int16: half the size; auto: only where nothing is lost (default: float32)")
     p.add_argument("--allow-missing", action="store_true", help="a song may lack stems: they become silence")
     p.add_argument("--skip-bad", action="store_true", help="leave out songs that can't be prepared")
-    p.add_argument("--repair", action="store_true", help="check every digest, and decode anew what no longer fits"); p.set_defaults(run=prepare)
+    p.add_argument("--repair", action="store_true", help="check every digest, and decode anew what no longer fits")
+    p.add_argument("--parts", type=_positive, metavar="N", help="keep the store in N folders, for stores that are copied or fetched in pieces"); _ray_options(p); p.set_defaults(run=prepare)
 
 # %% ../nbs/11_cli.ipynb #aac2ea26
 def _add_training_commands(
@@ -264,13 +323,13 @@ def _add_separate_command(
 ):
     "separate"
     p = commands.add_parser("separate", help="take songs apart into stems")
-    p.add_argument("files", nargs="+", metavar="FILE", help="songs, or folders of songs"); p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("files", nargs="+", metavar="FILE", help="songs, or folders of songs; with --ray lists of songs too (.txt, .m3u)"); p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--model", default="default", metavar="RUN|NAME", help="a bundled model or a run folder (default: default)")
     p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one"); p.add_argument("--stems", nargs="+", metavar="STEM", help="write only these")
     p.add_argument("--format", choices=("wav", "flac", "mp3", "ogg"), default="wav"); p.add_argument("--subtype", metavar="PCM_24|FLOAT|…", help="bit depth (default: 16 bit)")
     p.add_argument("--clip", choices=("rescale", "clamp", "none"), default="rescale", help="what to do where a stem passes full scale"); p.add_argument("--residual-to", metavar="STEM", help="give what is left over to this stem, so that stems sum to the mixture")
     p.add_argument("--overwrite", action="store_true", help="replace stems that are there"); p.add_argument("--json", action="store_true", help="print a summary as JSON")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto"); p.add_argument("--overlap", type=float, help="part of a chunk that the next one shares, 0 to 0.9"); p.add_argument("--batch-size", type=int, help="chunks that go through the network together"); p.add_argument("--threads", type=int, help="processor threads"); p.set_defaults(run=separate)
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto"); p.add_argument("--overlap", type=float, help="part of a chunk that the next one shares, 0 to 0.9"); p.add_argument("--batch-size", type=int, help="chunks that go through the network together"); p.add_argument("--threads", type=int, help="processor threads"); _ray_options(p); p.set_defaults(run=separate)
 
 # %% ../nbs/11_cli.ipynb #69234e71
 def make_parser() -> argparse.ArgumentParser: # the parser of the whole command
@@ -298,6 +357,7 @@ def main(
 ) -> int: # exit status: 0 success, 1 done but not all is well, 2 bad use, 130 interrupted, 143 terminated
     "Run one command."
     args = make_parser().parse_args(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminate)
     try: return args.run(args) or 0
     except KeyboardInterrupt as stop:
@@ -306,5 +366,6 @@ def main(
     except (ValueError, OSError) as error:
         from deepdemix.audio import UserError
         if not isinstance(error, (UserError, OSError)): raise
+        if getattr(error, "quiet", False): return 0
         print(f"deepdemix: {' '.join(str(error).split())}", file=sys.stderr)
         return _stopped(error) or 2
