@@ -384,11 +384,19 @@ def _start(ray, address, options, tries=4):
     try: ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True)
     except Exception as e:
         ray.shutdown()
+        if not address: _end_processes(options["_temp_dir"])
         if not address and tries > 1: return _start(ray, address, options, tries - 1)
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise UserError(f"{address}: can't join this cluster ({reason})" if address else f"Ray can't start here ({reason}); is the machine very busy?") from e
     finally:
         if main and callable(handler): signal.signal(signal.SIGTERM, handler)
+
+def _end_processes(folder):
+    "End what a start that failed has left behind: our own children that were told to work in this folder."
+    import psutil
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(folder in word for word in child.cmdline()): child.kill()
 
 # %% ../nbs/08a_catalogue.ipynb #d68332fe
 def ask(question, call):
@@ -453,7 +461,7 @@ def _spread(ray, call, jobs, notes, workers, threads, gpus):
     rows = [{"number": k, "job": pickle.dumps(job)} for k, job in enumerate(jobs)]
     data = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size))
     pool = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2)
-    data = data.map(RayWorker, fn_constructor_kwargs=dict(call=call, notes=str(notes)), compute=pool, num_cpus=threads, num_gpus=gpus or None, max_restarts=-1, max_task_retries=-1)
+    data = data.map(RayWorker, fn_constructor_kwargs=dict(call=call, notes=str(notes)), compute=pool, num_cpus=threads, num_gpus=gpus or None)
     for row in data.iter_rows(): yield int(row["number"]), pickle.loads(row["result"])
 
 # %% ../nbs/08a_catalogue.ipynb #d82d6208
