@@ -873,6 +873,13 @@ def ranked(self: Scores, metric: str="SDR", model: str=None, split: str=None, so
     return list(order.index)
 
 
+@patch
+def extremes(self: Scores, n: int=5, *args, **kwargs) -> list[str]:
+    "Titles of the `n` best songs, then of the `n` worst, none twice; what else is given goes to `ranked`."
+    order = self.ranked(*args, **kwargs)
+    return order if len(order) <= 2 * n else order[:n] + order[len(order) - n:]
+
+
 def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> None:
     "One song: mixture, truth and estimate of one source, side by side."
     stems, mix = _song(store, i, info.get("channels", "mono"), info.get("mixture", "sum"))
@@ -881,6 +888,7 @@ def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> Non
     stft = STFT(2048, 1024)
     for ax, x in zip(axes, (mix, stems[k], estimate)):
         show_spectrogram(stft(x), store.sample_rate, stft, ax=ax)
+        ax.images[0].set_cmap(ax.images[0].get_cmap().resampled(16))
         ax.set(xlabel="", ylabel="", ylim=(0, min(5, store.sample_rate / 2000)))
 
 # %% ../nbs/07_evaluation.ipynb #477b154a
@@ -897,9 +905,7 @@ def show_songs(
     import matplotlib.pyplot as plt
     if isinstance(separate, nn.Module): separate = Windowed(separate)
     at, split = {(s.split, s.title): i for i, s in enumerate(store.songs)}, store.songs[0].split
-    order, table = scores.ranked(metric, model, split, source), scores.by_song(metric, model, split)[source]
-    n = max(1, min(n, len(order) // 2))
-    picks = order[:n] + order[len(order) - n:]
+    picks, table = scores.extremes(n, metric, model, split, source), scores.by_song(metric, model, split)[source]
     fig, axes = plt.subplots(len(picks), 3, figsize=(6.5, 1.2 * len(picks) + .2), dpi=60, layout="constrained", squeeze=False, sharey=True)
     for row, song in zip(axes, picks):
         _spectrograms(separate, store, at[split, song], source, scores.info, row)

@@ -223,7 +223,7 @@ def _lags(spectra: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
     "Correlations of one signal with others, from half spectra (f,) and (j, f), at lags 1 - taps … taps - 1 of the others: (j, 2 taps - 1)."
     from scipy.fft import ifft
     n_fft, spectrum, found = 2 * (len(spectrum) - 1), _full(spectrum), []
-    for part in np.array_split(spectra, min(len(spectra), -(-len(spectra) * n_fft // 2 ** 23))):
+    for part in np.array_split(spectra, min(len(spectra), -(-len(spectra) * n_fft // 2 ** 21))):
         products = np.stack([other * np.conj(spectrum) for other in map(_full, part)])
         signals = ifft(products, overwrite_x=True, workers=torch.get_num_threads()).real
         found.append(np.concatenate([signals[:, n_fft + 1 - taps:], signals[:, :taps]], 1))
@@ -256,16 +256,19 @@ def _correlations(a: Tensor, b: Tensor, taps: int, n_fft: int=2 ** 15) -> Tensor
 # %% ../nbs/02a_metrics.ipynb #b0480780
 def _solve(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
     "Solution of the normal equations, regularised as museval's; least squares where they have none."
-    try: return np.linalg.solve(gram + np.finfo(float).eps * np.eye(len(gram)), right)
+    regular = gram.copy()
+    np.einsum("ii->i", regular)[:] += np.finfo(float).eps
+    try: return np.linalg.solve(regular, right)
     except np.linalg.LinAlgError: return np.linalg.lstsq(gram, right)[0]
 
 
 def _filters(correlations: Tensor, cross: Tensor, taps: int) -> Tensor:
     "Filters (i, taps, k) that best make signals k of i, from correlations (i, i, lags) and (i, k, lags)."
-    count, delay = len(correlations), torch.arange(taps)
-    gram = correlations[..., delay[:, None] - delay + taps - 1].transpose(1, 2).reshape(count * taps, -1)
-    right = cross[..., taps - 1:].transpose(1, 2).reshape(count * taps, -1)
-    return torch.from_numpy(_solve(gram.numpy(), right.numpy())).reshape(count, taps, -1)
+    count = len(correlations)
+    blocks = np.lib.stride_tricks.sliding_window_view(correlations.numpy(), taps, -1)[..., ::-1]
+    gram = blocks.swapaxes(1, 2).reshape(count * taps, -1)
+    right = cross[..., taps - 1:].transpose(1, 2).reshape(count * taps, -1).numpy()
+    return torch.from_numpy(_solve(gram, right)).reshape(count, taps, -1)
 
 # %% ../nbs/02a_metrics.ipynb #74c5ea95
 def _song_filters(references: Tensor, estimates: Tensor, taps: int, most: int=2 ** 24) -> tuple[Tensor, Tensor]:

@@ -248,6 +248,20 @@ def test_songs_of_one_only_are_left_out_and_said():
     with pytest.raises(UserError, match="name one of the models: A, B"): E.compare(a + b, b)
 
 
+# The best and the worst
+
+@pytest.mark.parametrize("songs, n, rows", [(1, 5, 1), (3, 5, 3), (12, 5, 10), (5, 1, 2)])
+def test_best_and_worst_songs_are_drawn_once_each(songs, n, rows):
+    import matplotlib.pyplot as plt
+    store = Songs(songs)
+    scores = E.evaluate(oracle(store), store, metrics=("SDR",), references=False)
+    figure = E.show_songs(quarter, store, scores, n=n)
+    drawn, order = [ax.get_ylabel().splitlines()[0] for ax in figure.axes[::3]], scores.ranked(source="vocals")
+    plt.close(figure)
+    assert len(set(drawn)) == len(drawn) == rows
+    assert (drawn[0], drawn[-1]) == (order[0], order[-1]) and drawn == [s for s in order if s in drawn]
+
+
 # The table
 
 def test_table_is_the_mean_of_the_medians():
