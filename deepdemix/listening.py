@@ -324,7 +324,10 @@ function spectra(pen, stem, w, h) {
   const small = document.createElement("canvas"); small.width = wide; small.height = tall;
   small.getContext("2d").putImageData(picture, 0, 0); pen.drawImage(small, 0, 0, w, h);
 }
-function color(name) { return data.colors[name] || data.colors.mixture; }
+function color(name) {
+  const known = name !== "mixture" && data.colors[name];
+  return known || (matchMedia("(prefers-color-scheme: dark)").matches ? "#aaa49a" : data.colors.mixture);
+}
 """
 
 # %% ../nbs/10_listening.ipynb #55a38bbf
@@ -602,6 +605,7 @@ def listen(
     desk = Desk(models, height)
     desk.choice.options = [*models, *(x for x in pretrained_names() if x not in models)] if song is None else list(models)
     for name in desk.choice.options: desk.models.setdefault(name, name)
+    if not desk.choice.options: desk.choice.layout.display = desk.upload.layout.display = "none"
     if song is None: return desk.box
     from IPython.display import display
     display(desk.box)
