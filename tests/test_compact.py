@@ -1,0 +1,181 @@
+"The compact network on the sounds that break networks, its round trips, and what its recipe promises."
+import pytest
+import torch
+from deepdemix.audio import UserError
+from deepdemix.baseline import count_parameters
+from deepdemix.compact import Cells, Compact, cell_errors, l1_cells
+from deepdemix.data import toy_song
+from deepdemix.metrics import si_sdr
+from deepdemix.separation import Separator
+from deepdemix.training import LOSSES, Recipe, build_network, load_encoder, load_network, new_record, recipe_for, save_network
+
+TINY = dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000., width=16, hidden=16, layers=1)
+
+
+def tiny(**kwargs):
+    "A tiny twin in eval mode whose corrections are not zero."
+    torch.manual_seed(0)
+    network = Compact(**{**TINY, **kwargs}).eval()
+    torch.nn.init.normal_(network.maskers.turn.weight, std=0.3)
+    return network
+
+
+def noise(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+SOUNDS = dict(silence=torch.zeros(1, 2, 9000), dc=torch.ones(1, 2, 9000), impulse=torch.eye(1, 9000).expand(1, 2, 9000), one_sided=noise(1, 2, 9000) * torch.tensor([[1.], [0.]]),
+              antiphase=noise(1, 1, 9000) * torch.tensor([[1.], [-1.]]), faint=1e-9 * noise(1, 2, 9000), loud=1e4 * noise(1, 2, 9000))
+
+
+@pytest.mark.parametrize("sound", SOUNDS)
+def test_every_sound_is_shared_out_exactly(sound):
+    x = SOUNDS[sound]
+    with torch.no_grad(): stems, z = tiny()(x), tiny().embed(x)
+    assert stems.isfinite().all() and z.isfinite().all()
+    assert (stems.sum(1) - x).abs().max() <= 1e-5 * x.abs().max()
+
+
+@pytest.mark.parametrize("sound", SOUNDS)
+def test_loss_and_gradient_are_finite(sound):
+    network, x = tiny().train(), SOUNDS[sound].expand(2, -1, -1)
+    loss = l1_cells(network, x, torch.stack([x, 0 * x, 0 * x, 0 * x], 1))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("samples", [1, 2, 255, 256, 257, 1023, 5001])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_any_length_mono_and_stereo(samples, channels):
+    x = noise(2, channels, samples)
+    with torch.no_grad(): stems = tiny()(x)
+    assert stems.shape == (2, 4, channels, samples)
+    assert torch.allclose(stems.sum(1), x, atol=1e-5)
+
+
+def test_channels_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="sees 2 channels"): tiny()(noise(1, 3, 3000))
+
+
+def test_a_mono_network_takes_stereo_and_its_loss_does_too():
+    network, sources = tiny(channels=1), noise(2, 4, 2, 5000)
+    with torch.no_grad():
+        stems = network(sources.sum(1))
+        alone = network(sources.sum(1)[:, 1:])
+        loss = l1_cells(network, sources.sum(1), sources)
+    assert stems.shape == (2, 4, 2, 5000) and torch.allclose(stems[:, :, 1:], alone, atol=1e-5)
+    assert loss.isfinite() and loss > 0
+
+
+def test_examples_of_a_batch_do_not_meet():
+    x = noise(3, 2, 6000) * torch.tensor([1., 0.01, 10.])[:, None, None]
+    network = tiny()
+    with torch.no_grad(): together, alone = network(x), torch.cat([network(y[None]) for y in x])
+    assert ((together - alone).abs().amax((1, 2, 3)) <= 1e-4 * x.abs().amax((1, 2))).all()
+
+
+def test_cell_errors_are_those_of_the_bins():
+    network, sources = tiny(), noise(2, 4, 2, 6000)
+    mixture = sources.sum(1)
+    with torch.no_grad():
+        x = network.spectrum(mixture)
+        wrong = (network.matrices(x) * x[:, None, None]).sum(3) - network.spectrum(sources)
+        direct = network.cells(wrong.abs().square()[..., :network.cells.heard])
+        power, error = cell_errors(network, mixture, sources)
+    assert torch.allclose(error / direct.mean(), direct / direct.mean(), atol=1e-3)
+    assert torch.allclose(power, network.cells(x.abs().square()[..., :network.cells.heard]), rtol=1e-4)
+
+
+def test_a_perfect_matrix_has_no_loss_and_a_wrong_one_has():
+    network, x = tiny(), noise(1, 2, 6000)
+    quarters, first = (x / 4)[:, None].expand(-1, 4, -1, -1), torch.stack([x, 0 * x, 0 * x, 0 * x], 1)
+    for p in network.maskers.share.parameters(): torch.nn.init.zeros_(p)
+    for p in network.maskers.turn.parameters(): torch.nn.init.zeros_(p)
+    with torch.no_grad(): right, wrong = l1_cells(network, x, quarters), l1_cells(network, x, first)
+    assert right < 2e-3
+    assert abs(wrong - (0.75 + 3 * 0.25) / 4) < 2e-3
+
+
+def test_the_mask_can_do_what_single_channel_masks_cannot():
+    "A centre is cancelled by the difference of the channels: exactly one matrix does it."
+    network, centre, wide = tiny(), noise(1, 1, 6000, seed=1), noise(1, 1, 6000, seed=2)
+    x = network.spectrum(torch.cat([centre + wide, centre - wide], 1))
+    m = torch.tensor([[.5, -.5], [-.5, .5]], dtype=torch.cfloat)
+    assert torch.allclose(torch.einsum("cd,bdtf->bctf", m, x), network.spectrum(torch.cat([wide, -wide], 1)), atol=1e-6)
+
+
+def test_above_its_bandwidth_the_network_does_not_listen():
+    network, x = tiny(), None
+    x = network.spectrum(noise(1, 2, 6000))
+    loud = x.clone()
+    loud[..., network.cells.heard:] *= 100
+    with torch.no_grad(): assert torch.equal(network.matrices(x), network.matrices(loud))
+
+
+@pytest.mark.parametrize("front", [dict(window_length=2048, hop_length=512), dict(window_length=4096, hop_length=1024), dict(window_length=512, hop_length=128, octave=8, band=4), dict(sample_rate=22050, bandwidth=11025.)])
+def test_cells_cover_what_is_heard_once(front):
+    network = Compact(**{**TINY, **front})
+    cells = network.cells
+    assert cells.widths.sum() == cells.heard <= min(network.stft.n_f, network.args["bandwidth"] * network.args["window_length"] / network.sample_rate)
+    assert len(cells.widths) == cells.n_bands * cells.band
+    assert torch.equal(cells(torch.ones(cells.n_f)), cells.widths)
+    assert torch.equal(cells.spread(cells(torch.ones(cells.n_f)) / cells.widths), torch.ones(cells.n_f))
+
+
+@pytest.mark.parametrize("wrong", [dict(octave=16, band=5), dict(bandwidth=100.)])
+def test_settings_without_a_band_are_refused(wrong):
+    with pytest.raises(UserError): Compact(**{**TINY, **wrong})
+
+
+def test_the_gradient_reaches_every_parameter():
+    network, sources = tiny().train(), noise(2, 4, 2, 6000)
+    l1_cells(network, sources.sum(1), sources).backward()
+    assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
+def test_saved_and_loaded_it_says_the_same(tmp_path):
+    network, x = tiny(), noise(1, 2, 6000)
+    save_network(network, Recipe(network="compact", network_args=TINY), tmp_path/"run")
+    with torch.no_grad(): assert torch.equal(load_network(tmp_path/"run")(x), network(x))
+    other = load_encoder(Compact(**TINY), tmp_path/"run").eval()
+    with torch.no_grad(): assert torch.equal(other.embed(x), network.embed(x))
+
+
+def test_half_precision_weights_stay_close(tmp_path):
+    network, x = tiny(), noise(1, 2, 6000)
+    save_network(network, Recipe(network="compact", network_args=TINY), tmp_path/"run", half=True)
+    with torch.no_grad(): a, b = load_network(tmp_path/"run")(x), network(x)
+    assert (a - b).abs().max() < 0.01 * b.abs().max()
+
+
+def test_a_long_signal_goes_through_the_separator():
+    network = tiny()
+    x = noise(2, 44100 * 9)
+    stems = Separator(network, chunk=2.)(x)
+    assert stems.shape == (4, 2, x.shape[-1]) and torch.allclose(stems.sum(0), x, atol=1e-4)
+
+
+def test_the_default_sizes_keep_their_promise():
+    network = build_network("compact")
+    assert count_parameters(network) <= 5e6 and 2048 <= network.stft.window_length <= 4096
+    assert new_record(Recipe(network="compact"), network)["network"][1] == network.args
+    recipe = recipe_for("compact", "laptop")
+    assert recipe.loss in LOSSES and recipe.validation == "songs" and recipe.mixer["duration"] == 5.0
+
+
+def test_contrast_reaches_the_encoder():
+    network = tiny().train()
+    network.embed(noise(4, 2, 6000)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.encoder.parameters())
+    assert all(p.grad is None for p in network.maskers.parameters())
+
+
+@pytest.mark.slow
+def test_a_tiny_twin_overfits_one_mix():
+    torch.manual_seed(0)
+    song, network = toy_song(0, duration=2.), Compact(**TINY, dropout=0.)
+    optimizer, x = torch.optim.Adam(network.parameters(), lr=1e-2), song.sum(0)
+    for _ in range(300):
+        loss = l1_cells(network, x[None], song[None])
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    with torch.no_grad(): gain = si_sdr(song, network.eval()(x[None])[0]) - si_sdr(song, x.expand_as(song))
+    assert (gain > 6).all()
