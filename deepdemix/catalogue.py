@@ -339,8 +339,8 @@ def _row(job, row, run):
 
 # %% ../nbs/08a_catalogue.ipynb #a286554b
 def _ray():
-    "The module ray, or a `UserError` on how to get it."
-    for name, value in dict(USAGE_STATS_ENABLED=0, ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0, agent_register_timeout_ms=120000).items(): os.environ.setdefault(f"RAY_{name}", str(value))
+    "The module ray, quiet, or a `UserError` on how to get it."
+    for name, value in dict(USAGE_STATS_ENABLED=0, ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0, BACKEND_LOG_LEVEL="fatal", agent_register_timeout_ms=120000).items(): os.environ.setdefault(f"RAY_{name}", str(value))
     try: import ray, ray.data
     except ImportError as e: raise UserError(f"this needs Ray ({e}): pip install 'deepdemix[ray]'") from None
     return ray
@@ -364,7 +364,9 @@ def cluster(
     gpus=0, # of our own
 ):
     "The module ray while it is connected to a cluster; ours is gone afterwards. `UserError` if it can't be had."
-    if address: check_address(address)
+    if address:
+        check_address(address)
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     ray = _ray()
     if ray.is_initialized(): yield ray; return
     folder = None if address else tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
