@@ -2,18 +2,22 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
 
-from deepdemix.audio import SOURCES, UserError, write
+from deepdemix.audio import SOURCE_COLORS, SOURCES, UserError, write
 from deepdemix.data import toy_song
-from deepdemix.listening import RULES, DeskServer, Job, desk_html, embed, open_song, serve
+from deepdemix.listening import RULES, STYLE, DeskServer, Job, desk_html, embed, open_song, serve
 from deepdemix.recurrent import Recurrent
 from deepdemix.separation import Separator
 
@@ -129,6 +133,47 @@ def test_true_stems_of_a_musdb_song(musdb_path):
     assert 10 * error.log10() < -15
 
 
+# Machado, Oliveira and Fernandes (2009): how those see linear RGB whose green, red or blue cones are missing.
+BLIND = {"deutan": [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]],
+         "protan": [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]],
+         "tritan": [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]]}
+
+
+def linear(color):
+    c = torch.tensor([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)], dtype=torch.float64)
+    return torch.where(c <= .04045, c / 12.92, ((c + .055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    "Linear RGB as CIELAB, in which a distance of about 2 is just seen."
+    xyz = torch.tensor([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]], dtype=torch.float64) @ rgb.clamp(0, 1) / torch.tensor([.95047, 1, 1.08883], dtype=torch.float64)
+    x, y, z = torch.where(xyz > .008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def nearest(colors, matrix):
+    "The smallest distance between any two colours, as seen through a matrix."
+    seen = [lab(matrix @ linear(c)) for c in colors]
+    return min(float((a - b).norm()) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_colours_survive_colour_blindness():
+    "Five colours stay 15 apart for everyone; red, green and brown of the same lightness would not."
+    for name, matrix in BLIND.items(): assert nearest(SOURCE_COLORS.values(), torch.tensor(matrix, dtype=torch.float64)) > 15, name
+    assert nearest(["#a05000", "#6b6b00"], torch.tensor(BLIND["deutan"], dtype=torch.float64)) < 15
+
+
+def test_colours_stand_out_from_their_ground():
+    "3 to 1 against the desk's cards, light and dark, as WCAG asks of graphics."
+    light = lambda c: float(linear(c) @ torch.tensor([.2126, .7152, .0722], dtype=torch.float64))
+    cards = re.findall(r"--card: (#\w+)", STYLE)
+    assert len(cards) == 2
+    for card, colors in zip(cards, (SOURCE_COLORS, SOURCE_COLORS | {"mixture": "#aaa49a"})):
+        for name, color in colors.items():
+            high, low = sorted((light(color), light(card)), reverse=True)
+            assert (high + .05) / (low + .05) >= 3, (name, card)
+
+
 @contextlib.contextmanager
 def serving(models):
     server = DeskServer(models)
@@ -216,14 +261,15 @@ def browser(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def opened(browser, address):
-    "A tab that fails on errors of the script and on requests to anywhere else."
+def opened(browser, address, widgets=False, but="$^"):
+    "A tab that fails on errors of the script, on warnings unless it is another program's page, and on requests to anywhere else; those to `but` get nothing and don't count."
     tab, wrong = browser.new_page(), []
     own = address.split("/")[2] if address.startswith("http") else None
-    tab.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+    if but != "$^": tab.route(re.compile(but), lambda route: route.continue_() if route.request.url.startswith(f"http://{own}/") else route.fulfill(body="", content_type="text/css"))
+    tab.on("console", lambda m: wrong.append(m.text) if (m.type == "error" or m.type == "warning" and not widgets) and not re.search(but, m.text + m.location["url"]) else None)
     tab.on("pageerror", lambda e: wrong.append(str(e)))
-    tab.on("request", lambda r: wrong.append(r.url) if not (r.url.startswith(("file:", "data:", "blob:")) or own and r.url.startswith(f"http://{own}/")) else None)
-    tab.goto(address)
+    tab.on("request", lambda r: wrong.append(r.url) if not (re.search(but, r.url) or r.url.startswith(("file:", "data:", "blob:")) or own and r.url.startswith(f"http://{own}/")) else None)
+    tab.goto(address, timeout=120000)
     try:
         yield tab
         assert not wrong, wrong
@@ -313,6 +359,42 @@ def test_keyboard_alone(desk):
 
 
 @pytest.mark.browser
+def test_nothing_is_said_by_colour_alone(desk):
+    "Without any colour, names, numbers and words still tell tracks apart, and muted from not muted, heard from silent."
+    for i, name in enumerate(SOURCES):
+        row = desk.locator(f"[data-stem={name}]")
+        assert row.locator("b").inner_text() == name and row.locator("kbd").inner_text() == str(i + 1)
+    desk.click("[aria-label='Solo bass']")
+    assert desk.inner_text("[aria-label='Solo bass']") == "Soloed" and desk.inner_text("[aria-label='Solo drums']") == "Solo"
+    said = desk.evaluate("[...document.querySelectorAll('.row:not([hidden])')].map(r => getComputedStyle(r.querySelector('.lane'), '::after').content)")
+    assert said == ['"silent"', "none", '"silent"', '"silent"'] and "playing" not in desk.inner_text("#status") and "bass" in desk.inner_text("#status")
+
+
+@pytest.mark.browser
+def test_dark_desk(browser, page, tmp_path):
+    "Where the system is dark, the untouched song is drawn in a light gray."
+    (tmp_path / "desk.html").write_text(page, encoding="utf-8")
+    with opened(browser, (tmp_path / "desk.html").as_uri()) as tab:
+        tab.wait_for_selector("#play:enabled")
+        for scheme, expected in (("light", SOURCE_COLORS["mixture"]), ("dark", "#aaa49a")):
+            tab.emulate_media(color_scheme=scheme)
+            assert tab.evaluate("color('mixture')") == expected and tab.evaluate("color('bass')") == SOURCE_COLORS["bass"]
+
+
+@pytest.mark.browser
+def test_a_frame_is_as_tall_as_its_desk(browser, page, tmp_path):
+    "Within another page nothing of the desk is hidden, on a phone as on a screen."
+    (tmp_path / "outer.html").write_text(f"<!DOCTYPE html>{embed(page, 300)}", encoding="utf-8")
+    with opened(browser, (tmp_path / "outer.html").as_uri()) as tab:
+        inside = inner(tab)
+        for width in (1100, 390):
+            tab.set_viewport_size(dict(width=width, height=800))
+            tab.wait_for_timeout(300)
+            shown, needed = tab.locator("iframe").bounding_box()["height"], inside.evaluate("document.querySelector('main').getBoundingClientRect().height")
+            assert needed <= shown <= needed + 2 and inside.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.browser
 def test_download_is_the_stem(desk):
     with desk.expect_download() as got: desk.click("[aria-label='Download bass']")
     assert got.value.suggested_filename == "Levels - A - bass.flac"
@@ -340,3 +422,114 @@ def test_page_without_code(browser, tmp_path):
         tab.click("#go")
         tab.wait_for_selector("#play:enabled", timeout=30000)
         assert tab.inner_text("h1") == "song" and tab.locator("#sets input").count() == 2
+
+
+NOTEBOOK = """import torch
+from deepdemix.exploring import explore_mix
+from deepdemix.listening import listen
+def tone(frequency, level): return level * 2 ** .5 * torch.sin(2 * torch.pi * frequency * torch.arange(3 * 16000) / 16000)[None]
+stems = {"drums": tone(440, .1), "bass": tone(100, .01), "other": tone(1000, 0.), "vocals": tone(700, .001)}"""
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    "A notebook with a desk and an explorer of tones of known levels."
+    import nbformat
+    path = tmp_path_factory.mktemp("notebook") / "desk.ipynb"
+    cells = [nbformat.v4.new_code_cell(x) for x in (NOTEBOOK, "listen(stems, None, sample_rate=16000)", "explore_mix(stems, 16000, seconds=3.0)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": dict(name="python3", display_name="Python 3", language="python")}), path)
+    return path
+
+
+@contextlib.contextmanager
+def program(arguments, folder, ready, **settings):
+    "A program on this machine, once it answers; its address ends up in the second value that `ready` finds."
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    log, env = folder / "log.txt", os.environ | dict(HOME=str(folder), JUPYTER_CONFIG_DIR=str(folder / "config"), BROWSER="true", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | settings
+    with log.open("w") as out: process = subprocess.Popen([sys.executable, *(x.replace("PORT", str(port)) for x in arguments)], cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = time.monotonic() + 120
+        while not (found := re.search(ready, log.read_text())):
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(.1)
+        yield found[1] if found.groups() else f"http://127.0.0.1:{port}/"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try: process.wait(10)
+        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL); process.wait()
+
+
+def inner(place, k=0):
+    "The page inside the `k`-th frame with a desk, once its sound is open."
+    frame = place.locator("iframe[title='Listening desk']").nth(k).element_handle(timeout=120000).content_frame()
+    frame.wait_for_selector("#play:enabled", timeout=60000)
+    return frame
+
+
+def plays_mutes_and_switches(frame):
+    "Drums are at -20 dB, bass at -40, vocals at -60, read from the running graph of the frame's page."
+    frame.evaluate("desk.region(0, 3)")
+    frame.click("#play")
+    assert level(frame) == pytest.approx(-20, abs=.3)
+    frame.click("[aria-label='Mute drums']")
+    assert level(frame) == pytest.approx(-40, abs=.3)
+    frame.click("[aria-label='Solo vocals']")
+    assert level(frame) == pytest.approx(-60, abs=.5)
+    frame.click("#play")
+
+
+def explores_with_keys(tab):
+    "The field of the drums, found by its name and turned by keys alone, turns the drums down; the song as it was lies beside."
+    field = tab.get_by_label("Drums, in dB")
+    field.focus()
+    assert field.input_value() == "0"
+    before = inner(tab, -1).evaluate("desk.sets[0].stems[0].note")
+    for _ in range(20): tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("old => { const f = [...document.querySelectorAll('iframe')].at(-1).contentWindow; return f.desk && f.desk.state.ready && f.desk.sets[0].stems[0].note !== old && f.desk.sets[0].stems[0].note.startsWith('-4'); }", arg=before, timeout=60000)
+    frame = inner(tab, -1)
+    frame.evaluate("desk.region(0, 3)")
+    frame.click("[aria-label='Solo drums']")
+    frame.click("#play")
+    assert level(frame) == pytest.approx(-40, abs=.3)
+    frame.get_by_label("as in the song").check()
+    assert level(frame) == pytest.approx(-20, abs=.3)
+    for words in ("Song", "From, in seconds", "Pitch, in semitones", "Length, times", "Levels around", "Vocals, in dB"): assert tab.get_by_label(words, exact=True).count() == 1
+
+
+@pytest.mark.browser
+def test_under_voila(browser, notebook, tmp_path):
+    "A notebook with a desk and an explorer as a page without code; what Voila's own template asks for elsewhere (icons) stays empty, and nothing else is asked for."
+    pytest.importorskip("voila", reason="voila is not installed")
+    with program(["-m", "voila", str(notebook), "--no-browser", "--port=PORT", "--Voila.ip=127.0.0.1"], tmp_path, "Voil.*running at|http://127") as address, opened(browser, address, True, "cdn.jsdelivr.net/npm/@fortawesome|labextensions/jupyterlab-jupytext") as tab:
+        plays_mutes_and_switches(inner(tab))
+        explores_with_keys(tab)
+        assert tab.locator(".jp-InputArea, .jp-CodeCell .cm-content").count() == 0
+
+
+@pytest.mark.browser
+def test_in_jupyterlab(browser, notebook, tmp_path):
+    "The same cells, run in JupyterLab."
+    pytest.importorskip("jupyterlab", reason="jupyterlab is not installed")
+    options = ["--no-browser", "--port=PORT", "--ip=127.0.0.1", "--allow-root", "--IdentityProvider.token=", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate", "--LabApp.extension_manager=readonly", f"--ServerApp.root_dir={notebook.parent}"]
+    with program(["-m", "jupyterlab", *options], tmp_path, r"is running at") as address, opened(browser, address + "lab/tree/desk.ipynb?reset", True) as tab:
+        tab.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120000)
+        tab.get_by_role("menuitem", name="Run", exact=True).click()
+        tab.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        plays_mutes_and_switches(inner(tab))
+        inner(tab, -1)
+        explores_with_keys(tab)
+
+
+@pytest.mark.browser
+def test_the_command_opens_a_desk(browser, tmp_path):
+    "`deepdemix listen FOLDER` as a program of its own: the true stems and what the default model makes of them, at one instant."
+    for name, frequency, loud in zip(SOURCES, (440, 100, 1000, 700), (.1, .01, 0., .001)): write(tmp_path / "tones" / f"{name}.wav", tone(frequency, loud * 2 ** .5), RATE, subtype="FLOAT")
+    with program(["-c", "from deepdemix.cli import main; main()", "listen", str(tmp_path / "tones")], tmp_path, r"(http://127\.0\.0\.1:\d+/)") as address, opened(browser, address) as tab:
+        tab.wait_for_selector("#play:enabled", timeout=120000)
+        tab.get_by_label("true stems").check()
+        plays_mutes_and_switches(tab)
+        assert [x.inner_text() for x in tab.locator("#sets label").all()] == ["default", "true stems", "original"]
+        before = tab.evaluate("desk.position()")
+        tab.keyboard.press("s")
+        assert tab.evaluate("desk.state.set") == 2 and tab.evaluate("desk.position()") - before < .5

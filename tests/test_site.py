@@ -123,8 +123,55 @@ def test_directives_are_not_shown(site):
 
 
 def test_colab_only_where_it_can_run(site):
-    assert "colab.research.google.com/github/" + site.addresses()["{slug}"] in site.links("02a_metrics.ipynb")
+    "The page offers Colab for what needs no file of the repository, and says what to install; the first page offers the same notebooks."
+    at = site.addresses()
+    alone = {page for page in site.pages() if page.endswith(".ipynb") and page != "index.ipynb" and site.runs_alone(page)}
+    assert "02a_metrics.ipynb" in alone and not alone & {"09_experiment.ipynb", *site.FRESH}
+    for page in alone: assert f"https://colab.research.google.com/github/{at['{slug}']}/blob/{at['{branch}']}/nbs/{page}" in site.links(page) and "pip install git+" + at["{git_url}"] in site.links(page)
     assert "colab" not in site.links("pages/pretraining_helps.ipynb")
+    offered = set(re.findall(r"colab\.research\.google\.com/github/[^)]*?/nbs/([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert offered == {page for page in alone if "/" not in page}
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    "The Python of a new environment that holds the package from a wheel, and a kernel; DEEPDEMIX_FRESH names one that is there already."
+    if os.environ.get("DEEPDEMIX_FRESH"): return Path(os.environ["DEEPDEMIX_FRESH"])
+    folder = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    python = folder / "env/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", next(folder.glob("*.whl")), "ipykernel", "nbclient"], check=True)
+    return python
+
+
+RUN = """import sys, nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read(sys.argv[1], as_version=4)
+notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or not {f"#| {flag}" for flag in sys.argv[2:]} & {line.strip() for line in c.source.splitlines()}]
+NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
+where = NotebookClient(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import deepdemix; print(deepdemix.__file__)")]), kernel_name="python3").execute()
+assert "site-packages" in where.cells[0].outputs[0].text
+"""
+
+
+def offered():
+    "The notebooks of the repository except the first page."
+    return sorted(p.relative_to(ROOT / "nbs").as_posix() for folder in ("", "pages") for p in (ROOT / "nbs" / folder).glob("*.ipynb") if p.name != "index.ipynb")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", offered())
+def test_notebook_alone_in_a_fresh_environment(site, fresh, tmp_path, page):
+    "A notebook that Colab is offered for, alone in an empty folder, with the package from a wheel; cells that need a GPU are left out."
+    if not site.runs_alone(page): pytest.skip("reads files of the repository, and is not offered in Colab")
+    shutil.copy(ROOT / "nbs" / page, tmp_path / "notebook.ipynb")
+    home = tmp_path.parent / f"{tmp_path.name}-home"
+    home.mkdir()
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MUSDB_PATH", "VIRTUAL_ENV")} | dict(HOME=str(home), PATH=f"{fresh.parent}:/usr/bin:/bin")
+    done = subprocess.run([fresh, "-c", RUN, "notebook.ipynb", "cuda", "notest"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [x.name for x in tmp_path.iterdir()] == ["notebook.ipynb"]
 
 
 def test_formulas_without_a_script(site):
