@@ -106,11 +106,13 @@ def prepare(
 def _recipe(
     args:argparse.Namespace, # recipe, profile, seed, set, device
     name:str, # a network's name, or "pretraining"
+    network:str|None=None, # whose encoder is pretrained; None: the paper's
     **fields, # fields that the command itself sets
 ):
     "The recipe that the options ask for."
     from deepdemix.training import Recipe, recipe_for
-    recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(name, args.profile)
+    if network and args.recipe: fields["network"] = network
+    recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(name, args.profile, **({"network": network} if network else {}))
     fields |= {"seed": args.seed, "device": args.device}
     return recipe.override([*(f"{k}={v}" for k, v in fields.items() if v is not None), *args.set])
 
@@ -138,7 +140,7 @@ def pretrain(
 ):
     "Pretrain an encoder with a contrastive loss, on the songs of one store or of several."
     from deepdemix.pretraining import open_stores
-    recipe = _recipe(args, "pretraining", loss=args.loss)
+    recipe = _recipe(args, "pretraining", args.model, loss=args.loss)
     _fit(recipe, open_stores(args.data), args)
 
 # %% ../nbs/11_cli.ipynb #09c9baf2
@@ -279,6 +281,7 @@ def _add_training_commands(
     p = commands.add_parser("pretrain", help="pretrain an encoder with a contrastive loss")
     _training_options(p, several=True)
     p.add_argument("--loss", choices=("triplet", "supcon", "ntxent", "multi_similarity"), help="the loss (default: triplet, the paper's)"); p.set_defaults(run=pretrain)
+    p.add_argument("--model", metavar="NAME", help="pretrain the encoder of this network (default: the paper's encoder, for ddm and ddm_skip)")
     p = commands.add_parser("train", help="train a separator")
     p.add_argument("--model", metavar="NAME", help="a network's name: see `deepdemix models`")
     p.add_argument("--encoder", metavar="RUN", help="start from the encoder of this run"); _training_options(p); p.set_defaults(run=train)

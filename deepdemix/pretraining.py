@@ -688,7 +688,7 @@ class ContrastTask(Task):
     "Contrast between instruments: batches of `Triplets` or `BalancedBatches` of the training songs, and their loss."
     def __init__(self, network, recipe, store):
         super().__init__(network, recipe, store)
-        if not hasattr(network, "embed"): raise UserError(f"the network '{recipe.network}' has no embed, so there is nothing to contrast; networks with one: encoder, ddm, ddm_skip, recurrent")
+        if not hasattr(network, "embed"): raise UserError(f"the network '{recipe.network}' has no embed, so there is nothing to contrast; a network that can be pretrained has embed(waveform) -> (batch, dim)")
         self.settings = s = read_settings(recipe.task_args)
         self.duration = getattr(network, "duration", recipe.mixer.get("duration", 5.))
         self.heads = Contrast(recipe.loss, embedding_size(network, self.duration), s.margin, s.temperature, s.head, s.miner, s.memory)
@@ -840,11 +840,12 @@ def pretrain(
     progress:bool=True, # a bar on a terminal, a line an epoch elsewhere
     **overrides, # recipe fields, or names of `Settings`
 ): # the run folder
-    "Train an encoder by contrast. The mixer's duration follows the encoder's."
+    "Train an encoder by contrast: the paper's, or with `network` that of any network with `embed`. The mixer's duration follows the encoder's, where that has one."
     names = [f.name for f in fields(Settings)]
     task_args = {**overrides.pop("task_args", {}), **{k: overrides.pop(k) for k in names if k in overrides}}
     recipe = recipe_for("pretraining", profile, **{**overrides, "seed": seed, "loss": loss, "task_args": task_args})
     duration = inspect.signature(EncoderNetwork).parameters["duration"].default
+    if recipe.network != "encoder": duration = recipe.mixer["duration"]
     mixer = {**recipe.mixer, "duration": recipe.network_args.get("duration", duration)}
     return fit(replace(recipe, mixer=mixer), open_stores(store), out, resume=resume, progress=progress)
 
@@ -905,7 +906,7 @@ def probe(
     first = next(iter(networks.values()))
     both = {s.title for s in store_train.songs} & {s.title for s in store_test.songs}
     if both: raise UserError(f"{len(both)} songs are on both sides of the probe, such as {sorted(both)[0]}")
-    known, asked = (draw_excerpts(s, first.duration, per_song) for s in (store_train, store_test))
+    known, asked = (draw_excerpts(s, getattr(first, "duration", 5.), per_song) for s in (store_train, store_test))
     rows = {name: _scores(fn, known, asked, k) for name, fn in networks.items()}
     twins = pd.DataFrame([_scores(random_twin(first, seed + i), known, asked, k) for i in range(randoms)])
     rows |= {"random encoder": twins.mean().to_dict(), "mel statistics": _scores(lambda x: mel_statistics(x, asked.sample_rate), known, asked, k)}
@@ -945,7 +946,7 @@ def confusion(
     "Which instruments are taken for which."
     import pandas as pd
     from sklearn.metrics import confusion_matrix
-    known, asked = (draw_excerpts(s, network.duration, per_song) for s in (store_train, store_test))
+    known, asked = (draw_excerpts(s, getattr(network, "duration", 5.), per_song) for s in (store_train, store_test))
     said = linear_probe(embed_excerpts(network, known), known.labels, embed_excerpts(network, asked))
     names = list(asked.instruments)
     matrix = confusion_matrix(asked.labels, said, labels=range(len(names)), normalize="true")

@@ -321,6 +321,14 @@ MODELS = {
 }
 
 # %% ../nbs/03_training.ipynb #69e47d19
+def _size(
+    profile:str, # a name of `PROFILES`
+    name:str, # of a network
+) -> dict: # its settings
+    "A network's size at the scale of a profile."
+    p = PROFILES[profile]
+    return p.get("models", {}).get(name, {}).get("network_args", p["network_args"].get(name, {}))
+
 def recipe_for(
     name:str, # "baseline", "ddm", "ddm_skip", "recurrent" or "pretraining"
     profile:str="laptop", # a name of `PROFILES`
@@ -328,12 +336,14 @@ def recipe_for(
 ) -> Recipe:
     "The recipe of one of the paper's models at the scale of a profile."
     if profile not in PROFILES: raise _no_such("profile", profile, PROFILES)
-    if name not in PAPER_EPOCHS and name not in known_networks(): raise _no_such("network", name, NETWORKS)
+    for network in (name, overrides.get("network", name)):
+        if network not in PAPER_EPOCHS and network not in known_networks(): raise _no_such("network", network, NETWORKS)
     p = dict(PROFILES[profile])
     duration, own = dict(duration=p.pop("duration")), p.pop("models", {}).get(name, {})
     sizes = dict(network_args=p["network_args"].get(name, {}), epochs=p["epochs"].get(name, PAPER_EPOCHS["ddm"]))
     settings = dict(network=name, mixer=PAPER_MIXER) | p | sizes | own | MODELS.get(name, {})
     settings["mixer"] = settings["mixer"] | duration
+    if overrides.get("network", settings["network"]) != settings["network"]: settings["network_args"] = _size(profile, overrides["network"])
     return Recipe.from_dict({**settings, **overrides}).check()
 
 # %% ../nbs/03_training.ipynb #74dc6156
