@@ -156,11 +156,11 @@ def evaluate(
     return int(bool(scores.failed))
 
 def compare(
-    args:argparse.Namespace, # a, b
+    args:argparse.Namespace, # a, b, model_a, model_b, split, metric
 ):
-    "Compare two models, song by song."
+    "Compare two models, song by song; both may stand in one file."
     from deepdemix.evaluation import Scores, compare
-    print(compare(Scores.load(args.a), Scores.load(args.b)))
+    print(compare(Scores.load(args.a), Scores.load(args.b or args.a), args.metric, model_a=args.model_a, model_b=args.model_b, split=args.split))
 
 def experiment(
     args:argparse.Namespace, # data, out, profile, seeds, controls, set
@@ -296,8 +296,11 @@ def _add_score_commands(
     p.add_argument("--split", default="test", choices=("train", "valid", "test")); p.add_argument("--out", required=True, metavar="scores.json")
     p.add_argument("--channels", choices=("mono", "stereo"), help="the protocol (default: the network's own)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto"); p.set_defaults(run=evaluate)
-    p = commands.add_parser("compare", help="the paired verdict on two scores.json")
-    p.add_argument("a", metavar="SCORES_A"); p.add_argument("b", metavar="SCORES_B"); p.set_defaults(run=compare)
+    p = commands.add_parser("compare", help="the paired verdict on two models")
+    p.add_argument("a", metavar="SCORES_A", help="a scores.json"); p.add_argument("b", metavar="SCORES_B", nargs="?", help="another; without it both models stand in the first")
+    p.add_argument("--model-a", metavar="NAME", help="which, where a file holds several"); p.add_argument("--model-b", metavar="NAME", help="likewise, of the second")
+    p.add_argument("--split", choices=("train", "valid", "test"), help="the songs (default: test)")
+    p.add_argument("--metric", default="SDR", metavar="NAME", help="such as SDR, uSDR, SI-SDR (default: SDR)"); p.set_defaults(run=compare)
     p = commands.add_parser("experiment", help="the paper's experiment: Table 1")
     _data_option(p); p.add_argument("--out", required=True, metavar="DIR"); p.add_argument("--profile", choices=PROFILE_NAMES, default="laptop")
     p.add_argument("--seeds", type=int, default=1, metavar="N"); p.add_argument("--controls", action="store_true", help="train the control rows too")
