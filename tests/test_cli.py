@@ -30,6 +30,18 @@ def test_evaluate_and_compare(folder, capsys):
     assert "songs improve" in capsys.readouterr().out
 
 
+def test_two_models_of_one_file_are_compared(tmp_path, capsys):
+    rows = {m: [0.0 + k, 1.0 + k] for k, m in enumerate(("early", "late"))}
+    import pandas as pd
+    from deepdemix.evaluation import Scores
+    frame = pd.DataFrame([dict(model=m, seed=0, split="test", song=f"song {i}", source=s, metric="SDR", value=v) for m, values in rows.items() for i in range(8) for s, v in zip(("drums", "bass"), values)])
+    Scores(frame, dict(channels="mono", mixture="sum")).save(tmp_path / "scores.json")
+    assert main(["compare", str(tmp_path / "scores.json"), "--model-a", "early", "--model-b", "late"]) == 0
+    assert "late changes SDR by +1.00 dB" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "scores.json")]) == 2
+    assert "early, late" in capsys.readouterr().err
+
+
 def test_separate_with_a_run_folder(folder, capsys):
     song = next((folder / "toy").rglob("*.npy"))
     assert main(["separate", str(song), "--out", str(folder / "stems"), "--model", str(folder / "baseline")]) == 2
