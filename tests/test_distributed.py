@@ -1,7 +1,9 @@
 "Training on several processes: the same as on one, stopped and killed together, resumed exactly, one line for what goes wrong."
-import multiprocessing, os, signal, socket, subprocess, sys, traceback
+import multiprocessing, os, signal, socket, subprocess, sys, time, traceback
+from pathlib import Path
 
 import lightning.pytorch
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -94,7 +96,7 @@ def close(a, b):
     return True
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(accumulate=2, grad_clip=0.01, ema=0.9, num_workers=1), dict(freeze_encoder=1, epochs=2)], ids=["plain", "accumulated", "thawed"])
+@pytest.mark.parametrize("fields", [pytest.param(dict(), marks=pytest.mark.slow), dict(accumulate=2, grad_clip=0.01, ema=0.9, num_workers=1), dict(freeze_encoder=1, epochs=2)], ids=["plain", "accumulated", "thawed"])
 def test_two_processes_are_one_for_separation(tmp_path, fields):
     r = plain(**fields)
     train(tmp_path/"one", r)
@@ -103,6 +105,7 @@ def test_two_processes_are_one_for_separation(tmp_path, fields):
     assert not (tmp_path/"two 1").exists(), "only the first process writes"
     assert [read_record(tmp_path/n)["processes"] for n in ("one", "two 0")] == [1, 2]
 
+@pytest.mark.slow
 def test_four_processes_of_one_example_each(tmp_path):
     r = plain(examples_per_epoch=8)
     train(tmp_path/"one", r)
@@ -116,14 +119,17 @@ CONTRAST = dict(kind="pretraining", network="encoder", network_args=ENCODER, bat
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory): return prepare_toy(8, tmp_path_factory.mktemp("toy")/"store", duration=2.0, valid=0.25, test=0.25, progress=False)
 
-@pytest.mark.parametrize("settings", [dict(loss="supcon"), dict(loss="supcon", instance=0.5), dict(loss="supcon", memory=24, head=4), dict(loss="triplet"), dict(loss="triplet", miner="batch_hard")],
-                         ids=["supcon", "instance", "memory", "triplets", "miner"])
+slowly = lambda name, **settings: pytest.param(settings, id=name, marks=pytest.mark.slow)
+
+@pytest.mark.parametrize("settings", [pytest.param(dict(loss="supcon"), id="supcon"), slowly("instance", loss="supcon", instance=0.5), slowly("memory", loss="supcon", memory=24, head=4),
+                                      slowly("triplets", loss="triplet"), slowly("miner", loss="triplet", miner="batch_hard")])
 def test_two_processes_are_one_for_contrast(tmp_path, toy, settings):
     r = Recipe(**CONTRAST, loss=settings["loss"], task_args=dict(places=2, **{k: v for k, v in settings.items() if k != "loss"}))
     train(tmp_path/"one", r, toy)
     assert together(tmp_path, lambda rank: train(tmp_path/"two", r, toy))[0] == [0, 0]
     assert close(tmp_path/"one", tmp_path/"two")
 
+@pytest.mark.slow
 def test_a_loss_that_sees_only_its_own_embeddings_is_another(tmp_path, toy, monkeypatch):
     "The test above can fail: without the exchange the gradients differ."
     monkeypatch.setattr("deepdemix.pretraining.together", lambda part, world=1: part)
@@ -132,6 +138,7 @@ def test_a_loss_that_sees_only_its_own_embeddings_is_another(tmp_path, toy, monk
     assert together(tmp_path, lambda rank: train(tmp_path/"two", r, toy))[0] == [0, 0]
     with pytest.raises(AssertionError, match="gradients"): close(tmp_path/"one", tmp_path/"two")
 
+@pytest.mark.slow
 def test_a_term_beside_separation(tmp_path, toy):
     r = Recipe(**{**CONTRAST, "kind": "separation", "network": "ddm", "network_args": ENCODER, "loss": "l1_magnitude", "mixer": dict(duration=0.25, pitch=None, stretch=None), "task_args": dict(contrast=dict(weight=0.1, per_class=2))})
     train(tmp_path/"one", r, toy)
@@ -154,7 +161,7 @@ def test_each_process_has_its_own_dropout(whole):
     state = read_state(whole/"resume.safetensors")
     assert len(state["others"]) == 1 and not torch.equal(state["random"]["torch"], state["others"][0]["torch"])
 
-@pytest.mark.parametrize("rank,loss,number", [(1, 5, signal.SIGTERM), (0, 6, signal.SIGINT)])
+@pytest.mark.parametrize("rank,loss,number", [(1, 5, signal.SIGTERM), pytest.param(0, 6, signal.SIGINT, marks=pytest.mark.slow)])
 def test_one_is_asked_to_stop_and_all_stop_and_resume_exactly(tmp_path, whole, rank, loss, number):
     task = act_at(loss, rank, lambda: os.kill(os.getpid(), number))
     status, told = together(tmp_path, lambda r: fit(recipe(**WHOLE), STORE, tmp_path/"run", progress=False, task=task(r)))
@@ -165,11 +172,12 @@ def test_one_is_asked_to_stop_and_all_stop_and_resume_exactly(tmp_path, whole, r
     assert together(tmp_path, lambda r: fit(recipe(**WHOLE), STORE, tmp_path/"run", resume=True, progress=False))[0] == [0, 0], "a finished run has nothing to do"
     assert same_runs(whole, tmp_path/"run")
 
+@pytest.mark.slow
 def test_stopped_by_time_and_resumed_is_the_same(tmp_path, whole):
     for start in range(3): together(tmp_path, lambda r: fit(recipe(**WHOLE, max_minutes=1e-9 if start < 2 else 0), STORE, tmp_path/"run", resume=True, progress=False))
     assert same_runs(whole, tmp_path/"run")
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_all_with_a_line_and_resumes_exactly(tmp_path, whole, rank):
     task = act_at(9, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
     status, told = together(tmp_path, lambda r: fit(recipe(**WHOLE, save_minutes=0), STORE, tmp_path/"run", progress=False, task=task(r)))
@@ -179,7 +187,7 @@ def test_a_killed_process_ends_all_with_a_line_and_resumes_exactly(tmp_path, who
     assert together(tmp_path, lambda r: fit(recipe(**WHOLE), STORE, tmp_path/"run", resume=True, progress=False))[0] == [0, 0]
     assert same_runs(whole, tmp_path/"run")
 
-@pytest.mark.parametrize("first,then", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("first,then", [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first, then):
     r, half = plain(epochs=2), stopping_after(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(tmp_path/"whole", r)
@@ -262,3 +270,40 @@ def test_what_is_not_there(monkeypatch):
     with pytest.raises(UserError, match="no strategy is called 'fsdp'"): T._strategy("fsdp", 2)
     monkeypatch.setattr(sys, "ps1", ">>>", raising=False)
     with pytest.raises(UserError, match="a notebook trains with one process"): T._places("cpu", 2, None)
+
+
+def command(tmp_path, *words, before=(), timeout=240, **env):
+    "The installed command in its own processes: exit status and what it wrote to stdout and stderr."
+    script = Path(sys.executable).parent/"deepdemix"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run([*before, str(script), "train", "--model", "baseline", "--profile", "demo", "--device", "cpu", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout)
+    return done.returncode, done.stdout, done.stderr
+
+@pytest.mark.slow
+def test_the_command_starts_its_processes(tmp_path, toy):
+    "By Lightning and by torchrun: the same weights; the folder is named once, and nothing else is said."
+    few = ["--data", str(toy.path), "--set", "epochs=1", "--set", "examples_per_epoch=8", "--set", "valid_examples=4", "--set", "mixer.pitch=null", "--set", "mixer.stretch=null"]
+    assert command(tmp_path, *few, "--out", "a", "--devices", "2")[:2] == (0, "a\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    assert command(tmp_path, *few, "--out", "b", before=torchrun)[:2] == (0, "b\n")
+    a, b = (read_weights(tmp_path/n/"model.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a) and read_record(tmp_path/"a")["processes"] == 2
+    for wrong, text in ((["--devices", "3"], "a batch of 4 can't be split evenly over 3 processes"), (["--nodes", "2"], "nothing says where the other machines are")):
+        status, out, err = command(tmp_path, *few, "--out", "c", *wrong)
+        assert (status, out) == (2, "") and err.count("\n") == 1 and text in err
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["child", "main"])
+def test_the_command_ends_when_one_of_its_processes_is_killed(tmp_path, toy, who):
+    words = ["--data", str(toy.path), "--out", "run", "--devices", "2", "--model", "baseline", "--profile", "demo", "--device", "cpu", "--set", "epochs=500", "--set", "save_minutes=0", "--set", "valid_examples=4"]
+    with open(tmp_path/"told", "w") as told:
+        main = psutil.Popen([str(Path(sys.executable).parent/"deepdemix"), "train", *words], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=told, stderr=told)
+        while not (tmp_path/"run"/"resume.safetensors").exists():
+            assert main.poll() is None, (tmp_path/"told").read_text()
+            time.sleep(0.2)
+        child, = main.children()
+        {"child": child, "main": main}[who].kill()
+        assert main.wait(60) == (2 if who == "child" else -signal.SIGKILL)
+        child.wait(60)
+    text = (tmp_path/"told").read_text()
+    assert text.count("deepdemix:") == 1 and "another process of this training has ended" in text and "Traceback" not in text
