@@ -40,7 +40,7 @@ class Windowed:
         self.network, self.overlap, self.batch_size = network, overlap, batch_size
         self.sample_rate = getattr(network, "sample_rate", SAMPLE_RATE)
         self.sources, self.stft = getattr(network, "sources", None), getattr(network, "stft", None)
-        self.chunk, self.align = round(duration * self.sample_rate), getattr(self.stft, "hop_length", 1)
+        self.chunk, self.align = round(duration * self.sample_rate), getattr(network, "hop", None) or getattr(self.stft, "hop_length", 1)
         self.device = device or next((p.device for p in network.parameters()), None)
 
     def __call__(self, waveform: Tensor) -> Tensor:

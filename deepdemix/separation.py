@@ -68,7 +68,7 @@ def plan_chunks(network, # waveform -> stems
                 overlap=None, # part of a chunk that is shared; None: 1/4 for networks made for one length, else 1/8
                 context=None): # seconds on each side that are seen and not used; None: 2/5 of what is shared
     "The settings of `overlap_add_blocks` for a network. `UserError` for what can't be."
-    hop = getattr(getattr(network, "stft", None), "hop_length", 1)
+    hop = getattr(network, "hop", None) or getattr(getattr(network, "stft", None), "hop_length", 1)
     segment = segment_of(network) if chunk is None else None
     samples = segment or round((CHUNK if chunk is None else chunk) * network.sample_rate / hop) * hop
     overlap = (0.25 if segment else 0.125) if overlap is None else overlap

@@ -223,3 +223,10 @@ def test_masks_of_mm_dense_lstm_share_the_mixture_out():
     ("tfc_tdf", dict(bins=100), "multiple of"), ("tfc_tdf", dict(bins=4096), "at most 3073"), ("tfc_tdf", dict(output="both"), "direct or mask")])
 def test_sizes_that_cannot_be_are_refused(name, args, words):
     with pytest.raises(UserError, match=words): build_network(name, **args)
+
+
+def test_chunks_of_conv_tasnet_begin_on_its_frames():
+    from deepdemix.evaluation import windowed
+    from deepdemix.separation import plan_chunks
+    network = build_network("conv_tasnet", **conv_tasnet.TINY)
+    assert network.hop == conv_tasnet.TINY["length"] // 2 == plan_chunks(network)["align"] == windowed(network).align
