@@ -21,7 +21,7 @@ from readme import addresses, root
 site = root / "nbs/_site"
 source = site / "build/source"
 FRESH = ("pages/pretraining_helps.ipynb", "pages/comparison.ipynb")
-TIED = ("09_experiment.ipynb", "06f_hybrid_demucs.ipynb") # to results/, and to the package demucs
+TIED = ("09_experiment.ipynb", "06f_hybrid_demucs.ipynb", "08a_catalogue.ipynb") # to results/, to the packages demucs and ray
 
 
 def quarto() -> dict:
