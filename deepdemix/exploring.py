@@ -177,7 +177,7 @@ def draw_masks(self: Explorer):
     names = list(self.estimates)
     if tuple(names) == self.names: found["from the true stems"] = masks_of(self.mixed)
     if self.mask.value in names: found, names = {words: x[names.index(self.mask.value)][None] for words, x in found.items()}, [self.mask.value]
-    with plt.ioff(): fig = show_masks(found, self.rate, names, self.mixed.shape[-1] / self.rate)
+    fig = show_masks(found, self.rate, names, self.mixed.shape[-1] / self.rate)
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=90)
     plt.close(fig)

@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['FLAC_LIMIT', 'RATES', 'STYLE', 'PAGE', 'RULES', 'SOUND', 'PICTURES', 'CONTROLS', 'KEYS', 'FRONT', 'as_sets', 'encode',
            'prepare_sets', 'desk_html', 'embed', 'open_song', 'as_separators', 'score_notes', 'build_desk', 'Desk',
-           'listen', 'Job', 'DeskServer', 'DeskHandler', 'serve']
+           'listen', 'Job', 'DeskServer', 'DeskHandler', 'serve', 'voila_notebook', 'serve_voila']
 
 # %% ../nbs/10_listening.ipynb #d63b3f7c
 import html
+import importlib.util
 import io
 import json
 import math
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from base64 import b64encode
@@ -750,3 +753,31 @@ def serve(
     try: server.serve_forever()
     except KeyboardInterrupt: print("The listening desk is closed.")
     finally: server.server_close()
+
+# %% ../nbs/10_listening.ipynb #0f4a6bd9
+def voila_notebook(
+    file=None, # as for `serve`
+    model="default", # a bundled model or a run folder
+) -> str: # a notebook as JSON
+    "A notebook whose only cell is a desk."
+    words = [repr(str(Path(file).expanduser().resolve()))] if file is not None else []
+    words.append(f"model={str(Path(model).resolve() if Path(model).is_dir() else model)!r}")
+    cell = dict(cell_type="code", metadata={}, execution_count=None, outputs=[], source=f"from deepdemix.listening import listen\nlisten({', '.join(words)})")
+    kernel = dict(name="python3", display_name="Python 3", language="python")
+    return json.dumps(dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=4))
+
+def serve_voila(
+    file=None, # a song, stem file or folder of stems; None: bring one with a button
+    model="default", # a bundled model or a run folder
+    port=0, # 0 for Voila's own
+    open_browser=True, # show the page
+):
+    "The desk of `listen` as a page without code, through Voila, until Ctrl-C. `UserError` if that is missing, and for a song or model that can't be read."
+    if importlib.util.find_spec("voila") is None: raise UserError("the page of widgets needs Voila: pip install voila; the desk itself, without --voila, needs nothing")
+    find_model(model)
+    if file is not None and not Path(file).expanduser().is_dir(): probe(Path(file).expanduser())
+    options = ["--Voila.ip=127.0.0.1", *([f"--port={port}"] if port else []), *([] if open_browser else ["--no-browser"])]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "desk.ipynb").write_text(voila_notebook(file, model))
+        try: return subprocess.run([sys.executable, "-m", "voila", str(Path(folder) / "desk.ipynb"), *options]).returncode
+        except KeyboardInterrupt: print("The listening desk is closed.")

@@ -533,3 +533,16 @@ def test_the_command_opens_a_desk(browser, tmp_path):
         before = tab.evaluate("desk.position()")
         tab.keyboard.press("s")
         assert tab.evaluate("desk.state.set") == 2 and tab.evaluate("desk.position()") - before < .5
+
+
+@pytest.mark.browser
+def test_the_command_through_voila(browser, tmp_path):
+    "`deepdemix listen FOLDER --voila`: the widgets as a page without code."
+    pytest.importorskip("voila", reason="voila is not installed")
+    for name, frequency, loud in zip(SOURCES, (440, 100, 1000, 700), (.1, .01, 0., .001)): write(tmp_path / "tones" / f"{name}.wav", tone(frequency, loud * 2 ** .5), RATE, subtype="FLOAT")
+    line = ["-c", "import sys; from deepdemix.cli import main; sys.exit(main())", "listen", str(tmp_path / "tones"), "--voila", "--no-browser", "--port=PORT"]
+    with program(line, tmp_path, "Voil.*running at|http://127") as address, opened(browser, address, True, "cdn.jsdelivr.net/npm/@fortawesome|labextensions/jupyterlab-jupytext") as tab:
+        frame = inner(tab)
+        frame.get_by_label("true stems").check()
+        plays_mutes_and_switches(frame)
+        assert tab.locator(".jp-InputArea, .jp-CodeCell .cm-content").count() == 0
