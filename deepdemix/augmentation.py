@@ -195,13 +195,14 @@ class Variant:
     start: int = 0 # where in the song it begins, in samples
     frames: int = 0 # how much of the song it holds, in samples
     read: object = None # (start, frames) -> (sources, channels, time)
-    held: dict = field(default_factory=dict) # copies on devices
+    held: dict = field(default_factory=dict) # copies on devices; where the store is read each time, the last excerpt of all of its songs
 
     def cut(self, sources, start, frames, device=None) -> Tensor: # (…, channels, frames)
         "An excerpt of one source (a number) or of several (a slice)."
         device = torch.device(device or "cpu")
         if self.stems is None:
-            if self.held.get("place") != (start, frames): self.held.update(place=(start, frames), part=self.read(start, frames))
+            place = self.read, start, frames
+            if self.held.get("place") != place: self.held.update(place=place, part=self.read(start, frames))
             return self.held["part"][sources].to(device)
         if device.type != "cpu" and device not in self.held: self.held[device] = self.stems.to(device)
         return self.held.get(device, self.stems)[sources, ..., start:start + frames]
@@ -226,10 +227,10 @@ class Bank:
         self.store, self.pitch, self.stretch, self.shift, self.seed = store, pitch, stretch, shift, seed
         self.channels = channels or max((s.channels for s in store.songs), default=1)
         self.variants, self.refresh, self.excerpt, self.memory, self.cache, self.workers = variants, refresh, excerpt, memory, cache, workers
-        self.kept, self.coming, self.pool = OrderedDict(), {}, None
+        self.kept, self.coming, self.last, self.pool = OrderedDict(), {}, {}, None
         self._check()
 
-    def __getstate__(self): return {**self.__dict__, "kept": OrderedDict(), "coming": {}, "pool": None}
+    def __getstate__(self): return {**self.__dict__, "kept": OrderedDict(), "coming": {}, "last": {}, "pool": None}
 
 # %% ../nbs/02_augmentation.ipynb #0cf5bf51
 @patch
@@ -281,7 +282,7 @@ def parameters(self: Bank, song: int, variant: int, generation: int) -> tuple[fl
 def render(self: Bank, song: int, pitch: float, stretch: float, start: int, frames: int) -> Variant:
     "Read a part of a song and shift it. A whole store that is not shifted and does not fit into `memory` is read excerpt by excerpt instead."
     rate, read = self.store.sample_rate, lambda at, n: to_channels(self.store.stems(song, start + at, n), self.channels)
-    if self.shift is None and self.need() > self.memory: return Variant(None, Loudness(read, rate, frames), frames, frames=frames, read=read)
+    if self.shift is None and self.need() > self.memory: return Variant(None, Loudness(read, rate, frames), frames, frames=frames, read=read, held=self.last)
     stems = read(0, frames)
     if self.shift == "tied": stems = torch.stack([shift_tied(s, rate, stretch) for s in stems])
     elif (pitch, stretch) != (0.0, 1.0): stems = torch.stack([shift(s, rate, pitch, stretch) for s in stems])

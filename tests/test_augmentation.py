@@ -295,6 +295,20 @@ def test_mono_and_stereo_songs_go_together():
     assert Triplets(band, channels=None, duration=1.0)[0].shape == (3, 2, RATE)
 
 
+EVERY_CHOICE = [dict(), dict(coherent=0.0, eq=(-6, 6), swap=0.5, flip=0.5, mixup=0.5), dict(shift="tied"), dict(pitch=None, stretch=None, level=("gain", (-5, 20)))]
+
+
+@pytest.mark.parametrize("options", EVERY_CHOICE)
+def test_every_step_of_a_mix_runs_on_the_device_asked_for(options):
+    mixture, sources = Mixer(BAND, duration=2.0, **options).batch(4, 5, device="meta")
+    assert mixture.is_meta and sources.is_meta and mixture.shape == (4, 2, 2 * RATE) and sources.shape == (4, 4, 2, 2 * RATE)
+
+
+@pytest.mark.parametrize("batches", [lambda: Triplets(BAND, duration=2.0), lambda: BalancedBatches(BAND, duration=2.0), lambda: BalancedBatches(BAND, duration=2.0, background=(-5, 5))])
+def test_every_step_of_a_contrastive_batch_runs_on_the_device_asked_for(batches):
+    assert all(x.is_meta for x in batches().batch(2, device="meta"))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [dict(), dict(coherent=0.0, eq=(-6, 6), flip=0.5, mixup=0.5), dict(pitch=None, stretch=None, level=("gain", (-5, 20)))])
 def test_a_gpu_makes_the_same_mixes(options):
@@ -302,6 +316,13 @@ def test_a_gpu_makes_the_same_mixes(options):
     for ours, theirs in zip(here, there): assert theirs.is_cuda and torch.allclose(ours, theirs.cpu(), atol=1e-3)
     waves = [Triplets(BAND, duration=2.0).batch(4, device=device)[0].cpu() for device in (None, "cuda")]
     assert torch.allclose(*waves, atol=1e-3)
+
+
+def test_a_store_that_is_read_each_time_leaves_one_excerpt_in_memory():
+    mixer = Mixer(BAND, duration=1.0, pitch=None, stretch=None, memory=1e-6)
+    for i in range(40): mixer[i]
+    parts = {id(v.held["part"]): v.held["part"].nbytes for v in mixer.bank.kept.values()}
+    assert len(mixer.bank.kept) > 3 and sum(parts.values()) == 4 * 2 * RATE * 4
 
 
 def test_memory_stays_flat_while_copies_come_and_go():
