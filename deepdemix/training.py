@@ -125,6 +125,7 @@ class Recipe:
     monitor: str = "" # the figure that decides which weights are best; "": the task's own
     patience: int = 0 # epochs without gain before the run ends; 0: never
     max_minutes: float = 0. # training time after which the run stops, resumable; 0: none
+    clock: str = "wall" # what counts as training time: "wall", or "processor" for the time that this process computes on all its cores
     save_minutes: float = 5. # how often the state is saved within an epoch
     encoder: str|None = None # run folder of a pretrained encoder to start from
     encoder_lr_scale: float = 1. # the encoder's step size, as a share of `lr`
@@ -259,7 +260,7 @@ def _put(
 
 # %% ../nbs/03_training.ipynb #07d6e140
 CHOICES = dict(lr_schedule=("none", "cosine", "warmup_cosine", "plateau"), precision=("32", "bf16-mixed", "16-mixed"),
-               validation=("mixes", "songs"), device=("auto", "cpu", "cuda", "mps"))
+               validation=("mixes", "songs"), device=("auto", "cpu", "cuda", "mps"), clock=("wall", "processor"))
 POSITIVE = ("epochs", "examples_per_epoch", "batch_size", "accumulate", "lr", "valid_examples", "encoder_lr_scale")
 NOT_NEGATIVE = ("seed", "weight_decay", "grad_clip", "ema", "patience", "max_minutes", "save_minutes", "num_workers", "warmup", "lr_patience", "unfreeze_every")
 
@@ -1025,14 +1026,17 @@ class Loop:
         self.network, self.optimizer = task.network, build_optimizer(task, recipe)
         self.average = Average(task.network, recipe.ema) if recipe.ema else None
         self.step, self.rows, self.sums, self.pooled, self.best = 0, [], {}, {}, None
-        self.seconds, self.began, self.saved, self.epoch_began = 0., time.monotonic(), time.monotonic(), 0.
+        self.seconds, self.began, self.saved, self.epoch_began = 0., self.now, time.monotonic(), 0.
         self.pending, self.stop, self.met, self.over = None, None, False, False
 
     @property
     def epoch(self): return self.step // self.recipe.steps_per_epoch
 
     @property
-    def spent(self): return self.seconds + time.monotonic() - self.began
+    def now(self): return time.process_time() if self.recipe.clock == "processor" else time.monotonic()
+
+    @property
+    def spent(self): return self.seconds + self.now - self.began
 
 # %% ../nbs/03_training.ipynb #13f19c96
 @patch
@@ -1228,7 +1232,7 @@ def start(self:Loop, trainer):
         self.optimizer.load_state_dict(state["optimizer"])
         trainer.precision_plugin.load_state_dict(state["precision"])
     self._start_random([state["random"], *state.get("others", [])] if state else [])
-    self.state, self.began, self.saved = None, time.monotonic(), time.monotonic()
+    self.state, self.began, self.saved = None, self.now, time.monotonic()
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, self._signal)
 

@@ -1,5 +1,5 @@
 "The training loop under faults: stopped, killed, resumed, fed with nonsense."
-import json, os, signal, subprocess, sys, threading
+import json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +100,13 @@ def test_stopped_by_time_again_and_again_is_the_same(tmp_path, whole):
         if steps[-1] == 9: break
     assert steps == list(range(1, 10)), "every start should do a single step"
     assert same_runs(whole, tmp_path/"run")
+
+@pytest.mark.parametrize("clock", ["wall", "processor"])
+def test_the_processors_clock_stands_still_while_it_sleeps(tmp_path, clock):
+    worked = time.process_time()
+    fit(recipe(epochs=1, examples_per_epoch=4, clock=clock), STORE, tmp_path/"run", progress=False, task=stopping_after(1, lambda: time.sleep(2)))
+    worked, seconds = time.process_time() - worked, 3600 * read_record(tmp_path/"run")["hours"]
+    assert seconds > 2 if clock == "wall" else seconds < worked + 0.05
 
 def test_killed_and_resumed_is_the_same(tmp_path, whole):
     "SIGKILL in the fifth step of nine; the state was saved after each of the four before."
