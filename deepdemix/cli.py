@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILE_NAMES', 'PROFILE_HELP', 'download', 'prepare', 'train', 'pretrain', 'evaluate', 'compare', 'experiment',
-           'label_efficiency', 'demo', 'separate', 'models', 'export', 'listen', 'make_parser', 'Terminated', 'main']
+           'label_efficiency', 'contest', 'demo', 'separate', 'models', 'export', 'listen', 'make_parser', 'Terminated',
+           'main']
 
 # %% ../nbs/11_cli.ipynb #2ac47973
 import argparse
@@ -179,6 +180,14 @@ def label_efficiency(
     print(label_efficiency(_open(args), args.out, profile=args.profile, seeds=args.seeds, songs=args.songs, settings=args.set))
     print(f"saved: {args.out}")
 
+def contest(
+    args:argparse.Namespace, # data, out, minutes, seeds, set
+):
+    "Train four networks for the same time, with and without pretraining, and score them."
+    from deepdemix.contest import ENTRIES, run_contest
+    found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.seeds, settings=args.set)
+    print(found.table(("SDR", "uSDR")).text(), *found.verdicts(), f"saved: {args.out}", sep="\n")
+
 def demo(
     args:argparse.Namespace, # out, seed
 ):
@@ -304,7 +313,7 @@ def _study_options(
 def _add_score_commands(
     commands, # argparse's subparsers
 ):
-    "evaluate, compare, experiment, label-efficiency and demo"
+    "evaluate, compare, experiment, label-efficiency, contest and demo"
     p = commands.add_parser("evaluate", help="score a model, beside the reference rows")
     p.add_argument("--model", required=True, metavar="RUN|NAME", help="a run folder or a bundled model"); _data_option(p)
     p.add_argument("--split", default="test", choices=("train", "valid", "test"), help="which songs (default: test)")
@@ -321,6 +330,10 @@ def _add_score_commands(
     p = commands.add_parser("label-efficiency", help="how many songs pretraining is worth")
     _data_option(p); _study_options(p, "demo", 3)
     p.add_argument("--songs", type=int, nargs="+", default=[4, 8, 20, 40, 80], metavar="N", help="training songs of each point (default: 4 8 20 40 80)"); p.set_defaults(run=label_efficiency)
+    p = commands.add_parser("contest", help="four networks, the same songs and the same time, with and without pretraining")
+    _data_option(p); p.add_argument("--out", required=True, metavar="DIR", help="its folder; begun before, it goes on there")
+    p.add_argument("--minutes", type=float, default=60., metavar="M", help="of one core's time for each run (default: 60)"); p.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of everything (default: 2)")
+    p.add_argument("--set", action="append", default=[], metavar="field=value", help="change a recipe field of all models; may be repeated"); p.set_defaults(run=contest)
     p = commands.add_parser("demo", help="the first run: nothing is downloaded, on any CPU, in minutes")
     p.add_argument("--out", default="demo", metavar="DIR", help="what it leaves behind (default: demo)")
     p.add_argument("--seed", type=_seed, default=0, help="of songs, weights and mixes (default: 0)"); p.set_defaults(run=demo)

@@ -254,7 +254,7 @@ def _put(
     name:str, # what the error calls it
 ):
     "`old` with `value` at `path`."
-    if not path: return value
+    if not path: return str(value) if isinstance(old, str) and type(value) in (int, float) else value
     if not isinstance(old, dict): raise UserError(f"the recipe field '{name}' has no settings of its own")
     return {**old, path[0]: _put(old.get(path[0], {}), path[1:], value, f"{name}.{path[0]}")}
 
