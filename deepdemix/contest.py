@@ -110,7 +110,8 @@ def run_contest(
     settings=(), # further recipe fields for all, as `field=value`
     progress:bool=True, # show the training
 ) -> "Contest":
-    "Train and score everybody."
+    "Train and score everybody. Raises `UserError` for a budget of nothing."
+    if minutes <= 0 or seeds < 1: raise UserError(f"minutes={minutes:g}, seeds={seeds}: a contest needs time and 1 seed or more")
     out, songs = Path(out), store.split("test")
     out.mkdir(parents=True, exist_ok=True)
     about = dict(minutes=minutes, seeds=seeds, starts=list(starts), data=store.digest, entries=[[e.name, e.network, e.args, e.settings] for e in entries], settings=list(settings))
