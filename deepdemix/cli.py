@@ -67,6 +67,7 @@ def _positive(text):
     if int(text) < 1: raise argparse.ArgumentTypeError(f"{text}: 1 or more")
     return int(text)
 
+# %% ../nbs/11_cli.ipynb #28c2e54b
 def _ray_options(parser):
     "Add what a command takes that can run on a cluster."
     parser.add_argument("--ray", action="store_true", help="work on all cores with Ray: pip install 'deepdemix[ray]'")
@@ -85,6 +86,7 @@ def _on_ray(
     from deepdemix.catalogue import OnRay
     return OnRay(args.address, args.workers, threads, gpus)
 
+# %% ../nbs/11_cli.ipynb #1b974bd9
 def download(
     args:argparse.Namespace, # out
 ):
@@ -163,6 +165,7 @@ def compare(
     from deepdemix.evaluation import Scores, compare
     print(compare(Scores.load(args.a), Scores.load(args.b or args.a), args.metric, model_a=args.model_a, model_b=args.model_b, split=args.split))
 
+# %% ../nbs/11_cli.ipynb #85e66100
 def experiment(
     args:argparse.Namespace, # data, out, profile, seeds, controls, set
 ):

@@ -113,6 +113,17 @@ def _known(
     rows = scores.rows
     return bool(((rows.model == model) & (rows.seed == seed) & (rows.split == split)).any())
 
+def _add(
+    scores, # `Scores` or None
+    more:Scores, # to be added
+    path:Path, # where both are kept
+) -> Scores:
+    "Both together, saved."
+    both = more if scores is None else scores + more
+    both.save(path)
+    return both
+
+# %% ../nbs/09_experiment.ipynb #2849c336
 def score_steps(
     store:Store, # the songs
     out:Path, # the experiment's folder
@@ -132,16 +143,6 @@ def score_steps(
             network = load_network(Path(out) / f"seed{seed}" / step.name)
             scores = _add(scores, evaluate(network, songs, name=step.label, seed=seed, references=False), path)
     return scores
-
-def _add(
-    scores, # `Scores` or None
-    more:Scores, # to be added
-    path:Path, # where both are kept
-) -> Scores:
-    "Both together, saved."
-    both = more if scores is None else scores + more
-    both.save(path)
-    return both
 
 # %% ../nbs/09_experiment.ipynb #5d474607
 class Experiment:
@@ -307,6 +308,7 @@ def changes(self:Experiment,
     change = self.scores.by_song(metric, b, split) - self.scores.by_song(metric, a, split)
     return change.loc[change.mean(axis=1).sort_values(ascending=False).index]
 
+# %% ../nbs/09_experiment.ipynb #a78c960e
 @patch
 def plot_changes(self:Experiment,
     store, # the songs

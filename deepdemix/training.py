@@ -1516,6 +1516,7 @@ def _drive(loop, trainer, store, state):
     if loop.stop == "interrupted": raise loop.ranks.alike(Interrupted(f"stopped by {signal.Signals(loop.pending).name} at step {loop.step} of {loop.recipe.steps}; resume to go on: {loop.out}"))
     return loop.out
 
+# %% ../nbs/03_training.ipynb #63b65e75
 def _failed(loop, trainer, error):
     "The error to raise; processes that don't know of it are ended, and the record says so."
     lost = _lost(error) if trainer.world_size > 1 else None
