@@ -26,7 +26,7 @@ $(VENV)/.package: $(BIN)/python settings.ini setup.py constraints.txt
 
 $(VENV)/.dev: $(VENV)/.package
 	@echo "installing what the tests need (once)"
-	@$(PIP) -e '.[dev-core]'
+	@$(PIP) -e '.[dev-core,ray]'
 	@touch $@
 
 $(VENV)/.nussl: $(VENV)/.dev

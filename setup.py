@@ -17,7 +17,7 @@ pythons = [f"Programming Language :: Python :: 3.{n}" for n in range(minor(cfg["
 words = lambda key: cfg.get(key, "").split()
 extras = {name: words(f"{name}_requirements") for name in ("dev", "nussl", "bench", "docs", "browser", "export", "hub", "ray")}
 extras["dev-core"] = extras["dev"]
-extras["dev"] = extras["dev-core"] + extras["nussl"]
+extras["dev"] = extras["dev-core"] + extras["ray"] + extras["nussl"]
 
 setup(
     name=cfg["lib_name"],
