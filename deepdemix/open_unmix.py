@@ -15,6 +15,10 @@ from .baseline import MaskNetwork, RecurrentStack
 from .training import MODELS, PROFILES, register_loss, register_network
 
 # %% ../nbs/06b_open_unmix.ipynb #dbf9f977
+def _several(): return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+def _in_common_step(): return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+
 class Standardise(nn.Module):
     "Shift and scale each bin: `(b, n_t, n_ac, bins)` in and out; the first training batch that sounds sets both."
     def __init__(self,
@@ -25,7 +29,7 @@ class Standardise(nn.Module):
         self.register_buffer("measured", torch.tensor(False))
 
     def forward(self, x):
-        if self.training and not self.measured: self.measure(x.detach())
+        if self.training and not self.measured and (not _several() or _in_common_step()): self.measure(x.detach())
         return (x + self.mean) * self.scale
 
 @patch
@@ -33,10 +37,10 @@ class Standardise(nn.Module):
 def measure(self:Standardise,
     x:torch.Tensor, # magnitudes (b, n_t, n_ac, bins)
 ):
-    "Take mean and spread over batch, frames and channels, and over all processes that train together; silence changes nothing."
+    "Take mean and spread over batch, frames and channels, and over all processes that train together, each of which must call this; silence changes nothing."
     frames = x.float().mean(2).flatten(0, 1)
     sums = torch.stack([torch.ones_like(frames), frames, frames.square()]).sum(1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(sums)
+    if _several(): torch.distributed.all_reduce(sums)
     mean, square = sums[1:] / sums[0]
     spread = (square - mean.square()).clamp_min(0).sqrt()
     if not 0 < spread.max() < torch.inf: return

@@ -146,6 +146,37 @@ def test_a_term_beside_separation(tmp_path, toy):
     assert close(tmp_path/"one", tmp_path/"two")
 
 
+def test_open_unmix_hears_the_whole_batch_and_nobody_waits_for_a_process_alone(tmp_path):
+    from deepdemix.open_unmix import Standardise
+    x = torch.rand(6, 30, 2, 9, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 9)
+    def apart(rank):
+        torch.distributed.init_process_group("gloo")
+        for shares in ((x[:2], x[2:]), (0 * x, x)):
+            layer, whole = Standardise(9), Standardise(9)
+            if rank == 0: assert torch.equal(layer(x), x) and not layer.measured
+            step = nn.parallel.DistributedDataParallel(layer)
+            assert torch.equal(step(0 * x), 0 * x) and not layer.measured
+            step(shares[rank])
+            whole.measure(torch.cat(shares)) # on both, so the sums are twice as large and the means the same
+            assert layer.measured and whole.measured
+            torch.testing.assert_close(torch.stack([layer.mean, layer.scale]), torch.stack([whole.mean, whole.scale]), rtol=1e-4, atol=1e-4)
+    status, told = together(tmp_path, apart)
+    assert status == [0, 0], told
+
+def test_open_unmix_begins_alike_whatever_the_first_process_looks_at(tmp_path):
+    class Curious(T.SeparationTask):
+        def own_batch(self, step):
+            if T.is_first() and step == 0 and self.share[1] > 1: self.network(torch.rand(1, 1, 4000))
+            return super().own_batch(step)
+    r = recipe(network="open_unmix", network_args=dict(window_length=256, hop_length=64, hidden=8, layers=1, bandwidth=3000., shared=True, channels=1, dropout=0.), epochs=1, lr=1e-12)
+    fit(r, STORE, tmp_path/"one", progress=False)
+    status, told = together(tmp_path, lambda rank: fit(r, STORE, tmp_path/"two", progress=False, task=Curious))
+    assert status == [0, 0], told
+    one, two = (read_weights(tmp_path/n/"model.safetensors") for n in ("one", "two"))
+    for k in ("mean", "scale", "measured"): torch.testing.assert_close(*(x[f"encoder.0.standardise.{k}"] for x in (one, two)), rtol=1e-4, atol=1e-5)
+    assert one["encoder.0.standardise.measured"] and (one["encoder.0.standardise.mean"] < 0).all()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "Nine steps of two processes, with dropout, averaged weights and accumulation."

@@ -225,22 +225,6 @@ def test_the_scale_of_the_bins_is_measured_once_and_travels_with_the_encoder(son
     assert torch.equal(other.encoder[0].standardise.scale, scale)
 
 
-def test_processes_that_train_together_measure_the_same_scale(monkeypatch):
-    from deepdemix.open_unmix import Standardise
-    x = torch.rand(6, 30, 2, 9, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 9)
-    whole, sums, mine, silent = Standardise(9), [], Standardise(9), Standardise(9)
-    whole(x)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: sums.append(t.clone()))
-    for part in (x[:2], x[2:], 0 * x): Standardise(9)(part)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.copy_(sum(sums[:2])))
-    mine(x[:2])
-    torch.testing.assert_close(torch.stack([mine.mean, mine.scale]), torch.stack([whole.mean, whole.scale]), rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.copy_(sums[0] + sums[2]))
-    silent(0 * x)
-    assert mine.measured and silent.measured and (silent.mean < 0).all()
-
-
 @pytest.mark.slow
 def test_the_published_open_unmix_has_its_published_size():
     assert count_parameters(build_network("open_unmix")) == 4 * 8_893_348
