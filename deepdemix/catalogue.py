@@ -349,12 +349,24 @@ def check_address(
     address, # "auto", "HOST:PORT" or "ray://HOST:PORT"
     seconds=5.0, # to wait for an answer
 ):
-    "`UserError` if nothing listens at an address, in seconds and not after minutes."
+    "`UserError` if nothing listens at an address, or something that can't be Ray, in seconds and not after minutes."
     if address == "auto": return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit(): raise UserError(f"{address!r} is no address of a cluster: use HOST:PORT, as `ray start --head` prints it, or auto")
-    try: socket.create_connection((host, int(port)), seconds).close()
+    try:
+        with socket.create_connection((host, int(port)), seconds) as s: speaks = _speaks_http2(s)
     except (OSError, OverflowError) as e: raise UserError(f"{address}: nothing answers there ({e}); start a cluster there with `ray start --head`, or leave the address out") from None
+    if not speaks: raise UserError(f"{address}: something answers there, but it is not Ray; use the address that `ray start --head` prints")
+
+def _speaks_http2(connection):
+    "Whether who answers speaks HTTP/2, as Ray's servers do: the answer to the greeting is a frame of settings. With TLS one can't see that from here."
+    if os.environ.get("RAY_USE_TLS") == "1": return True
+    try:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        head = b""
+        while len(head) < 9 and (more := connection.recv(9 - len(head))): head += more
+    except OSError: return False
+    return len(head) == 9 and head[3] == 4 and head[5:] == bytes(4)
 
 # %% ../nbs/08a_catalogue.ipynb #ac52c11f
 @contextlib.contextmanager
