@@ -14,9 +14,10 @@ def timed(*args, **kw):
     return separate_catalogue(*args, progress=False, loading=dict(device="cpu", threads=1), **kw), time.perf_counter() - began
 
 
-def measure(folder, songs=30, duration=4.0, workers=2):
+def measure(folder, songs=30, duration=30.0, workers=2):
     "Rows of one process alone, of a cluster, and of a restart."
     for k in range(songs): write(folder / "in" / f"toy {k:02d}.wav", toy_song(k, duration).sum(0), 44100)
+    yield row("length of a song", duration, "s")
     _, one = timed([folder / "in"], folder / "alone", each=alone)
     busy_alone = read_manifest(folder / "alone").seconds.sum()
     yield row("separating, one process of one thread", busy_alone / songs / duration, "of real time", note=f"{songs} songs of {duration:g} s")
