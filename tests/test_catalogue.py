@@ -1,5 +1,5 @@
 "The catalogue where a notebook cell is the wrong place: workers that die, clusters that are none, stores in parts, and a store of 30 GB."
-import json, os, signal, socket, subprocess, sys, threading, time
+import http.server, json, os, signal, socket, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -86,15 +86,17 @@ def test_bad_use_is_one_line_and_status_2(tmp_path, tiny, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"127.0.0.1:{free.getsockname()[1]}"
+    web = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
     for words, line in ((["separate", "--ray", str(tmp_path / "bare")], "no audio files"), (["separate", "--ray", str(tmp_path / "none")], "no such folder"),
-                        (["separate", "--ray", str(songs), "--address", closed], "nothing answers there"), (["separate", str(songs), "--address", closed], "--ray"),
+                        (["separate", "--ray", str(songs), "--address", closed], "nothing answers there"), (["separate", "--ray", str(songs), "--address", "127.0.0.1:%d" % web.server_port], "it is not Ray"), (["separate", str(songs), "--address", closed], "--ray"),
                         (["separate", "--ray", str(songs), "--model", "nobody"], "there is no model"), (["separate", "--ray", str(songs), "--workers", "0"], "0")):
         began = time.monotonic()
         try: status = main([*words, "--out", str(tmp_path / "out"), *([] if "--model" in words else ["--model", str(tiny)])])
         except SystemExit as e: status = e.code
         error = capsys.readouterr().err
         assert status == 2 and line in error and "Traceback" not in error, (words, error)
-    assert error.strip()
+    web.shutdown(); web.server_close()
 
 
 def test_the_mixes_of_a_store_in_parts_are_those_of_the_whole(tmp_path):
@@ -110,7 +112,6 @@ def test_the_mixes_of_a_store_in_parts_are_those_of_the_whole(tmp_path):
 
 # ---- with Ray
 
-@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_does_nothing_twice(tmp_path, tiny, on_ray):
     songs, out, journal, killed = make_songs(tmp_path / "in", 30), tmp_path / "out", tmp_path / "journal", []
 
@@ -171,6 +172,35 @@ def test_a_cluster_prepares_the_same_store(tmp_path, on_ray):
     (tmp_path / "in" / "song 6" / "bass.wav").write_bytes(b"RIFF, and then nothing")
     here, there = (prepare_stems(tmp_path / "in", tmp_path / name, sample_rate=RATE, progress=False, skip_bad=True, **kw) for name, kw in (("here", {}), ("there", dict(parts=3, each=on_ray(2)))))
     assert here.digest == there.digest and len(there) == 6 and there.verify() == [] and there.index["skipped"] == here.index["skipped"]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_somebody_started_is_joined(tmp_path, tiny, on_ray):
+    import ray
+    songs, address = make_songs(tmp_path / "in", 3, 0.3), ray.get_runtime_context().gcs_address
+    words = ["separate", "--ray", str(songs), "--address", address, "--model", str(tiny), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    joined = lambda *more: subprocess.run([str(Path(sys.executable).parent / "deepdemix"), *words, *more], capture_output=True, text=True, timeout=300)
+    done = joined("--workers", "3")
+    assert done.returncode == 2 and "3 workers with 1 cores each don't fit: there are 2 cores" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = joined("--workers", "1")
+    assert "Traceback" not in done.stderr and sorted(read_manifest(tmp_path / "out").status) == ["done", "done", "failed"], done.stderr
+
+
+@pytest.mark.slow
+def test_a_server_that_speaks_as_ray_does_and_is_not(tmp_path, tiny):
+    "It greets as any gRPC server and then says nothing."
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'deepdemix[ray]'")
+    songs, held = make_songs(tmp_path / "in", 2, 0.3), []
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        def serve():
+            try:
+                while True: held.append(s.accept()[0]); held[-1].sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+            except OSError: pass
+        threading.Thread(target=serve, daemon=True).start()
+        words = ["separate", "--ray", str(songs), "--address", f"127.0.0.1:{s.getsockname()[1]}", "--model", str(tiny), "--out", str(tmp_path / "out")]
+        done = subprocess.run([str(Path(sys.executable).parent / "deepdemix"), *words], capture_output=True, text=True, timeout=500)
+    lines = [x for x in done.stderr.splitlines() if x.startswith("deepdemix:")]
+    assert done.returncode == 2 and len(lines) == 1 and "can't join this cluster" in lines[0] and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
