@@ -472,7 +472,7 @@ def _spread(ray, call, jobs, notes, workers, threads, gpus):
     context.enable_progress_bars, context.execution_options.verbose_progress, context.execution_no_progress_timeout_s = False, False, -1
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     size = max(1, min(64, len(jobs) // (16 * workers)))
-    rows = [{"number": k, "job": pickle.dumps(job)} for k, job in enumerate(jobs)]
+    rows = [{"number": k, "job": ray.cloudpickle.dumps(job)} for k, job in enumerate(jobs)]
     data = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size))
     pool = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2)
     data = data.map(RayWorker, fn_constructor_kwargs=dict(call=call, notes=str(notes)), compute=pool, num_cpus=threads, num_gpus=gpus or None)
