@@ -189,7 +189,7 @@ def contest(
     "Train four networks for the same time, with and without pretraining, and score them."
     from deepdemix.contest import ENTRIES, run_contest
     found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.seeds, settings=args.set)
-    print(found.table(("SDR", "uSDR")).text(), *found.verdicts(), f"saved: {args.out}", sep="\n")
+    print(found.table(("SDR", "uSDR")), *found.verdicts(), f"saved: {args.out}", sep="\n")
 
 def demo(
     args:argparse.Namespace, # out, seed

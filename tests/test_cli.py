@@ -120,3 +120,12 @@ def test_a_stopped_training_has_the_status_of_its_signal(folder, tmp_path):
         process.send_signal(number)
         error = process.communicate(timeout=60)[1]
         assert process.returncode == status and "Traceback" not in error
+
+
+def test_a_contest_prints_its_table_and_what_pretraining_changed(folder, tmp_path, monkeypatch, capsys):
+    from deepdemix import contest
+    monkeypatch.setattr(contest, "ENTRIES", (contest.Entry("Narrow", "recurrent", dict(window_length=2048, hop_length=1024, hidden=8, layers=1), {}),))
+    words = [w for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32") for w in ("--set", s)]
+    assert main(["contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--seeds", "1", *TINY, *words]) == 0
+    printed = capsys.readouterr().out
+    assert "mixture / 4" in printed and "Narrow (pt) changes SDR by" in printed and (tmp_path / "run" / "scores.json").exists()
