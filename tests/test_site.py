@@ -100,6 +100,63 @@ def test_documentation_becomes_markdown(site):
     assert site.documentation(cell("Markdown('a')", outputs=[{"text/markdown": "a"}])) == ""
 
 
+def test_tables_of_cards(site):
+    card = """## Scores
+
+```
+test songs
+          ------------ SDR (dB) ------------  ------ uSDR (dB) ------
+                     overall  drums                overall  drums
+---------------------------------------------------------------
+mine       3.06 [2.53, 3.60]   3.44   3.10 [2.59, 3.64]   3.96
+---------------------------------------------------------------
+mixture / 4             1.04      –                0.80   0.49
+50 test songs; stereo.
+```
+
+```sh
+deepdemix models
+```
+"""
+    text = site.tabled(card)
+    assert "**SDR (dB), test songs**\n\n| | overall | drums |\n|---|---:|---:|\n| mine | 3.06 [2.53, 3.60] | 3.44 |\n| mixture / 4 | 1.04 | – |" in text
+    assert "**uSDR (dB), test songs**" in text and "| mine | 3.10 [2.59, 3.64] | 3.96 |\n| mixture / 4 | 0.80 | 0.49 |\n\n50 test songs; stereo." in text
+    assert text.endswith("```sh\ndeepdemix models\n```\n") and site.tabled("```\nplain\n```") == "```\nplain\n```"
+
+
+def test_private_code_is_folded(site):
+    "What is exported without a public name would not be on the page, though the words around it speak of it."
+    for code in ("def _f(): pass", "LIMIT = 3", "import io\n\nclass _A: pass"): assert site.private(code)
+    for code in ("import io", "def f(): pass\n\ndef _g(): pass", "def __iter__(self): pass", "class A: pass"): assert not site.private(code)
+    folded = cell("def _f(): pass")
+    folded.metadata["private"] = True
+    site.shown(folded)
+    assert folded.metadata["tags"] == ["hide-input"] and "private" not in folded.metadata
+    kept = [c for c in site.processed("01_data.ipynb").cells if c.metadata.get("private")]
+    assert len(kept) > 30 and not any("_room" in c.source and "def toy_song" in c.source for c in kept) and any("def _room(" in c.source for c in kept)
+
+
+def test_a_class_stands_before_its_methods(site):
+    def shown(name): return cell(f"#| output: asis\nshow_doc({name})", outputs=[{"text/markdown": f"### {name}\n\n*Words.*"}])
+    cells = [cell("# before", "markdown"), shown("measure"), shown("Standardise.reset_parameters"), shown("Standardise"), cell("x = 1"), shown("Painter")]
+    ordered = site.in_order(cells, "06b_open_unmix.ipynb")
+    assert [site.documented(c) for c in ordered] == ["", "Standardise", "Standardise.measure", "Standardise.reset_parameters", "", "Painter"]
+    assert site.documentation(ordered[2]).startswith("### Standardise.measure\n")
+
+
+def test_pictures_are_light(site):
+    "256 colours are all that a plot needs; what is small already stays."
+    import base64, io
+    from PIL import Image
+    from execute import lighter
+    wide = Image.radial_gradient("L").convert("RGB")
+    packed = lambda **how: (out := io.BytesIO(), wide.save(out, "png", **how), base64.b64encode(out.getvalue()).decode())[2]
+    less = lighter(packed(compress_level=0))
+    assert len(less) < len(packed()) and lighter(less) == less
+    again = Image.open(io.BytesIO(base64.b64decode(less)))
+    assert again.size == wide.size and max(abs(a - b) for a, b in zip(again.convert("L").tobytes(), wide.convert("L").tobytes())) <= 2
+
+
 def test_words_for_pictures(site):
     assert site.said("## A title\n\nThe band plays. Its **four** stems, as [`show`](x.html) draws them:") == "Its four stems, as show draws them"
     picture = cell("plot()", outputs=[{"image/png": "x"}])
@@ -378,6 +435,31 @@ def one_search(tab):
     "Whether the page offers one way to search: one visible button that opens the one search field."
     buttons = tab.locator(".search-button, .search-button-field").filter(visible=True)
     return buttons.count() == 1 and tab.locator("input[type=search]").count() == 1
+
+
+@pytest.mark.browser
+def test_private_code_opens(browser, address):
+    "Code without a public name is folded; its line opens by the keyboard."
+    with opened(browser, address, "data.html") as tab:
+        folds = tab.locator("article details.hide")
+        assert folds.count() > 30 and not folds.first.locator("pre").is_visible()
+        folds.first.locator("summary").press("Enter")
+        assert folds.first.locator("pre").is_visible() and "def " in folds.first.locator("pre").inner_text()
+
+
+@pytest.mark.browser
+def test_what_is_cut_off_says_so(browser, address):
+    "A box with more than is seen has a shadow at that end and can be scrolled by the keyboard; at its end it has none. Numbers in tables stand right."
+    with opened(browser, address, "pages/cost.html") as tab:
+        tab.set_viewport_size(PHONE)
+        tab.wait_for_selector("div.highlight pre.more")
+        wide = tab.locator("div.highlight pre.more").first.element_handle()
+        assert wide.get_attribute("tabindex") == "0"
+        wide.evaluate("e => { e.scrollLeft = e.scrollWidth; }")
+        tab.wait_for_function("e => !e.classList.contains('more')", arg=wide)
+        table = tab.locator("table.dataframe").first
+        assert table.locator("tbody td").first.evaluate("e => getComputedStyle(e).textAlign") == "right"
+        assert table.locator("tbody tr").first.locator("td").last.evaluate("e => getComputedStyle(e).textAlign") == "left"
 
 
 @pytest.mark.browser

@@ -4,7 +4,7 @@ nbdev's processors turn the notebooks into pages; Sphinx, with myst-nb and sphin
 Title, order and sections come from `_quarto.yml`, addresses from settings.ini. Notebooks are shown as they were saved; only the pages
 in `FRESH` are run, because their numbers come from `results/`. Nothing that a page needs lies outside the folder.
 """
-import html, io, os, re, shutil, sys, tempfile
+import ast, html, io, os, re, shutil, sys, tempfile
 from pathlib import Path
 
 import nbformat, yaml
@@ -12,7 +12,7 @@ from docutils.nodes import make_id
 from execnb.shell import CaptureShell
 from nbdev.config import get_config
 from nbdev.doclinks import _get_exps, _nbpath2html
-from nbdev.processors import FilterDefaults, _default_exp, exec_show_docs
+from nbdev.processors import FilterDefaults, _default_exp, exec_show_docs, rm_export
 from nbdev.serve_drv import exec_nb
 
 from execute import Client
@@ -21,7 +21,7 @@ from readme import addresses, root
 site = root / "nbs/_site"
 source = site / "build/source"
 FRESH = ("pages/pretraining_helps.ipynb", "pages/comparison.ipynb")
-TIED = ("09_experiment.ipynb", "06f_hybrid_demucs.ipynb", "08a_catalogue.ipynb") # to results/, to the packages demucs and ray
+TIED = ("09_experiment.ipynb", "06f_hybrid_demucs.ipynb", "08a_catalogue.ipynb", "pages/cost.ipynb") # to results/, to the packages demucs and ray, to bench/
 
 
 def quarto() -> dict:
@@ -79,10 +79,24 @@ def callouts(text: str) -> str:
     return re.sub(r"^(:{3,})\s*\{\.callout-(note|tip|warning|caution|important)([^}]*)\}", opened, text, flags=re.M)
 
 
+def tabled(text: str) -> str:
+    "Tables of scores that stand as plain text in model cards, as Markdown: one table for each metric, since two side by side are wider than a page."
+    def tables(found):
+        title, metrics, heads, *lines = found[1].splitlines()
+        metrics, heads = re.findall(r"-+ (\S+ \(dB\)) -+", metrics), heads.split()
+        rows, wide = [re.split(r"\s{2,}", line.strip()) for line in lines[:-1] if line.strip("-")], len(heads) // len(metrics)
+        for k, metric in enumerate(metrics):
+            part = slice(k * wide, (k + 1) * wide)
+            yield f"**{metric}, {title}**"
+            yield "\n".join(["| | " + " | ".join(heads[part]) + " |", "|---|" + "---:|" * wide, *(f"| {row[0]} | " + " | ".join(row[1:][part]) + " |" for row in rows)])
+        yield lines[-1]
+    return re.sub(r"^```\n(\w+ songs\n *-+ \S+ \(dB\) .*?)^```$", lambda found: "\n\n".join(tables(found)), text, flags=re.M | re.S)
+
+
 def included(text: str, folder: Path) -> str:
     "Quarto's include shortcodes replaced by the files, whose headings go down one level."
     def file(found):
-        content = (folder / found[1]).read_text(encoding="utf-8")
+        content = tabled((folder / found[1]).read_text(encoding="utf-8"))
         return re.sub(r"^(#+ )", r"#\1", content, flags=re.M).strip()
     return re.sub(r"\{\{<\s*include\s+(\S+)\s*>\}\}", file, text)
 
@@ -110,6 +124,29 @@ def at_line(address: str, name: str) -> str:
     return f"{file}#L{line}" if line else file
 
 
+def documented(cell) -> str:
+    "The full name of what a cell shows the documentation of; a decorator can hide the class of a method from `show_doc`."
+    found = re.search(r"^show_doc\(([\w.]+)", cell.source, re.M) if cell.cell_type == "code" else None
+    return found[1] if found else ""
+
+
+def in_order(cells: list, page: str) -> list:
+    "Documentation that follows on one another, in the order of the source (nbdev puts a class behind its methods), and with full names."
+    module = _default_exp(nbformat.read(root / "nbs" / page, as_version=4))
+    path = get_config(path=root).lib_path / f"{(module or '').replace('.', '/')}.py"
+    lines = _get_exps(path.relative_to(root).as_posix()) if module else {}
+    for cell in cells:
+        full = [name for name in lines if name.endswith(f".{documented(cell)}")] if documented(cell) not in lines else []
+        if len(full) == 1: cell.source = cell.source.replace(f"show_doc({documented(cell)}", f"show_doc({full[0]}")
+    out, run = [], []
+    for cell in [*cells, None]:
+        if cell is not None and documentation(cell): run.append(cell); continue
+        out += sorted(run, key=lambda c: lines.get(documented(c)) or 0) if all(lines.get(documented(c)) for c in run) else run
+        run = []
+        if cell is not None: out.append(cell)
+    return out
+
+
 def documentation(cell) -> str:
     "What `show_doc` left in a cell, with the heading first and the link to the source beneath it; empty for other cells."
     text = "".join("".join(o.get("data", {}).get("text/markdown", "")) for o in cell.get("outputs", []))
@@ -117,8 +154,10 @@ def documentation(cell) -> str:
     link = re.search(r"^\[source\]\(([^)]+)\)\{.*?\}\s*$", text, re.M)
     text = re.sub(r"^---\s*$|^\[source\]\(.*$", "", text, flags=re.M).strip()
     heading, _, body = text.partition("\n")
-    name, heading, body = heading.strip("# "), heading.replace("__", r"\_\_"), body.replace(":NoneType=None", "=None")
-    return f'{heading}\n\n<p class="source"><a href="{at_line(link[1], name)}">source</a></p>\n{body}' if link else text
+    name = documented(cell) or heading.strip("# ")
+    heading, body = "### " + name.replace("__", r"\_\_"), body.replace(":NoneType=None", "=None")
+    source = f'\n\n<p class="source"><a href="{at_line(link[1], name)}">source</a></p>' if link else ""
+    return f"{heading}{source}\n{body}" if link or documented(cell) else text
 
 
 def said(text: str, limit: int = 220) -> str:
@@ -140,9 +179,10 @@ def describe(cell, words: str) -> None:
 
 
 def shown(cell) -> None:
-    "A code cell as readers see it: without directives, and without its code if it says `echo: false`."
+    "A code cell as readers see it: without directives, without its code if it says `echo: false`, and folded if it is private."
     wanted = directives(cell.source)
     if "echo:false" in wanted: cell.metadata["tags"] = ["remove-input"]
+    elif cell.metadata.pop("private", False): cell.metadata["tags"] = ["hide-input"]
     cell.source = re.sub(r"^\s*#\|.*\n?", "", cell.source, flags=re.M).strip()
 
 
@@ -174,9 +214,21 @@ class show_docs_of_module(exec_show_docs):
         if self.k.exc: raise RuntimeError(f"show_doc fails: {cell.source}") from self.k.exc
 
 
+def private(code: str) -> bool:
+    "Whether an exported cell defines something and nothing of it public, so that the page would not show it at all."
+    made = [node for node in ast.parse(code).body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    return bool(made) and not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not re.match("_(?!_)", node.name) for node in made)
+
+
+def keep_private(cell):
+    "nbdev's `rm_export`, except for cells that the page would not show at all: the text around them speaks of them."
+    if cell.cell_type == "code" and cell.directives_ and "export" in cell.directives_ and "hide" not in cell.directives_ and private(cell.source): cell.metadata["private"] = True
+    else: rm_export(cell)
+
+
 class Processors(FilterDefaults):
     "nbdev's processors, of which none runs a notebook."
-    def base_procs(self): return [show_docs_of_module if p is exec_show_docs else p for p in super().base_procs()]
+    def base_procs(self): return [{exec_show_docs: show_docs_of_module, rm_export: keep_private}.get(p, p) for p in super().base_procs()]
 
 
 def executed(path: Path):
@@ -200,6 +252,7 @@ def processed(page: str):
 def notebook_page(page: str):
     "A notebook as myst-nb reads it."
     notebook, words = executed(root / "nbs" / page) if page in FRESH else processed(page), ""
+    notebook.cells = in_order(notebook.cells, page)
     notebook.metadata = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     for cell in notebook.cells:
         if text := documentation(cell): cell.cell_type, cell.source = "markdown", text
@@ -237,7 +290,7 @@ def configuration() -> dict:
     theme = dict(repository_url=cfg.git_url, repository_branch=cfg.branch, use_repository_button=True, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[],
                  show_toc_level=2, search_bar_text="Search", logo=dict(text=title, image_light=str(site / "_static/mark.svg"), image_dark=str(site / "_static/mark.svg"), alt_text=""))
     myst = dict(myst_enable_extensions=["colon_fence", "dollarmath", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="docutils.nodes.make_id", myst_links_external_new_tab=False)
-    notebooks = dict(nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_render_markdown_format="myst")
+    notebooks = dict(nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_render_markdown_format="myst", nb_code_prompt_show="The code behind this", nb_code_prompt_hide="The code behind this")
     look = dict(html_theme="sphinx_book_theme", html_context={"default_mode": "auto"}, html_theme_options=theme, html_title=title, html_static_path=[str(site / "_static")], html_css_files=["site.css"], html_js_files=["site.js"],
                 html_favicon=str(site / "_static/mark.svg"), html_copy_source=False, html_show_sphinx=False, html_math_renderer="mathml", html_baseurl=addresses()["{docs_url}"] + "/")
     about = dict(project=title, author=cfg.author, copyright=cfg.copyright, language="en", extensions=["myst_nb", "mathml"], root_doc="index", suppress_warnings=["myst.header"])
