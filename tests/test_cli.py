@@ -129,3 +129,15 @@ def test_a_contest_prints_its_table_and_what_pretraining_changed(folder, tmp_pat
     assert main(["contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--seeds", "1", *TINY, *words]) == 0
     printed = capsys.readouterr().out
     assert "mixture / 4" in printed and "Narrow (pt) changes SDR by" in printed and (tmp_path / "run" / "scores.json").exists()
+
+
+def test_the_examples_at_the_top_of_the_page():
+    "Each command has an example there, which the parser takes."
+    import re, shlex
+    from pathlib import Path
+    from deepdemix.cli import make_parser
+    page = json.loads((Path(__file__).parent.parent / "nbs/11_cli.ipynb").read_text(encoding="utf-8"))
+    examples = re.findall(r"^\| `deepdemix ([^`]+)` \|", "".join(page["cells"][0]["source"]), re.M)
+    for example in examples: make_parser().parse_args(shlex.split(example))
+    commands = next(action.choices for action in make_parser()._actions if action.metavar == "COMMAND")
+    assert sorted(example.split()[0] for example in examples) == sorted(commands)
