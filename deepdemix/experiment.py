@@ -397,7 +397,7 @@ def save_report(
     experiment.plot_training(figures["loss_curve.png"].axes[1])
     if store is not None: figures |= {"embedding.png": experiment.plot_embedding(store), **({"songs.jpg": experiment.plot_changes(store)} if "test" in experiment.splits else {})}
     for name, figure in figures.items():
-        with atomic_path(out / name) as part: figure.savefig(part, format=name[-3:])
+        with atomic_path(out / name) as part: figure.savefig(part, format=name[-3:], **({"pil_kwargs": dict(quality=60)} if name.endswith("jpg") else {}))
         plt.close(figure)
     return experiment
 
