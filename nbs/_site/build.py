@@ -290,7 +290,7 @@ def configuration() -> dict:
     theme = dict(repository_url=cfg.git_url, repository_branch=cfg.branch, use_repository_button=True, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[],
                  show_toc_level=2, search_bar_text="Search", logo=dict(text=title, image_light=str(site / "_static/mark.svg"), image_dark=str(site / "_static/mark.svg"), alt_text=""))
     myst = dict(myst_enable_extensions=["colon_fence", "dollarmath", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="docutils.nodes.make_id", myst_links_external_new_tab=False)
-    notebooks = dict(nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_render_markdown_format="myst", nb_code_prompt_show="The code behind this", nb_code_prompt_hide="The code behind this")
+    notebooks = dict(nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_render_markdown_format="myst", nb_code_prompt_show="Show the code", nb_code_prompt_hide="Hide the code")
     look = dict(html_theme="sphinx_book_theme", html_context={"default_mode": "auto"}, html_theme_options=theme, html_title=title, html_static_path=[str(site / "_static")], html_css_files=["site.css"], html_js_files=["site.js"],
                 html_favicon=str(site / "_static/mark.svg"), html_copy_source=False, html_show_sphinx=False, html_math_renderer="mathml", html_baseurl=addresses()["{docs_url}"] + "/")
     about = dict(project=title, author=cfg.author, copyright=cfg.copyright, language="en", extensions=["myst_nb", "mathml"], root_doc="index", suppress_warnings=["myst.header"])

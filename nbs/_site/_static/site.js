@@ -5,7 +5,8 @@ document.addEventListener("DOMContentLoaded", () => {
   const size = box => { if (box.scrollWidth > box.clientWidth) box.tabIndex = 0; else box.removeAttribute("tabindex"); look(box); };
   const watch = new ResizeObserver(seen => seen.forEach(x => size(x.target)));
   for (const box of boxes) { size(box); watch.observe(box); box.addEventListener("scroll", () => look(box), { passive: true }); }
-  for (const code of document.querySelectorAll("article p code, article li code")) if (code.textContent.length > 60) code.classList.add("long");
+  for (const code of document.querySelectorAll("article p code, article li code")) if (code.textContent.length > 40) code.classList.add("long");
+  for (const word of document.querySelectorAll("article code span.pre")) if (word.textContent.length < 24) word.classList.add("whole");
   for (const table of document.querySelectorAll("article table.dataframe")) {
     const rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows], width = Math.max(...rows.map(row => row.cells.length));
     for (let k = 1; k <= width; k++) {
