@@ -438,6 +438,44 @@ def one_search(tab):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("page", ["listening.html", "exploring.html"])
+def test_the_desk_on_the_page_plays(browser, address, page):
+    "The toy band's stems sound, and fall silent when all are muted, and one of them sounds again by itself; another set can be heard in its place."
+    with opened(browser, address, page) as tab:
+        tab.locator("article iframe").first.scroll_into_view_if_needed()
+        desk = tab.locator("article iframe").first.element_handle().content_frame()
+        desk.wait_for_selector("#play:enabled")
+        desk.evaluate("desk.region(0.5, 1.5)")
+        desk.click("#play")
+        level = lambda: (tab.wait_for_timeout(350), desk.evaluate("desk.level()"))[1]
+        assert level() > -40 and desk.evaluate("desk.state.playing")
+        for stem in ("drums", "bass", "other", "vocals"): desk.click(f"[aria-label='Mute {stem}']")
+        assert level() < -100
+        desk.click("[aria-label='Solo vocals']")
+        assert level() > -60
+        first = desk.inner_text("#status")
+        desk.press("body", "s")
+        assert level() > -60 and desk.inner_text("#status") != first
+        desk.click("#play")
+        assert not desk.evaluate("desk.state.playing")
+
+
+@pytest.mark.browser
+def test_formulas_and_callouts_are_drawn(browser, address, built):
+    "Every formula takes up room, and what Quarto calls a callout is a box with a title."
+    formulas = 0
+    for path in sorted(built.rglob("*.html")):
+        if "<math" not in path.read_text(encoding="utf-8"): continue
+        with opened(browser, address, path.relative_to(built).as_posix()) as tab:
+            boxes = tab.evaluate("[...document.querySelectorAll('article math')].map(m => [m.getBoundingClientRect().width, m.getBoundingClientRect().height, m.querySelectorAll('merror').length])")
+            formulas += len(boxes)
+            assert all(width > 4 and height > 6 and not wrong for width, height, wrong in boxes), path
+    assert formulas > 20
+    for page, title in (("pages/models.html", "Important"), ("pages/quickstart.html", "Note")):
+        with opened(browser, address, page) as tab: assert tab.locator("article .admonition > .admonition-title").first.inner_text() == title
+
+
+@pytest.mark.browser
 def test_private_code_opens(browser, address):
     "Code without a public name is folded; its line opens by the keyboard."
     with opened(browser, address, "data.html") as tab:
