@@ -166,29 +166,36 @@ def compare(
     print(compare(Scores.load(args.a), Scores.load(args.b or args.a), args.metric, model_a=args.model_a, model_b=args.model_b, split=args.split))
 
 # %% ../nbs/11_cli.ipynb #85e66100
+def _fields(
+    args:argparse.Namespace, # recipe, set
+) -> list: # such as ["lr=0.01"]
+    "Recipe fields for all models: those of `--recipe`, then those of `--set`."
+    from deepdemix.training import read_settings
+    return [*(read_settings(args.recipe) if args.recipe else ()), *args.set]
+
 def experiment(
-    args:argparse.Namespace, # data, out, profile, seeds, controls, set
+    args:argparse.Namespace, # data, out, profile, seeds, controls, recipe, set, logger
 ):
     "Run the paper's experiment: baseline, DDM and DDM (pt), Table 1 and the verdict."
     from deepdemix.experiment import run_experiment
-    result = run_experiment(_open(args), args.out, profile=args.profile, seeds=args.seeds, controls=args.controls, settings=args.set)
+    result = run_experiment(_open(args), args.out, profile=args.profile, seeds=args.seeds, controls=args.controls, settings=_fields(args), logger=args.logger)
     print(result.text())
     print(f"saved: {args.out}")
 
 def label_efficiency(
-    args:argparse.Namespace, # data, out, profile, seeds, songs
+    args:argparse.Namespace, # data, out, profile, seeds, songs, recipe, set, logger
 ):
     "Train on ever more songs, with and without a pretrained encoder, and draw the curves."
     from deepdemix.experiment import label_efficiency
-    print(label_efficiency(_open(args), args.out, profile=args.profile, seeds=args.seeds, songs=args.songs, settings=args.set))
+    print(label_efficiency(_open(args), args.out, profile=args.profile, seeds=args.seeds, songs=args.songs, settings=_fields(args), logger=args.logger))
     print(f"saved: {args.out}")
 
 def contest(
-    args:argparse.Namespace, # data, out, minutes, seeds, set
+    args:argparse.Namespace, # data, out, minutes, seeds, recipe, set, logger
 ):
     "Train four networks for the same time, with and without pretraining, and score them."
     from deepdemix.contest import ENTRIES, run_contest
-    found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.seeds, settings=args.set)
+    found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.seeds, settings=_fields(args), logger=args.logger)
     print(found.table(("SDR", "uSDR")), *found.verdicts(), f"saved: {args.out}", sep="\n")
 
 def demo(
@@ -303,14 +310,16 @@ PROFILE_HELP = "sizes and counts: demo takes under a minute a model, laptop abou
 
 def _study_options(
     p, # a command's parser
-    profile:str, # the default
     seeds:int, # the default
+    profile:str|None=None, # the default; None: there is nothing to choose
 ):
     "What commands that train several models take."
     p.add_argument("--out", required=True, metavar="DIR", help="its folder; begun before, it goes on there")
-    p.add_argument("--profile", choices=PROFILE_NAMES, default=profile, help=f"{PROFILE_HELP} (default: {profile})")
+    if profile: p.add_argument("--profile", choices=PROFILE_NAMES, default=profile, help=f"{PROFILE_HELP} (default: {profile})")
     p.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"runs of everything (default: {seeds})")
+    p.add_argument("--recipe", metavar="FILE.json", help="recipe fields for all models")
     p.add_argument("--set", action="append", default=[], metavar="field=value", help="change a recipe field of all models; may be repeated")
+    p.add_argument("--logger", choices=("csv", "tensorboard"), default="csv", help="where the curves go (default: csv)")
 
 # %% ../nbs/11_cli.ipynb #5332f0d6
 def _add_score_commands(
@@ -329,14 +338,13 @@ def _add_score_commands(
     p.add_argument("--split", choices=("train", "valid", "test"), help="the songs (default: test)")
     p.add_argument("--metric", default="SDR", metavar="NAME", help="such as SDR, uSDR, SI-SDR (default: SDR)"); p.set_defaults(run=compare)
     p = commands.add_parser("experiment", help="the paper's experiment: Table 1")
-    _data_option(p); _study_options(p, "laptop", 1); p.add_argument("--controls", action="store_true", help="train the control rows too"); p.set_defaults(run=experiment)
+    _data_option(p); _study_options(p, 1, "laptop"); p.add_argument("--controls", action="store_true", help="train the control rows too"); p.set_defaults(run=experiment)
     p = commands.add_parser("label-efficiency", help="how many songs pretraining is worth")
-    _data_option(p); _study_options(p, "demo", 3)
+    _data_option(p); _study_options(p, 3, "demo")
     p.add_argument("--songs", type=int, nargs="+", default=[4, 8, 20, 40, 80], metavar="N", help="training songs of each point (default: 4 8 20 40 80)"); p.set_defaults(run=label_efficiency)
     p = commands.add_parser("contest", help="four networks, the same songs and the same time, with and without pretraining")
-    _data_option(p); p.add_argument("--out", required=True, metavar="DIR", help="its folder; begun before, it goes on there")
-    p.add_argument("--minutes", type=float, default=60., metavar="M", help="of one core's time for each run (default: 60)"); p.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of everything (default: 2)")
-    p.add_argument("--set", action="append", default=[], metavar="field=value", help="change a recipe field of all models; may be repeated"); p.set_defaults(run=contest)
+    _data_option(p); _study_options(p, 2)
+    p.add_argument("--minutes", type=float, default=60., metavar="M", help="of one core's time for each run (default: 60)"); p.set_defaults(run=contest)
     p = commands.add_parser("demo", help="the first run: nothing is downloaded, on any CPU, in minutes")
     p.add_argument("--out", default="demo", metavar="DIR", help="what it leaves behind (default: demo)")
     p.add_argument("--seed", type=_seed, default=0, help="of songs, weights and mixes (default: 0)"); p.set_defaults(run=demo)
@@ -365,7 +373,7 @@ def _add_separate_command(
     p = commands.add_parser("separate", help="take songs apart into stems")
     p.add_argument("files", nargs="+", metavar="FILE", help="songs, or folders of songs; with --ray lists of songs too (.txt, .m3u)"); p.add_argument("--out", required=True, metavar="DIR", help="a folder for each song is made here")
     p.add_argument("--model", default="default", metavar="RUN|NAME", help="a bundled model or a run folder (default: default)")
-    p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one"); p.add_argument("--stems", nargs="+", metavar="STEM", help="write only these")
+    p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one"); p.add_argument("--stems", nargs="+", metavar="STEM", help="write only these; stands after the FILEs")
     p.add_argument("--format", choices=("wav", "flac", "mp3", "ogg"), default="wav", help="of the stems (default: wav)"); p.add_argument("--subtype", metavar="PCM_24|FLOAT|…", help="bit depth (default: 16 bit)")
     p.add_argument("--clip", choices=("rescale", "clamp", "none"), default="rescale", help="what to do where a stem passes full scale"); p.add_argument("--residual-to", metavar="STEM", help="give what is left over to this stem, so that stems sum to the mixture")
     p.add_argument("--overwrite", action="store_true", help="replace stems that are there"); p.add_argument("--json", action="store_true", help="print a summary as JSON")
@@ -387,6 +395,11 @@ def _stopped(error):
     "The exit status of a training that was asked to stop; None for any other error."
     if type(error).__name__ == "Interrupted": return 143 if "SIGTERM" in str(error) else 130
 
+def _reason(error):
+    "One line: of the system's errors the file and what is wrong with it."
+    plain = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
+    return " ".join(plain.split())
+
 class Terminated(KeyboardInterrupt):
     "Somebody asked this process to end; it tidies up first."
 
@@ -407,5 +420,5 @@ def main(
         from deepdemix.audio import UserError
         if not isinstance(error, (UserError, OSError)): raise
         if getattr(error, "quiet", False): return 0
-        print(f"deepdemix: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"deepdemix: {_reason(error)}", file=sys.stderr)
         return _stopped(error) or 2

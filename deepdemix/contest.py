@@ -80,13 +80,14 @@ def train_entry(
     minutes:float, # the budget, of one core's time
     settings=(), # further recipe fields for all, as `field=value`
     progress:bool=True, # show the training
+    logger:str="csv", # "tensorboard" writes event files besides
 ) -> Path: # the separator's run folder
     "Spend one budget. Raises `UserError` for a network that is too large."
     count = sum(p.numel() for p in build_network(entry.network, **entry.args).parameters())
     if count > MOST_PARAMETERS: raise UserError(f"{entry.name} has {count:,} weights; at most {MOST_PARAMETERS:,} take part")
     root = Path(out) / entry.folder / start / f"seed{seed}"
     for name, recipe in sorted(contest_recipes(entry, start, minutes, seed, root, settings).items()):
-        if not _over(root / name): fit(recipe, store, root / name, resume=True, progress=progress)
+        if not _over(root / name): fit(recipe, store, root / name, resume=True, logger=logger, progress=progress)
     return root / "separator"
 
 # %% ../nbs/09a_contest.ipynb #ffd7f151
@@ -109,6 +110,7 @@ def run_contest(
     starts:tuple=tuple(STARTS), # with and without a pretrained encoder
     settings=(), # further recipe fields for all, as `field=value`
     progress:bool=True, # show the training
+    logger:str="csv", # "tensorboard" writes event files besides
 ) -> "Contest":
     "Train and score everybody. Raises `UserError` for a budget of nothing."
     if minutes <= 0 or seeds < 1: raise UserError(f"minutes={minutes:g}, seeds={seeds}: a contest needs time and 1 seed or more")
@@ -119,7 +121,7 @@ def run_contest(
     scores = Scores.load(out / "scores.json") if (out / "scores.json").exists() else reference_rows(songs, "stereo", rows=PLAIN)
     known = set(zip(scores.rows.model, scores.rows.seed))
     for seed, entry, start in ((n, e, s) for n in range(seeds) for e in entries for s in starts):
-        run, name = train_entry(store, out, entry, start, seed, minutes, settings, progress), entry.name + STARTS[start]
+        run, name = train_entry(store, out, entry, start, seed, minutes, settings, progress, logger), entry.name + STARTS[start]
         if (name, seed) in known: continue
         scores = scores + evaluate(load_network(run), songs, "stereo", name=name, seed=seed, references=False, window=10.)
         scores.save(out / "scores.json", digits=4)

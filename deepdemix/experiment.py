@@ -91,13 +91,14 @@ def train_steps(
     seed:int, # of every run
     settings=(), # further recipe fields, as `field=value`
     progress:bool=True, # show progress
+    logger:str="csv", # "tensorboard" writes event files besides
 ):
     "Train every step that isn't finished yet."
     root = Path(out) / f"seed{seed}"
     for step in steps:
         if finished(root / step.name): continue
         if progress: print(f"seed {seed}: training {step.label or step.name}", file=sys.stderr, flush=True)
-        fit(step_recipe(step, profile, seed, root, settings), store, root / step.name, resume=True, progress=progress)
+        fit(step_recipe(step, profile, seed, root, settings), store, root / step.name, resume=True, logger=logger, progress=progress)
 
 # %% ../nbs/09_experiment.ipynb #c67462bb
 SPLITS = ("train", "valid", "test")
@@ -354,6 +355,7 @@ def run_experiment(
     settings=(), # further recipe fields, as `field=value`
     splits:tuple=SPLITS, # which songs to score
     progress:bool=True, # show progress
+    logger:str="csv", # "tensorboard" writes event files besides
 ) -> Experiment:
     "Train and score the plan for every seed. Interrupted, it goes on where it stopped. Raises `UserError` for a store without splits."
     out, steps = Path(out), PAPER_STEPS + (CONTROL_STEPS if controls else ())
@@ -365,7 +367,7 @@ def run_experiment(
                  real=all(s.mixture == "stream" for s in store.songs))
     _same_experiment(out, about)
     for seed in range(seeds):
-        train_steps(store, out, steps, profile, seed, settings, progress)
+        train_steps(store, out, steps, profile, seed, settings, progress, logger)
         score_steps(store, out, steps, seed, splits, progress)
     return save_report(Experiment(out), store)
 
@@ -558,6 +560,7 @@ def label_efficiency(
     songs=(4, 8, 20, 40, 80), # sizes of the training set; those beyond the store's are left out
     settings=(), # further recipe fields, as `field=value`
     progress:bool=True, # show progress
+    logger:str="csv", # "tensorboard" writes event files besides
 ): # a data frame: songs, start, seed, and test SNR and SDR
     "Train and score DDM on nested sets of songs; writes curve.csv and curve.png. Interrupted, it goes on where it stopped."
     if seeds < 1 or min(songs, default=0) < 2: raise UserError(f"seeds={seeds} and songs={list(songs)}: use 1 seed or more, and 2 songs or more")
@@ -565,7 +568,7 @@ def label_efficiency(
     everything = len(store.split("train"))
     for seed in range(seeds):
         for count in sorted({min(n, everything) for n in songs}):
-            rows += _label_point(store, out, profile, seed, count, settings, progress)
+            rows += _label_point(store, out, profile, seed, count, settings, progress, logger)
     return _save_curve(rows, out)
 
 # %% ../nbs/09_experiment.ipynb #00378f6c
@@ -579,15 +582,16 @@ def _label_point(
     count:int, # training songs
     settings, # further recipe fields
     progress:bool, # show progress
+    logger:str, # where the curves go
 ) -> list: # a row for each start
     "Train and score the three starts on one set of songs."
     few, rows = song_subset(store, count, seed), []
     encoders = {"few": (few, out / f"songs{count}"), "all": (store, out / "all")}
-    for songs, folder in encoders.values(): train_steps(songs, folder, (find_step("encoder"),), profile, seed, settings, progress)
+    for songs, folder in encoders.values(): train_steps(songs, folder, (find_step("encoder"),), profile, seed, settings, progress, logger)
     for start, (label, which) in STARTS.items():
         step = Step("ddm_" + start.replace(" ", "_"), "ddm", f"{label}, {start}, {count} songs")
         encoder = [f"encoder={encoders[which][1] / f'seed{seed}' / 'encoder'}"] if which else []
-        train_steps(few, out / f"songs{count}", (step,), profile, seed, [*settings, *encoder], progress)
+        train_steps(few, out / f"songs{count}", (step,), profile, seed, [*settings, *encoder], progress, logger)
         scores = score_steps(few, out / f"songs{count}", (step,), seed, ("test",), progress)
         rows.append(dict(songs=count, start=start, seed=seed, **{m: scores.only(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")}))
     return rows

@@ -6,12 +6,12 @@
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
            'HEADER_LIMIT', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
-           'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task',
-           'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights',
-           'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder', 'write_state',
-           'read_state', 'random_state', 'set_random_state', 'seeded', 'lr_factor', 'build_optimizer', 'Average',
-           'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'thawed', 'thaw', 'write_metrics', 'read_metrics',
-           'show_metrics', 'Reporter', 'fit']
+           'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task',
+           'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights',
+           'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder',
+           'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'lr_factor', 'build_optimizer',
+           'Average', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'thawed', 'thaw', 'write_metrics',
+           'read_metrics', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, csv, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
@@ -280,6 +280,16 @@ def check(self:Recipe): # itself
         if not all(0 <= v < 1 for v in values): raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
     if self.unfreeze_every and self.freeze_encoder is True: raise UserError("unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of epochs, or false")
     return self
+
+# %% ../nbs/03_training.ipynb #4c8058bf
+def read_settings(
+    path, # a JSON file with recipe fields: a few, or a whole recipe
+) -> list: # such as ["lr=0.01"]
+    "The fields that a file names, for `Recipe.override`; an unknown one raises a `UserError`."
+    settings = _read_json(path)
+    settings = settings.get("recipe", settings)
+    Recipe.from_dict(settings)
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 
 # %% ../nbs/03_training.ipynb #336fec95
 @patch(as_prop=True)

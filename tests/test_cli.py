@@ -96,6 +96,24 @@ def test_counts_are_checked(folder, words, tmp_path, capsys):
     assert error.count("\n") == 1 and "1" in error and not (tmp_path / "x").exists()
 
 
+def test_fields_for_all_models_may_stand_in_a_file(folder, tmp_path):
+    (tmp_path / "few.json").write_text(json.dumps({"epochs": 1, "examples_per_epoch": 4, "batch_size": 2, "valid_examples": 2, "lr": 0.5}))
+    words = ["label-efficiency", "--songs", "4", "--seeds", "1", "--recipe", tmp_path / "few.json", "--set", "lr=0.25", "--set", "device=cpu", "--logger", "tensorboard", "--data", folder / "toy", "--out", tmp_path / "curve"]
+    assert main([str(w) for w in words]) == 0
+    runs = [json.loads(p.read_text())["recipe"] for p in (tmp_path / "curve").rglob("recipe.json")]
+    assert len(runs) == 5 and {(r["epochs"], r["lr"]) for r in runs} == {(1, 0.25)}
+    assert len(list((tmp_path / "curve").rglob("events.out.tfevents.*"))) == 5
+    (tmp_path / "few.json").write_text('{"epoch": 1}')
+    assert main([str(w) for w in words]) == 2
+
+
+def test_the_system_s_errors_are_said_plainly(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["export", "--model", str(folder / "baseline"), "--out", str(tmp_path / "file" / "net.pt")]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file") in error and "Errno" not in error and error.count("\n") == 1
+
+
 def test_an_encoder_is_no_separator(folder, capsys, tmp_path):
     words = [["separate", str(folder / "none.wav"), "--out", str(tmp_path / "s")], ["evaluate", "--data", str(folder / "toy"), "--out", str(tmp_path / "s.json")]]
     for command in words:
