@@ -304,11 +304,12 @@ def forward(self:Contrast,
             remember:bool=True, # use the memory and add to it
             world:int=1, # processes whose embeddings are compared; of triplets each stands for itself
            ): # a scalar, `world` times the loss of all but for triplets; 0 where the batch holds no pair to learn from
-    "The loss of one batch; never NaN."
-    z = self.head(z.float())
-    if triplets: return self.loss(z, labels, triplet_indices(len(z) // 3, z.device))
-    if self.memory is not None and remember: return self._with_memory(z, labels, world)
-    return together(self.loss, world)(z, labels, together(self.miner, world)(z, labels) if self.miner else None)
+    "The loss of one batch; never NaN. It is computed in single precision, whatever the network computes in."
+    with torch.autocast(z.device.type, enabled=False):
+        z = self.head(z.float())
+        if triplets: return self.loss(z, labels, triplet_indices(len(z) // 3, z.device))
+        if self.memory is not None and remember: return self._with_memory(z, labels, world)
+        return together(self.loss, world)(z, labels, together(self.miner, world)(z, labels) if self.miner else None)
 
 @patch
 def _with_memory(self:Contrast, z, labels, world=1):
@@ -769,8 +770,8 @@ def loss(self:ContrastTask,
         ): # a scalar
     "The contrastive loss, and the term that keeps excerpts apart."
     loss = self.heads(z, labels, self.triplets, remember, world)
-    if self.settings.instance: loss = loss + self.settings.instance * together(metric_loss("ntxent"), world)(z.float(), excerpts)
-    return loss
+    if not self.settings.instance: return loss
+    with torch.autocast(z.device.type, enabled=False): return loss + self.settings.instance * together(metric_loss("ntxent"), world)(z.float(), excerpts)
 
 @patch
 def training_loss(self:ContrastTask, batch):
@@ -824,7 +825,8 @@ def _valid(self:PretrainingTask, k):
 def _collapsed(self:PretrainingTask, logs):
     "Whether everything is one point; says so at the second validation in a row."
     value = logs["collapse_value"]
-    stuck = not self.settings.instance and abs(logs["valid_loss"] - value) < 0.01 * value and logs["valid_spread"] < 0.05
+    point = logs["valid_spread"] < 0.05 if self.recipe.loss == "triplet" else logs["valid_uniformity"] > -0.05 # other losses look at directions alone
+    stuck = not self.settings.instance and abs(logs["valid_loss"] - value) < 0.01 * value and point
     self.stuck = self.stuck + 1 if stuck else 0
     if self.stuck == 2: warnings.warn(f"the encoder has collapsed: loss {logs['valid_loss']:.3f} is what one single point would give ({value:.3f}); try a lower lr, another loss or larger batches")
     return stuck
@@ -870,15 +872,18 @@ def show_pretraining(
 
 # %% ../nbs/05_pretraining.ipynb #8feab766
 def random_twin(
-    network, # an `EncoderNetwork`, or any network with `embed`
+    network, # an `EncoderNetwork`, or any network; `args` rebuild it exactly, without them its layers are reset
     seed:int=0, # of the weights
 ): # the same network before it learnt anything
     "A network of the same shape with fresh weights, in eval mode."
-    twin = copy.deepcopy(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for m in twin.modules():
-            if hasattr(m, "reset_parameters"): m.reset_parameters()
+        if hasattr(network, "args"): twin = type(network)(**network.args)
+        else: twin = copy.deepcopy(network).apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    twin.to(next(network.parameters(), torch.empty(0)).device)
+    twin.load_state_dict(dict(network.named_buffers()), strict=False) # what was measured on the data, such as means, is no weight
+    for m in twin.modules():
+        if hasattr(m, "reset_running_stats"): m.reset_running_stats()
     return twin.eval()
 
 def _scores(fn, known, asked, k):
@@ -921,17 +926,18 @@ STUDY = {
 def study(
     store, # a `Store` with a train and a valid split
     out, # folder of the runs; what is finished there is not trained again
-    ways:dict=STUDY, # name: arguments of `pretrain`
+    ways:dict=STUDY, # name: arguments of `pretrain`; `store` among them, to learn from other songs or from more
     profile:str="laptop", # sizes
     per_song:int=4, # places in each song, for the probe
     progress:bool=True, # show the training
     **settings, # arguments of `pretrain` for all ways
 ): # a data frame, kept as study.json besides
     "Pretrain an encoder in each way, count its steps and excerpts, and probe all on the validation songs."
-    runs = {name: pretrain(store, Path(out) / name, profile=profile, resume=True, progress=progress, **{**way, **settings}) for name, way in ways.items()}
+    ways = {name: {"store": store, **way, **settings} for name, way in ways.items()}
+    runs = {name: pretrain(out=Path(out) / name, profile=profile, resume=True, progress=progress, **way) for name, way in ways.items()}
     table = probe({name: load_network(run) for name, run in runs.items()}, store.split("train"), store.split("valid"), per_song)
     for name, run in runs.items():
-        steps, task = read_record(run)["step"], build_task(Recipe.load(run), store)
+        steps, task = read_record(run)["step"], build_task(Recipe.load(run), open_stores(ways[name]["store"]))
         table.loc[name, ["steps", "excerpts"]] = steps, steps * len(task.train_batch(0)[1])
     with atomic_path(Path(out) / "study.json") as part: table.to_json(part, indent=1, orient="index", double_precision=4)
     return table

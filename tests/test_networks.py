@@ -125,6 +125,7 @@ def test_copies_and_random_twins_are_whole(twin, song):
     assert torch.equal(network(x), before[0]) and not torch.equal(twin_(x), before[0])
     fresh = random_twin(network, seed=1)
     assert torch.equal(network.embed(x), before[1]) and not torch.equal(fresh.embed(x), before[1])
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), build(twin, seed=1).parameters()))
 
 
 @EVERY
