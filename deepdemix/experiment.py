@@ -7,7 +7,7 @@ __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'SPLITS', 'PAIRS', 'RANDOM_TWINS', 'D
            'step_recipe', 'find_step', 'finished', 'train_steps', 'score_steps', 'Experiment', 'detectable',
            'seeds_needed', 'run_experiment', 'save_report', 'publish', 'excerpt_path', 'separate_and_score',
            'demo_songs', 'songs_text', 'Promise', 'promises', 'run_demo', 'score_model', 'device_of', 'song_subset',
-           'label_efficiency', 'card', 'bundle']
+           'label_efficiency', 'plot_efficiency', 'card', 'bundle']
 
 # %% ../nbs/09_experiment.ipynb #e9ddd49f
 import importlib.util
@@ -586,9 +586,13 @@ def _label_point(
 ) -> list: # a row for each start
     "Train and score the three starts on one set of songs."
     few, rows = song_subset(store, count, seed), []
-    encoders = {"few": (few, out / f"songs{count}"), "all": (store, out / "all")}
+    whole = len(few) == len(store) # then "same songs" and "all songs" are one training
+    encoders = {"few": (store, out / "all") if whole else (few, out / f"songs{count}"), "all": (store, out / "all")}
     for songs, folder in encoders.values(): train_steps(songs, folder, (find_step("encoder"),), profile, seed, settings, progress, logger)
     for start, (label, which) in STARTS.items():
+        if whole and start == "all songs":
+            rows.append({**rows[-1], "start": start})
+            continue
         step = Step("ddm_" + start.replace(" ", "_"), "ddm", f"{label}, {start}, {count} songs")
         encoder = [f"encoder={encoders[which][1] / f'seed{seed}' / 'encoder'}"] if which else []
         train_steps(few, out / f"songs{count}", (step,), profile, seed, [*settings, *encoder], progress, logger)
@@ -596,17 +600,30 @@ def _label_point(
         rows.append(dict(songs=count, start=start, seed=seed, **{m: scores.only(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")}))
     return rows
 
+def plot_efficiency(
+    table, # of `label_efficiency`
+    metric:str="SNR", # or "SDR"
+    ax=None, # matplotlib axes
+): # the axes
+    "A line for each start: the mean over seeds, with its 95 % bootstrap interval, on a logarithmic axis of songs."
+    import matplotlib.pyplot as plt, seaborn as sns
+    ax = ax or plt.subplots(figsize=(5, 3.2), dpi=90, layout="constrained")[1]
+    sns.lineplot(table, x="songs", y=metric, hue="start", style="start", markers=True, dashes=False, errorbar=("ci", 95), seed=0, palette="colorblind", ax=ax)
+    counts = sorted(table.songs.unique())
+    ax.set_xscale("log")
+    ax.set(xlabel="training songs", ylabel=f"{metric} on test songs (dB)", xticks=counts, xticklabels=counts)
+    ax.minorticks_off()
+    return ax
+
 def _save_curve(
     rows:list, # of `_label_point`
     out:Path, # folder of the curve
 ): # a data frame
     "Write the curve as a table and a picture."
-    import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
+    import matplotlib.pyplot as plt, pandas as pd
     table = pd.DataFrame(rows)
     table.to_csv(out / "curve.csv", index=False)
-    fig, ax = plt.subplots(figsize=(5, 3.2), dpi=90, layout="constrained")
-    sns.lineplot(table, x="songs", y="SNR", hue="start", style="start", markers=True, errorbar=("ci", 95), seed=0, palette="colorblind", ax=ax)
-    ax.set(xlabel="training songs", ylabel="SNR on test songs (dB)")
+    fig = plot_efficiency(table).figure
     fig.savefig(out / "curve.png"); plt.close(fig)
     return table
 
