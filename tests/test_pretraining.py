@@ -17,7 +17,7 @@ from deepdemix.audio import SOURCES, UserError, write
 from deepdemix.data import Store, prepare_stems, prepare_toy
 from deepdemix.pretraining import (Contrast, DeepDeMixEncoder, EncoderNetwork, PretrainingTask, WeightedBatches, WeightedTriplets, check_classes, cloud,
                                    collapse_value, count_parameters, draw_excerpts, embed_excerpts, explore, join_stores, metric_loss, mixtures_of,
-                                   neighbour_accuracy, open_stores, plain_title, pretrain, probe, project, random_twin, random_view, retrieval, triplet_indices, views_of)
+                                   neighbour_accuracy, open_stores, plain_title, pretrain, probe, project, random_twin, random_view, retrieval, show_maps, triplet_indices, views_of)
 from deepdemix.training import Recipe, build_network, build_task, fit, load_encoder, load_network, read_metrics, read_record, read_state, read_weights, register_network
 
 TINY = dict(duration=0.25, window_length=1024, hop_length=512, conv_channels=(2, 2, 4, 4), kernels=((3, 4), (3, 4), (2, 3), (2, 3)), pools=((4, 8), (4, 4)),
@@ -220,6 +220,36 @@ def test_a_probe_knows_signal_from_noise(store):
     constant = probe(Told(), store.split("train"), store.split("test"), per_song=2)
     assert constant.knn["encoder"] < 0.5 < constant.knn["mel statistics"]
     with pytest.raises(UserError, match="both sides"): probe(Told(), store.split("train"), store.split("train"))
+
+
+def test_maps_show_every_network_in_a_column(store):
+    import matplotlib.pyplot as plt
+    networks = {"one": EncoderNetwork(**TINY).eval(), "two": EncoderNetwork(**TINY).eval()}
+    figure = show_maps(networks, store, per_song=2)
+    excerpts = draw_excerpts(store.split("valid"), TINY["duration"], 2)
+    axes = np.array(figure.axes).reshape(3, 2)
+    assert [a.get_title() for a in axes[0]] == ["one", "two"]
+    assert all(sum(len(c.get_offsets()) for c in a.collections) == len(excerpts.labels) for a in axes[:2].flat)
+    assert all(a.get_xlabel() == "said" for a in axes[2])
+    assert [t.get_text() for t in figure.legends[0].texts] == list(excerpts.instruments)
+    plt.close(figure)
+
+
+def test_one_excerpt_of_a_kind_is_enough_where_it_brings_its_positive(store):
+    alone = task(store, loss="supcon", task_args=dict(places=2, per_class=1, positives="mixture_stem"))
+    waves, labels, _ = alone.train_batch(0)
+    assert len(waves) == 8 and labels.tolist() == [0, 1, 2, 3] * 2
+    with pytest.raises(UserError, match="at least 2"): task(store, loss="supcon", task_args=dict(places=2, per_class=1))
+    with pytest.raises(UserError, match="at least 1"): task(store, loss="supcon", task_args=dict(places=2, per_class=-1, positives="view"))
+
+
+@pytest.mark.parametrize("loss", ["supcon", "ntxent", "multi_similarity", "triplet"])
+def test_autocast_changes_no_loss(loss):
+    torch.manual_seed(0)
+    z, labels = torch.ones(12, 6) + 0.02 * torch.randn(12, 6), torch.arange(12) // 3
+    contrast = Contrast(loss, 6)
+    with torch.autocast("cpu", torch.bfloat16): halved = contrast(z, labels, triplets=loss == "triplet")
+    assert halved.dtype == torch.float32 and torch.equal(halved, contrast(z, labels, triplets=loss == "triplet"))
 
 
 def test_retrieval_agrees_with_neighbours():
