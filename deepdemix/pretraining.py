@@ -924,7 +924,7 @@ SMALL_BATCHES = dict(batch_size=3, examples_per_epoch=450, epochs=15, lr=3e-4, l
 STUDY = {
     "triplet":      dict(loss="triplet", batch_size=3, examples_per_epoch=150, epochs=40),
     "SupCon":       dict(loss="supcon", per_class=2, **SMALL_BATCHES),
-    "mixture-stem": dict(loss="supcon", positives="mixture_stem", per_class=1, temperature=0.5, **SMALL_BATCHES)}
+    "mixture-stem": dict(loss="supcon", positives="mixture_stem", per_class=1, **SMALL_BATCHES | dict(temperature=0.5, lr=1e-4))}
 
 def study(
     store, # a `Store` with a train and a valid split
