@@ -45,7 +45,7 @@ STARTS = {"scratch": "", "pretrained": " (pt)"}
 SHARED = dict(epochs=10_000, batch_size=8, valid_examples=8, precision="bf16-mixed", save_minutes=2.0, clock="processor")
 COMMON = dict(validation="songs", ema=0.998, grad_clip=1.0,
               mixer=dict(duration=3.0, coherent=0.3, level=["gain", [-6, 6]], pitch=[-2, 2], stretch=[0.88, 1.12], shift="tied", refresh=4000, swap=0.5, flip=0.5, gate=-60.0))
-CONTRAST = dict(kind="pretraining", loss="supcon", examples_per_epoch=256, task_args=dict(per_class=4), mixer=dict(duration=3.0))
+CONTRAST = dict(kind="pretraining", loss="supcon", lr=3e-4, grad_clip=1.0, examples_per_epoch=256, task_args=dict(per_class=4), mixer=dict(duration=3.0))
 SHARE = 0.2
 
 def contest_recipes(
