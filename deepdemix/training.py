@@ -10,8 +10,8 @@ __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE',
            'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights',
            'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder',
            'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'lr_factor', 'build_optimizer',
-           'Average', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'thawed', 'thaw', 'write_metrics',
-           'read_metrics', 'show_metrics', 'Reporter', 'fit']
+           'Average', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics', 'read_metrics', 'thawed',
+           'thaw', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, csv, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
@@ -223,6 +223,18 @@ def _default(f):
     "The default of a dataclass field."
     return f.default if f.default is not MISSING else f.default_factory()
 
+# %% ../nbs/03_training.ipynb #1518bd4a
+def _put(
+    old, # the present value
+    path:list, # names of nested settings, may be empty
+    value, # what to put there
+    name:str, # what the error calls it
+):
+    "`old` with `value` at `path`."
+    if not path: return str(value) if isinstance(old, str) and type(value) in (int, float) else value
+    if not isinstance(old, dict): raise UserError(f"the recipe field '{name}' has no settings of its own")
+    return {**old, path[0]: _put(old.get(path[0], {}), path[1:], value, f"{name}.{path[0]}")}
+
 # %% ../nbs/03_training.ipynb #ea32a6f2
 def _parse(
     text:str, # the right side of field=value
@@ -245,18 +257,6 @@ def override(
         if name not in new: raise _no_such("recipe field", name, new)
         new[name] = _put(new[name], path, _parse(value.strip()), name)
     return Recipe.from_dict(new).check()
-
-# %% ../nbs/03_training.ipynb #1518bd4a
-def _put(
-    old, # the present value
-    path:list, # names of nested settings, may be empty
-    value, # what to put there
-    name:str, # what the error calls it
-):
-    "`old` with `value` at `path`."
-    if not path: return str(value) if isinstance(old, str) and type(value) in (int, float) else value
-    if not isinstance(old, dict): raise UserError(f"the recipe field '{name}' has no settings of its own")
-    return {**old, path[0]: _put(old.get(path[0], {}), path[1:], value, f"{name}.{path[0]}")}
 
 # %% ../nbs/03_training.ipynb #07d6e140
 CHOICES = dict(lr_schedule=("none", "cosine", "warmup_cosine", "plateau"), precision=("32", "bf16-mixed", "16-mixed"),
@@ -508,8 +508,6 @@ class SeparationTask(Task):
             logs["train_loss"] = logs["train_loss"] + weight * told
         return loss, logs
 
-
-
 # %% ../nbs/03_training.ipynb #e048c8c8
 @patch
 def _mixes(self:SeparationTask, step, rows):
@@ -629,21 +627,6 @@ def load_into(
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     return module
 
-# %% ../nbs/03_training.ipynb #f8944f73
-def load_network(
-    run, # a run folder, or a folder of bundled weights
-) -> nn.Module: # in eval mode, on the CPU, float32
-    "Load the network of a run from recipe.json and model.safetensors; pickles, damaged files and weights that do not fit raise a `UserError`."
-    run = Path(run)
-    if run.is_file() and run.name == "model.safetensors": run = run.parent
-    if run.suffix.lower() in PICKLES: read_weights(run)
-    if not run.is_dir(): raise UserError(f"{run} is not a run folder")
-    pickles = [p.name for p in sorted(run.iterdir()) if p.suffix.lower() in PICKLES]
-    if pickles and not (run/"model.safetensors").exists(): read_weights(run/pickles[0])
-    record, weights = read_record(run), read_weights(run/"model.safetensors")
-    if not all(bool(torch.isfinite(v).all()) for v in weights.values()): raise UserError(f"{run}/model.safetensors holds numbers that are not finite")
-    return load_into(_stored_network(record, run, sum(v.numel() for v in weights.values())), weights, f"{run}/model.safetensors").eval()
-
 # %% ../nbs/03_training.ipynb #adee55c8
 def _stored_network(
     record:dict, # of a recipe.json, maybe a stranger's
@@ -663,6 +646,21 @@ def _stored_network(
     except UserError: raise
     except Exception as e: raise UserError(f"{run}/recipe.json does not describe a network: {e}") from None
     finally: hook.remove()
+
+# %% ../nbs/03_training.ipynb #f8944f73
+def load_network(
+    run, # a run folder, or a folder of bundled weights
+) -> nn.Module: # in eval mode, on the CPU, float32
+    "Load the network of a run from recipe.json and model.safetensors; pickles, damaged files and weights that do not fit raise a `UserError`."
+    run = Path(run)
+    if run.is_file() and run.name == "model.safetensors": run = run.parent
+    if run.suffix.lower() in PICKLES: read_weights(run)
+    if not run.is_dir(): raise UserError(f"{run} is not a run folder")
+    pickles = [p.name for p in sorted(run.iterdir()) if p.suffix.lower() in PICKLES]
+    if pickles and not (run/"model.safetensors").exists(): read_weights(run/pickles[0])
+    record, weights = read_record(run), read_weights(run/"model.safetensors")
+    if not all(bool(torch.isfinite(v).all()) for v in weights.values()): raise UserError(f"{run}/model.safetensors holds numbers that are not finite")
+    return load_into(_stored_network(record, run, sum(v.numel() for v in weights.values())), weights, f"{run}/model.safetensors").eval()
 
 # %% ../nbs/03_training.ipynb #9ee81f6d
 def file_digest(
@@ -1048,22 +1046,41 @@ class Loop:
     @property
     def spent(self): return self.seconds + self.now - self.began
 
-# %% ../nbs/03_training.ipynb #13f19c96
+# %% ../nbs/03_training.ipynb #c2891bad
 @patch
-def meet(self:Loop,
-         trainer, # of Lightning, whose processes can talk by now
-         store, # the data
-         state): # of the earlier start, as this process found it
-    "Compare notes, and take up the state of the first process."
-    if trainer.world_size > 1:
-        group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
-        self.ranks = Ranks(trainer.global_rank, trainer.world_size, group)
-        notes = self.ranks.collect(_introduce(self.recipe, store))
-        self.ranks.first(_compare, notes)
-        state = self.ranks.first(lambda: state)
-    if state: self.load_state(state)
-    self.met, self.over = True, self.step >= self.recipe.steps or self._stale
-    if not self.over: self.write_record("running")
+def _keep(self:Loop, cost, row):
+    "Write the best weights so far, with the figure that made them so."
+    self.best = cost
+    write_weights(self.out/"model.safetensors", self.network.state_dict(), {"format": "pt", "epoch": str(row["epoch"]), "cost": repr(cost)})
+    self.record["best"] = {k: v if math.isfinite(v) else None for k, v in row.items() if k in ("epoch", "step") or k.startswith("valid")}
+
+@patch
+def write_record(self:Loop, status):
+    "Write recipe.json with how far the run came; the first process does."
+    if self.ranks.rank: return
+    self.record |= dict(status=status, finished=status == "finished", step=self.step, epoch=self.epoch, examples=self.step * self.recipe.examples_per_step, processes=self.ranks.world, hours=round(self.spent / 3600, 5))
+    _write_json(self.out/"recipe.json", self.record)
+
+# %% ../nbs/03_training.ipynb #5d4ca898
+def write_metrics(
+    path, # metrics.csv
+    rows:list, # of dictionaries
+):
+    "Write one line an epoch, atomically."
+    names = list(dict.fromkeys(k for r in rows for k in r))
+    with atomic_path(path) as p, open(p, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+def read_metrics(
+    run, # a run folder
+): # a data frame, one row an epoch
+    "The figures of a run: epoch, step, examples, train_loss, valid_…, lr, seconds."
+    import pandas as pd
+    path = Path(run)/"metrics.csv"
+    if not path.is_file(): raise UserError(f"{path} does not exist: no epoch of this run is finished")
+    return pd.read_csv(path)
 
 # %% ../nbs/03_training.ipynb #0b5d2d7c
 @patch(as_prop=True)
@@ -1083,6 +1100,30 @@ def _cost(self:Loop, row):
 def costs(self:Loop):
     "The figure of every epoch so far, lower is better."
     return [self._cost(r) for r in self.rows]
+
+# %% ../nbs/03_training.ipynb #4909a536
+@patch(as_prop=True)
+def _stale(self:Loop):
+    "Whether `patience` epochs have passed without gain."
+    costs = self.costs if self.recipe.patience else []
+    return bool(costs) and len(costs) - 1 - int(np.argmin(costs)) >= self.recipe.patience
+
+# %% ../nbs/03_training.ipynb #13f19c96
+@patch
+def meet(self:Loop,
+         trainer, # of Lightning, whose processes can talk by now
+         store, # the data
+         state): # of the earlier start, as this process found it
+    "Compare notes, and take up the state of the first process."
+    if trainer.world_size > 1:
+        group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=6))
+        self.ranks = Ranks(trainer.global_rank, trainer.world_size, group)
+        notes = self.ranks.collect(_introduce(self.recipe, store))
+        self.ranks.first(_compare, notes)
+        state = self.ranks.first(lambda: state)
+    if state: self.load_state(state)
+    self.met, self.over = True, self.step >= self.recipe.steps or self._stale
+    if not self.over: self.write_record("running")
 
 # %% ../nbs/03_training.ipynb #bc0a1ad4
 def thawed(
@@ -1125,28 +1166,6 @@ def _not_finite(self:Loop):
     "Say what to do; the state on disk is the last good one."
     raise self.ranks.alike(UserError(f"the loss or the weights are no longer finite after step {self.step}: begin again with a lower lr (now {self.recipe.lr:g}) or grad_clip=1; {self.out} keeps the last good state"))
 
-# %% ../nbs/03_training.ipynb #0df94468
-@patch
-def after_step(self:Loop, trainer):
-    "Count, average, validate at the end of an epoch, save when it is time, stop when asked."
-    self.step += 1
-    if self.average: self.average.update(self.step)
-    if self.step % self.recipe.steps_per_epoch == 0: self.end_epoch(trainer)
-    late, due = 0 < self.recipe.max_minutes <= self.spent / 60, time.monotonic() - self.saved >= 60 * self.recipe.save_minutes
-    signalled, late, due = self.ranks.any(self.pending or 0, late, due)
-    if signalled: self.pending, self.stop = signalled, "interrupted"
-    elif late: self.stop = "out of time"
-    elif self.step >= self.recipe.steps or self._stale: self.stop = "finished"
-    if self.stop or due: self.save_state(trainer)
-    if self.stop: trainer.should_stop = True
-    self.report(self)
-
-@patch(as_prop=True)
-def _stale(self:Loop):
-    "Whether `patience` epochs have passed without gain."
-    costs = self.costs if self.recipe.patience else []
-    return bool(costs) and len(costs) - 1 - int(np.argmin(costs)) >= self.recipe.patience
-
 # %% ../nbs/03_training.ipynb #1b55f675
 @patch
 def end_epoch(self:Loop, trainer):
@@ -1187,21 +1206,6 @@ def _validate(self:Loop, trainer):
     self.network.train()
     set_random_state(state)
     return {k: float(v) for k, v in figures.items()}
-
-# %% ../nbs/03_training.ipynb #c2891bad
-@patch
-def _keep(self:Loop, cost, row):
-    "Write the best weights so far, with the figure that made them so."
-    self.best = cost
-    write_weights(self.out/"model.safetensors", self.network.state_dict(), {"format": "pt", "epoch": str(row["epoch"]), "cost": repr(cost)})
-    self.record["best"] = {k: v if math.isfinite(v) else None for k, v in row.items() if k in ("epoch", "step") or k.startswith("valid")}
-
-@patch
-def write_record(self:Loop, status):
-    "Write recipe.json with how far the run came; the first process does."
-    if self.ranks.rank: return
-    self.record |= dict(status=status, finished=status == "finished", step=self.step, epoch=self.epoch, examples=self.step * self.recipe.examples_per_step, processes=self.ranks.world, hours=round(self.spent / 3600, 5))
-    _write_json(self.out/"recipe.json", self.record)
 
 # %% ../nbs/03_training.ipynb #5a92a61b
 @patch
@@ -1257,6 +1261,22 @@ def _signal(self:Loop, number, frame):
     "The first signal asks for a stop after this step, a second Ctrl-C stops at once."
     if self.pending and number == signal.SIGINT: raise KeyboardInterrupt
     self.pending = int(number)
+
+# %% ../nbs/03_training.ipynb #0bb7a46b
+@patch
+def after_step(self:Loop, trainer):
+    "Count, average, validate at the end of an epoch, save when it is time, stop when asked."
+    self.step += 1
+    if self.average: self.average.update(self.step)
+    if self.step % self.recipe.steps_per_epoch == 0: self.end_epoch(trainer)
+    late, due = 0 < self.recipe.max_minutes <= self.spent / 60, time.monotonic() - self.saved >= 60 * self.recipe.save_minutes
+    signalled, late, due = self.ranks.any(self.pending or 0, late, due)
+    if signalled: self.pending, self.stop = signalled, "interrupted"
+    elif late: self.stop = "out of time"
+    elif self.step >= self.recipe.steps or self._stale: self.stop = "finished"
+    if self.stop or due: self.save_state(trainer)
+    if self.stop: trainer.should_stop = True
+    self.report(self)
 
 # %% ../nbs/03_training.ipynb #dfb8edcb
 class _Batches(torch.utils.data.Dataset):
@@ -1352,27 +1372,6 @@ def _trainer(
     return pl.Trainer(accelerator=kind, devices=devices, num_nodes=nodes, strategy=_strategy(strategy, devices * nodes), sync_batchnorm=several and kind == "cuda", plugins=_plugins(),
                       precision=precision, max_epochs=1, accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.grad_clip or None,
                       logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=str(out))
-
-# %% ../nbs/03_training.ipynb #5d4ca898
-def write_metrics(
-    path, # metrics.csv
-    rows:list, # of dictionaries
-):
-    "Write one line an epoch, atomically."
-    names = list(dict.fromkeys(k for r in rows for k in r))
-    with atomic_path(path) as p, open(p, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-def read_metrics(
-    run, # a run folder
-): # a data frame, one row an epoch
-    "The figures of a run: epoch, step, examples, train_loss, valid_…, lr, seconds."
-    import pandas as pd
-    path = Path(run)/"metrics.csv"
-    if not path.is_file(): raise UserError(f"{path} does not exist: no epoch of this run is finished")
-    return pd.read_csv(path)
 
 # %% ../nbs/03_training.ipynb #01bfd4a6
 def show_metrics(
