@@ -390,6 +390,7 @@ def cluster(
         ray.shutdown()
         if folder: shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../nbs/08a_catalogue.ipynb #ff849f73
 def _start(ray, address, options, tries=4):
     "Connect; where the machine is too busy to start in half a minute, try again. The handler of SIGTERM stays what it was."
     main = threading.current_thread() is threading.main_thread()

@@ -552,6 +552,7 @@ def song_subset(
     chosen = {titles[k] for k in torch.randperm(len(titles), generator=torch.Generator().manual_seed(seed))[:songs].tolist()}
     return store.select([i for i, s in enumerate(store.songs) if s.split != "train" or s.title in chosen])
 
+# %% ../nbs/09_experiment.ipynb #688419dc
 def label_efficiency(
     store:Store, # songs in splits train, valid and test
     out, # folder of the curve
@@ -571,7 +572,7 @@ def label_efficiency(
             rows += _label_point(store, out, profile, seed, count, settings, progress, logger)
     return _save_curve(rows, out)
 
-# %% ../nbs/09_experiment.ipynb #00378f6c
+# %% ../nbs/09_experiment.ipynb #38bef6d4
 STARTS = {"scratch": ("DDM", None), "same songs": ("DDM (pt)", "few"), "all songs": ("DDM (pt)", "all")}
 
 def _label_point(
@@ -600,6 +601,7 @@ def _label_point(
         rows.append(dict(songs=count, start=start, seed=seed, **{m: scores.only(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")}))
     return rows
 
+# %% ../nbs/09_experiment.ipynb #dce36fd6
 def plot_efficiency(
     table, # of `label_efficiency`
     metric:str="SNR", # or "SDR"
