@@ -20,7 +20,8 @@ from .audio import UserError, atomic_path
 from .conv_tasnet import SMALL
 from .data import Store
 from .evaluation import PLAIN, Scores, compare, evaluate, reference_rows
-from .training import Recipe, build_network, file_digest, fit, load_network, read_record, recipe_for
+from .experiment import publish_run
+from .training import Recipe, build_network, fit, load_network, read_record, recipe_for
 
 # %% ../nbs/09a_contest.ipynb #471ac145
 @dataclass(frozen=True)
@@ -211,11 +212,8 @@ def publish(self:Contest,
     import shutil
     results, digests = Path(results), {}
     for run in sorted(p.parent for p in self.out.glob("*/*/seed*/*/recipe.json")):
-        there = results / run.relative_to(self.out)
-        there.mkdir(parents=True, exist_ok=True)
-        for file in ("recipe.json", "metrics.csv"):
-            if (run / file).exists(): shutil.copy(run / file, there / file)
-        digests[str(run.relative_to(self.out))] = file_digest(run / "model.safetensors")
+        name = run.relative_to(self.out).as_posix()
+        digests[name] = publish_run(run, results / name, self.out)
     for file in ("contest.json", "scores.json", "costs.json"):
         if (self.out / file).exists(): shutil.copy(self.out / file, results / file)
     with atomic_path(results / "digests.json") as part: Path(part).write_text(json.dumps(digests, indent=1) + "\n")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'SPLITS', 'PAIRS', 'RANDOM_TWINS', 'DEMO_SONGS', 'STARTS', 'CARD', 'Step',
            'step_recipe', 'find_step', 'finished', 'train_steps', 'score_steps', 'Experiment', 'detectable',
-           'seeds_needed', 'run_experiment', 'save_report', 'publish', 'excerpt_path', 'separate_and_score',
-           'demo_songs', 'songs_text', 'Promise', 'promises', 'run_demo', 'score_model', 'device_of', 'song_subset',
-           'label_efficiency', 'plot_efficiency', 'card', 'bundle']
+           'seeds_needed', 'run_experiment', 'save_report', 'publish_run', 'publish', 'excerpt_path',
+           'separate_and_score', 'demo_songs', 'songs_text', 'Promise', 'promises', 'run_demo', 'score_model',
+           'device_of', 'song_subset', 'label_efficiency', 'plot_efficiency', 'card', 'bundle']
 
 # %% ../nbs/09_experiment.ipynb #e9ddd49f
 import importlib.util
@@ -404,6 +404,22 @@ def save_report(
     return experiment
 
 # %% ../nbs/09_experiment.ipynb #e6110191
+def publish_run(
+    run, # a run folder
+    there, # where its recipe and its curves go
+    root, # what paths are told from
+) -> str|None: # SHA-256 of its weights, if they are there
+    "Copy a run without its weights. Where its encoder came from is told without the folders of this machine."
+    run, there, root = Path(run), Path(there), Path(root).resolve()
+    there.mkdir(parents=True, exist_ok=True)
+    record = read_record(run)
+    encoder = record["recipe"]["encoder"] and Path(record["recipe"]["encoder"]).resolve()
+    if encoder: record["recipe"]["encoder"] = encoder.relative_to(root).as_posix() if encoder.is_relative_to(root) else encoder.name
+    with atomic_path(there / "recipe.json") as part: Path(part).write_text(json.dumps(record, indent=1) + "\n")
+    if (run / "metrics.csv").exists(): shutil.copy(run / "metrics.csv", there / "metrics.csv")
+    return file_digest(run / "model.safetensors") if (run / "model.safetensors").exists() else None
+
+# %% ../nbs/09_experiment.ipynb #a167d83b
 def publish(
     out, # a finished experiment's folder
     results, # folder for the small files
@@ -412,10 +428,8 @@ def publish(
     experiment, results = Experiment(out), Path(results)
     digests = json.loads((results / "digests.json").read_text()) if (results / "digests.json").exists() else {}
     for (seed, name), run in experiment.runs().items():
-        there = results / f"seed{seed}" / name
-        there.mkdir(parents=True, exist_ok=True)
-        for file in ("recipe.json", "metrics.csv"): shutil.copy(run / file, there / file)
-        if (run / "model.safetensors").exists(): digests[f"seed{seed}/{name}"] = file_digest(run / "model.safetensors")
+        digest = publish_run(run, results / f"seed{seed}" / name, experiment.out)
+        if digest: digests[f"seed{seed}/{name}"] = digest
     for file in ("experiment.json", "table.txt", "table.json", "embedding.png", "songs.jpg"):
         if (experiment.out / file).exists(): shutil.copy(experiment.out / file, results / file)
     experiment.scores.save(results / "scores.json", digits=4)
