@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
-           'HEADER_LIMIT', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
-           'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task',
-           'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights',
-           'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder',
-           'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'lr_factor', 'build_optimizer',
-           'Average', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics', 'read_metrics', 'thawed',
-           'thaw', 'show_metrics', 'Reporter', 'fit']
+           'HEADER_LIMIT', 'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe',
+           'read_record', 'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude',
+           'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask',
+           'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record',
+           'save_network', 'load_encoder', 'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded',
+           'lr_factor', 'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first',
+           'Interrupted', 'Loop', 'write_metrics', 'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, csv, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
@@ -278,6 +278,7 @@ def check(self:Recipe): # itself
     if self.seed >= 2**63: raise UserError(f"the recipe field 'seed' can't be {self.seed}: it is below 2**63")
     for name, values in dict(ema=[self.ema], warmup=[self.warmup], betas=self.betas).items():
         if not all(0 <= v < 1 for v in values): raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
+    if self.freeze_encoder < 0: raise UserError(f"the recipe field 'freeze_encoder' can't be {self.freeze_encoder}: it is true, false or a number of epochs")
     if self.unfreeze_every and self.freeze_encoder is True: raise UserError("unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of epochs, or false")
     return self
 
@@ -411,6 +412,7 @@ class Task:
     "What a step of training is. `train_batch` must depend on its argument and the recipe only: that makes a run resumable and independent of workers."
     monitor = "valid_loss" # the figure that decides which weights are best
     heads = None # an optional `nn.Module` that is trained along, but is no part of the model
+    logs_gradient = False # whether the table of the run has the gradient's norm as `grad_norm`
     share = 0, 1 # number of this process, and of all that train together
     def __init__(self,
                  network, # what is trained
@@ -650,6 +652,7 @@ def _stored_network(
 # %% ../nbs/03_training.ipynb #f8944f73
 def load_network(
     run, # a run folder, or a folder of bundled weights
+    last:bool=False, # as it was when the run stopped, not when it was best; for runs without averaged weights
 ) -> nn.Module: # in eval mode, on the CPU, float32
     "Load the network of a run from recipe.json and model.safetensors; pickles, damaged files and weights that do not fit raise a `UserError`."
     run = Path(run)
@@ -658,9 +661,17 @@ def load_network(
     if not run.is_dir(): raise UserError(f"{run} is not a run folder")
     pickles = [p.name for p in sorted(run.iterdir()) if p.suffix.lower() in PICKLES]
     if pickles and not (run/"model.safetensors").exists(): read_weights(run/pickles[0])
-    record, weights = read_record(run), read_weights(run/"model.safetensors")
+    record, weights = read_record(run), _last_weights(run) if last else read_weights(run/"model.safetensors")
     if not all(bool(torch.isfinite(v).all()) for v in weights.values()): raise UserError(f"{run}/model.safetensors holds numbers that are not finite")
     return load_into(_stored_network(record, run, sum(v.numel() for v in weights.values())), weights, f"{run}/model.safetensors").eval()
+
+# %% ../nbs/03_training.ipynb #c11392f1
+def _last_weights(run):
+    "The weights at the last stop of a run."
+    if not (run/"resume.safetensors").exists(): raise UserError(f"{run} has no resume.safetensors: only its best weights are kept")
+    state = read_state(run/"resume.safetensors")
+    if state["average"]: raise UserError(f"{run} averaged its weights: only the best mean is kept")
+    return state["network"]
 
 # %% ../nbs/03_training.ipynb #9ee81f6d
 def file_digest(
@@ -668,6 +679,10 @@ def file_digest(
 ) -> str: # SHA-256, hexadecimal
     "The digest of a file, such as a model's weights."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def _encoder_digest(recipe):
+    "The digest of the encoder's weights that a recipe names; None if it names none."
+    return file_digest(Path(recipe.encoder)/"model.safetensors") if recipe.encoder else None
 
 def _revision():
     "The git revision of the package's own checkout, or None."
@@ -690,7 +705,7 @@ def new_record(
     "The record of a run that begins."
     count = sum(p.numel() for p in network.parameters())
     data = {"digest": store.digest, "songs": len(store), **getattr(store, "parts", {})} if store is not None else {}
-    if recipe.encoder: data["encoder"] = file_digest(Path(recipe.encoder)/"model.safetensors")
+    if recipe.encoder: data["encoder"] = _encoder_digest(recipe)
     return dict(format=FORMAT, status="running", finished=False, recipe=recipe.to_dict(), network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
                 parameters=count, versions=_versions(), revision=_revision(), step=0, epoch=0, examples=0, hours=0.)
 
@@ -837,7 +852,7 @@ class Average:
     def __init__(self,
                  network, # whose parameters
                  decay:float): # of the mean
-        self.params, self.decay = [p for p in network.parameters()], decay
+        self.network, self.params, self.decay = network, [p for p in network.parameters()], decay
         self.mean = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
@@ -847,16 +862,44 @@ class Average:
         torch._foreach_lerp_(self.mean, [p.detach() for p in self.params], 1 - decay)
 
     @contextlib.contextmanager
-    def applied(self):
-        "Have the network carry the mean within a block."
-        now = [p.detach().clone() for p in self.params]
-        self._set(self.mean)
-        try: yield
-        finally: self._set(now)
+    def applied(self, inputs=()): # batches of what the network is called with
+        "Have the network carry the mean within a block, with statistics of its normalisations measured on `inputs`."
+        norms = measuring(self.network)
+        now, buffers = [p.detach().clone() for p in self.params], [b.clone() for m in norms for b in m.buffers()]
+        self._set(self.params, self.mean)
+        try:
+            measure(self.network, norms, inputs)
+            yield
+        finally:
+            self._set(self.params, now)
+            self._set([b for m in norms for b in m.buffers()], buffers)
 
     @torch.no_grad()
-    def _set(self, values):
-        for p, v in zip(self.params, values): p.copy_(v)
+    def _set(self, into, values):
+        for p, v in zip(into, values): p.copy_(v)
+
+# %% ../nbs/03_training.ipynb #52f6e735
+def measuring(
+    network, # any
+) -> list: # of its batch normalisations
+    "The normalisations that keep statistics of what they see; a frozen layer keeps its own."
+    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None]
+
+@torch.no_grad()
+def measure(
+    network, # in training mode
+    norms:list, # of `measuring`
+    inputs, # batches of what the network is called with; none: nothing changes
+):
+    "Replace the statistics by the mean over some batches; the random states stay as they are."
+    state, momenta = random_state(), [m.momentum for m in norms]
+    for k, x in enumerate(inputs if norms else ()):
+        for m in norms if k == 0 else ():
+            m.reset_running_stats()
+            m.momentum = None # torch's word for the plain mean
+        network(x)
+    for m, momentum in zip(norms, momenta): m.momentum = momentum
+    set_random_state(state)
 
 # %% ../nbs/03_training.ipynb #6f826599
 def own_rows(
@@ -1162,18 +1205,32 @@ def loss(self:Loop, batch):
     return loss
 
 @patch
+def note_gradient(self:Loop):
+    "Log the norm of the network's gradient, before it is clipped, where the task asks for it."
+    if self.task.logs_gradient: self.sums.setdefault("grad_norm", []).append(torch.stack([p.grad.norm() for p in self.network.parameters() if p.grad is not None]).norm())
+
+@patch
 def _not_finite(self:Loop):
     "Say what to do; the state on disk is the last good one."
     raise self.ranks.alike(UserError(f"the loss or the weights are no longer finite after step {self.step}: begin again with a lower lr (now {self.recipe.lr:g}) or grad_clip=1; {self.out} keeps the last good state"))
 
 # %% ../nbs/03_training.ipynb #1b55f675
+MEASURED = 20 # batches
+
+@patch
+def averaged(self:Loop):
+    "A block in which the network carries its averaged weights, if the recipe has any, with statistics of the last training batches."
+    if not self.average: return contextlib.nullcontext()
+    seen = self.step * self.recipe.accumulate
+    return self.average.applied(self.task.train_batch(n)[0].to(self.task.device) for n in range(max(0, seen - MEASURED), seen))
+
 @patch
 def end_epoch(self:Loop, trainer):
     "Validate, add a row to metrics.csv, keep the weights if they are the best."
     self._pool()
     row = dict(epoch=self.epoch, step=self.step, examples=self.step * self.recipe.examples_per_step)
     row |= {k: float(torch.stack([x.cpu() for x in v]).double().mean()) for k, v in self.sums.items()}
-    with self.average.applied() if self.average else contextlib.nullcontext():
+    with self.averaged():
         row |= self.ranks.first(self._validate, trainer) | dict(lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.spent - self.epoch_began, 3))
         if not math.isfinite(row["train_loss"]): self._not_finite()
         self.ranks.first(self._close_epoch, row)
@@ -1314,6 +1371,7 @@ def _lightning_module(loop, store, state):
         def on_train_start(self): loop.start(self.trainer)
         def on_train_batch_start(self, batch, i): loop.before_step()
         def training_step(self, batch, i): return loop.loss(batch)
+        def on_before_optimizer_step(self, optimizer): loop.note_gradient()
         def on_train_batch_end(self, out, batch, i):
             if (i + 1) % loop.recipe.accumulate == 0: loop.after_step(self.trainer)
     return Training()
@@ -1457,6 +1515,7 @@ def _check_resume(
     differ = [f"{k} was {old[k]!r} and is {v!r}" for k, v in new.items() if k not in MAY_CHANGE and old[k] != v]
     if differ: raise UserError(f"{out} was begun with another recipe: " + "; ".join(differ))
     if record["data"].get("digest") != store.digest: raise UserError(f"{out} was begun with other data (digest {record['data'].get('digest')}, now {store.digest})")
+    if _encoder_digest(recipe) != (was := record["data"].get("encoder")): raise UserError(f"{out} was begun {f'with another encoder (digest {was})' if was else 'without an encoder'}: name the same")
 
 # %% ../nbs/03_training.ipynb #97a6d595
 def _open_run(
@@ -1541,5 +1600,5 @@ def _close(loop):
 
 def _keep_unvalidated(loop):
     "Before the first validation the present weights are the best there are."
-    with loop.average.applied() if loop.average else contextlib.nullcontext():
+    with loop.averaged():
         write_weights(loop.out/"model.safetensors", loop.network.state_dict(), {"format": "pt"})

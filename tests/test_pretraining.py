@@ -8,6 +8,7 @@ import warnings
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from deepdemix.audio import SOURCES, UserError, write
 from deepdemix.data import Store, prepare_stems, prepare_toy
 from deepdemix.pretraining import (Contrast, DeepDeMixEncoder, EncoderNetwork, PretrainingTask, WeightedBatches, WeightedTriplets, check_classes, cloud,
-                                   collapse_value, count_parameters, draw_excerpts, embed_excerpts, explore, join_stores, metric_loss, mixtures_of,
+                                   collapse_value, confusion, count_parameters, draw_excerpts, embed_excerpts, explore, join_stores, metric_loss,
                                    neighbour_accuracy, open_stores, plain_title, pretrain, probe, project, random_twin, random_view, retrieval, show_maps, triplet_indices, views_of)
 from deepdemix.training import Recipe, build_network, build_task, fit, load_encoder, load_network, read_metrics, read_record, read_state, read_weights, register_network
 
@@ -124,12 +125,73 @@ def test_views_change_tone_but_not_time():
     assert ((correlation.argmax(1) + 4) % 8000 <= 8).all()
 
 
-def test_mixtures_hold_what_they_should():
-    x = torch.eye(6)[:, None]
-    y = mixtures_of(x, torch.tensor([0, 0, 1, 1, 2, 2]), np.random.default_rng(0), snr=(0, 0))
-    for i in range(6):
-        assert y[i, 0, i].item() == pytest.approx(1.0)
-        assert (y[i, 0].view(3, 2) > 0).sum(1).tolist() == [1, 1, 1]
+@pytest.mark.parametrize("per_class", [1, 2])
+def test_a_mixture_holds_its_own_stem_and_no_other(store, per_class):
+    t = task(store, loss="supcon", task_args=dict(positives="mixture_stem", per_class=per_class, places=2))
+    for number in range(3):
+        waves, labels, _ = t.train_batch(number)
+        n = 4 * per_class
+        stems, mixtures = waves[:n, 0], waves[n:, 0]
+        shares = (mixtures @ stems.T) / stems.square().sum(1)
+        assert shares.diag().min() > 0.7 and shares[~torch.eye(n, dtype=torch.bool)].abs().mean() < 0.25
+        rest = (mixtures - stems).square().mean(1)
+        level = 10 * (stems.square().mean(1) / rest).log10()
+        assert ((level > -5.01) & (level < 10.01)).all()
+        assert labels.tolist() == [number * n + k for k in range(n)] * 2
+
+
+def test_a_memory_never_takes_an_earlier_excerpt_for_the_same(store):
+    t = task(store, loss="supcon", task_args=dict(positives="view", memory=64, places=2))
+    labels = [set(t.train_batch(k)[1].tolist()) for k in range(3)]
+    assert not (labels[0] & labels[1] or labels[1] & labels[2])
+
+
+@pytest.mark.parametrize("args", [dict(memory=-5), dict(head=-2), dict(head=2.5), dict(temperature="abc"), dict(temperature=float("nan")), dict(margin="x"), dict(margin=-1.0), dict(margin=float("nan")),
+                                  dict(per_class=2.5), dict(per_class=-1), dict(places=-1), dict(places=0), dict(instance=-1.0), dict(instance=float("inf")), dict(miner=3), dict(memory=3), dict(shuffle_labels="no")])
+def test_a_setting_that_can_not_be_is_refused_before_training(store, tmp_path, args):
+    with pytest.raises(UserError, match=next(iter(args))): fit(recipe(loss="supcon", task_args=args), store, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("loss", ["triplet", "supcon", "ntxent", "multi_similarity"])
+@pytest.mark.parametrize("more", [{}, dict(miner="semihard"), dict(miner="batch_hard"), dict(instance=0.5), dict(head=3)])
+def test_a_collapse_is_seen_whatever_surrounds_the_loss(store, loss, more):
+    t = task(store, loss=loss, valid_examples=4, task_args=dict(places=2, per_class=2, **more))
+    for p in t.network.encoder.linear[-1].parameters(): torch.nn.init.constant_(p, 0.5 * (p.dim() == 1))
+    t.network.eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match="collapsed"): logs = [t.validate() for _ in range(2)][-1]
+    assert logs["collapsed"] == 1 and logs["valid_loss"] == pytest.approx(logs["collapse_value"], abs=1e-3)
+
+
+def test_the_norm_of_the_gradient_is_told_before_it_is_clipped(store, tmp_path):
+    norms = [read_metrics(fit(recipe(grad_clip=clip, examples_per_epoch=4), store, tmp_path / str(clip), progress=False)).grad_norm.iloc[0] for clip in (0.0, 1e-4)]
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 1e-3
+
+
+def test_a_frozen_encoder_is_not_pretrained(store, tmp_path):
+    with pytest.raises(UserError, match="nothing to train"): fit(recipe(freeze_encoder=True), store, tmp_path / "run", progress=False)
+
+
+def test_probe_and_confusion_go_by_the_names_of_instruments(store, tmp_path):
+    for k, song in enumerate(store.songs[:2]):
+        for name in ("vocals", "drums"): write(tmp_path / "songs" / song.title / f"{name}.wav", store.stems(k)[SOURCES.index(name)], store.sample_rate)
+    turned = prepare_stems(tmp_path / "songs", tmp_path / "store", sources=("vocals", "drums"), valid=0, test=0, progress=False)
+    rest = store.select(list(range(2, len(store))))
+    network = EncoderNetwork(**TINY).eval()
+    table, matrix = probe(network, rest, turned, per_song=2, randoms=1), confusion(network, rest, turned, per_song=2)
+    swapped = prepare_stems(tmp_path / "songs", tmp_path / "swapped", sources=("drums", "vocals"), valid=0, test=0, progress=False)
+    pd.testing.assert_frame_equal(table, probe(network, rest, swapped, per_song=2, randoms=1), atol=1e-3)
+    pd.testing.assert_frame_equal(matrix, confusion(network, rest, swapped, per_song=2), atol=1e-3)
+    assert table.knn["mel statistics"] > 0.5
+    assert list(matrix.columns) == list(SOURCES) and matrix.loc[["bass", "other"]].sum().sum() == 0
+
+
+@pytest.mark.musdb
+def test_what_the_excerpts_of_mdb_add(musdb_path):
+    more = musdb_path.parent / "mdb-excerpts"
+    if not more.is_dir(): pytest.skip("no mdb-excerpts beside MUSDB18-7")
+    both = open_stores([str(musdb_path), str(more)])
+    assert len(both.split("train")) == 80 + 8 and len(list(more.glob("MusicDelta_*"))) == 13
 
 
 @pytest.mark.parametrize("positives", ["other_song", "anywhere", "view", "mixture_stem"])
@@ -240,7 +302,7 @@ def test_one_excerpt_of_a_kind_is_enough_where_it_brings_its_positive(store):
     waves, labels, _ = alone.train_batch(0)
     assert len(waves) == 8 and labels.tolist() == [0, 1, 2, 3] * 2
     with pytest.raises(UserError, match="at least 2"): task(store, loss="supcon", task_args=dict(places=2, per_class=1))
-    with pytest.raises(UserError, match="at least 1"): task(store, loss="supcon", task_args=dict(places=2, per_class=-1, positives="view"))
+    with pytest.raises(UserError, match="0 or more"): task(store, loss="supcon", task_args=dict(places=2, per_class=-1, positives="view"))
 
 
 @pytest.mark.parametrize("loss", ["supcon", "ntxent", "multi_similarity", "triplet"])

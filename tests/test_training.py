@@ -187,6 +187,62 @@ def test_frozen_encoder_stays_and_thaws(tmp_path):
     assert not torch.equal(after["1"], before) and not torch.equal(after["False"], before)
     assert read_record(tmp_path/"True")["data"]["encoder"] == T.file_digest(tmp_path/"first"/"model.safetensors")
 
+def test_a_run_goes_on_with_the_encoder_that_it_began_with(tmp_path):
+    for k in range(2): fit(recipe(epochs=1, seed=k), STORE, tmp_path/str(k), progress=False)
+    fit(recipe(epochs=1, encoder=str(tmp_path/"0")), STORE, tmp_path/"run", progress=False)
+    for other in (str(tmp_path/"1"), None):
+        with pytest.raises(UserError, match="with another encoder"): fit(recipe(epochs=2, encoder=other), STORE, tmp_path/"run", resume=True, progress=False)
+    with pytest.raises(UserError, match="without an encoder"): fit(recipe(epochs=2, encoder=str(tmp_path/"1")), STORE, tmp_path/"0", resume=True, progress=False)
+    (tmp_path/"0").rename(tmp_path/"moved")
+    fit(recipe(epochs=2, encoder=str(tmp_path/"moved")), STORE, tmp_path/"run", resume=True, progress=False)
+    assert read_record(tmp_path/"run")["data"]["encoder"] == T.file_digest(tmp_path/"moved"/"model.safetensors")
+
+@register_network("tiny_normal")
+class TinyNormal(Tiny):
+    "With a normalisation behind a layer that learns."
+    def __init__(self, hidden=6, dropout=0.2):
+        super().__init__(hidden, dropout)
+        self.encoder = nn.Sequential(nn.Linear(33, hidden), Normal(hidden), nn.ReLU(), nn.Dropout(dropout))
+
+class Normal(nn.BatchNorm1d):
+    def forward(self, x): return super().forward(x.flatten(0, -2)).view_as(x)
+
+NORMAL = dict(network="tiny_normal", ema=0.9, epochs=2)
+
+def test_averaged_weights_are_kept_with_statistics_of_their_own(tmp_path):
+    "What the normalisation would say of the last training batches; the training itself goes on as without an average."
+    for name, ema in (("plain", 0.), ("mean", 0.9)): fit(recipe(**NORMAL | dict(ema=ema)), STORE, tmp_path/name, progress=False)
+    states = [read_state(tmp_path/name/"resume.safetensors") for name in ("plain", "mean")]
+    assert all(torch.equal(v, states[1]["network"][k]) for k, v in states[0]["network"].items())
+    kept, network = read_weights(tmp_path/"mean"/"model.safetensors"), TinyNormal()
+    network.load_state_dict(kept)
+    task, best = SeparationTask(network, recipe(**NORMAL), STORE), read_record(tmp_path/"mean")["best"]["step"]
+    sums = [network.stft.magnitude(task.train_batch(k)[0]).transpose(2, 3) for k in range(best)]
+    with torch.no_grad(): seen = [network.encoder[0](x).flatten(0, -2).mean(0) for x in sums]
+    torch.testing.assert_close(kept["encoder.1.running_mean"], torch.stack(seen).mean(0), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(kept["encoder.1.running_mean"], states[1]["network"]["encoder.1.running_mean"], atol=1e-3)
+
+def test_a_stopped_run_with_statistics_is_the_same(tmp_path):
+    fit(recipe(**NORMAL), STORE, tmp_path/"whole", progress=False)
+    with pytest.raises(Interrupted): fit(recipe(**NORMAL), STORE, tmp_path/"run", progress=False, task=stopping_after(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    fit(recipe(**NORMAL), STORE, tmp_path/"run", resume=True, progress=False)
+    assert same_runs(tmp_path/"whole", tmp_path/"run")
+
+def test_a_frozen_normalisation_keeps_its_statistics(tmp_path):
+    fit(recipe(**NORMAL), STORE, tmp_path/"first", progress=False)
+    fit(recipe(**NORMAL, encoder=str(tmp_path/"first"), freeze_encoder=True), STORE, tmp_path/"run", progress=False)
+    first, run = (read_weights(tmp_path/name/"model.safetensors") for name in ("first", "run"))
+    assert all(torch.equal(first[k], run[k]) for k in first if k.startswith("encoder"))
+
+def test_the_last_weights_can_be_loaded_too(tmp_path):
+    fit(recipe(epochs=2), STORE, tmp_path/"run", progress=False)
+    last = read_state(tmp_path/"run"/"resume.safetensors")["network"]
+    assert all(torch.equal(v, last[k]) for k, v in load_network(tmp_path/"run", last=True).state_dict().items())
+    fit(recipe(epochs=1, ema=0.9), STORE, tmp_path/"mean", progress=False)
+    with pytest.raises(UserError, match="averaged"): load_network(tmp_path/"mean", last=True)
+    (tmp_path/"run"/"resume.safetensors").unlink()
+    with pytest.raises(UserError, match="no resume.safetensors"): load_network(tmp_path/"run", last=True)
+
 def test_encoder_learns_at_its_own_rate():
     task = SimpleNamespace(network=Tiny(), heads=None)
     groups = T.build_optimizer(task, recipe(encoder_lr_scale=0.1)).param_groups
