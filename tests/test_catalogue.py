@@ -149,7 +149,7 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(tmp_path, tiny, on
     assert max(Counter(path for path, _ in {(p, t) for p, t, _ in lines}).values()) == 1
     assert len({pid for _, _, pid in lines}) >= 3
     assert not list((out / ".catalogue" / "tries").glob("*/*"))
-    assert counts(separate_catalogue([songs], out, tiny, on_ray(2), progress=False)) == [30, 0, 29, 1]
+    assert counts(separate_catalogue([songs], out, tiny, progress=False)) == [30, 0, 29, 1]
 
 
 @pytest.mark.slow

@@ -129,7 +129,8 @@ def test_a_toy_store_in_16_bits(tmp_path):
 
 def test_a_stopped_training_has_the_status_of_its_signal(folder, tmp_path):
     import signal, subprocess, sys, time
-    words = ["train", "--model", "baseline", "--data", str(folder / "toy"), "--profile", "demo", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    words = ["train", "--model", "baseline", "--data", str(folder / "toy"), "--profile", "demo", "--out", str(tmp_path / "run"), "--device", "cpu",
+             "--set", "examples_per_epoch=8", "--set", "valid_examples=4", "--set", "epochs=10000"]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = subprocess.Popen([sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", *words, "--resume"], stderr=subprocess.PIPE, text=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
