@@ -58,11 +58,11 @@ class SameConv2d(nn.Conv2d):
     def forward(self,
                 x, # maps (batch, channels, n_t, n_f)
                ):  # maps (batch, out channels, n_t, n_f)
-        "Pads as torch's `padding='same'` does. On a CPU, up to 16 channels are folded."
+        "Pads as torch's `padding='same'` does. On a CPU, up to 16 channels are folded; not in a file for ONNX, whose runtimes have ways of their own."
         (kt, kf) = self.kernel_size
         t, f = (kt - 1) // 2, (kf - 1) // 2
         x = F.pad(x, (f, kf - 1 - f, t, kt - 1 - t))
-        fold = min(max(2, 16 // self.in_channels), 8, kf // 2) if x.device.type == "cpu" and self.in_channels <= 16 else 1
+        fold = min(max(2, 16 // self.in_channels), 8, kf // 2) if x.device.type == "cpu" and self.in_channels <= 16 and not torch.onnx.is_in_onnx_export() else 1
         return folded_conv2d(x, self.weight, self.bias, fold) if fold > 1 else super().forward(x)
 
 # %% ../nbs/05_pretraining.ipynb #14d2f599
@@ -867,17 +867,20 @@ def show_pretraining(
 ): # the figure
     "Figure 3 of the paper and its companion: the contrastive loss with its collapse value, and nearest-neighbour accuracy on songs never trained on."
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
     runs = run if isinstance(run, dict) else {"": run}
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), dpi=75)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.6), dpi=75, layout="constrained")
     for i, (label, folder) in enumerate(runs.items()):
         table = read_metrics(folder)
-        for key, style in (("train_loss", "--"), ("valid_loss", "-")): left.plot(table.epoch, table[key], style, color=f"C{i}", label=f"{label} {key.split('_')[0]}".strip())
+        left.plot(table.epoch, table.train_loss, "--", color=f"C{i}", lw=1)
+        left.plot(table.epoch, table.valid_loss, color=f"C{i}")
         left.axhline(table.collapse_value.iloc[-1], color=f"C{i}", lw=0.8, ls=":")
-        right.plot(table.epoch, table.valid_knn, color=f"C{i}", marker=".", label=label or None)
-    left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None)); left.legend(frameon=False, fontsize=8)
+        right.plot(table.epoch, table.valid_knn, color=f"C{i}", marker=".")
+    left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="nearest-neighbour accuracy", ylim=(0, 1.02))
-    if len(runs) > 1: right.legend(frameon=False, fontsize=8)
-    fig.tight_layout()
+    lines = [Line2D([], [], color="gray", ls=style, label=what) for what, style in (("training batches", "--"), ("validation songs", "-"), ("all one point", ":"))]
+    names = [Line2D([], [], color=f"C{i}", marker=".", label=label) for i, label in enumerate(runs) if label]
+    fig.legend(handles=names + lines, loc="outside right upper", frameon=False, fontsize=8)
     return fig
 
 # %% ../nbs/05_pretraining.ipynb #8feab766
@@ -931,7 +934,7 @@ def probe(
 SMALL_BATCHES = dict(batch_size=3, examples_per_epoch=450, epochs=15, lr=3e-4, lr_schedule="warmup_cosine", grad_clip=1.)
 STUDY = {
     "triplet":      dict(loss="triplet", batch_size=3, examples_per_epoch=150, epochs=40),
-    "triplet, small steps": dict(loss="triplet", **SMALL_BATCHES | dict(examples_per_epoch=150, epochs=40)),
+    "triplet-small-steps": dict(loss="triplet", **SMALL_BATCHES | dict(examples_per_epoch=150, epochs=40)),
     "SupCon":       dict(loss="supcon", per_class=2, **SMALL_BATCHES),
     "mixture-stem": dict(loss="supcon", positives="mixture_stem", per_class=1, **SMALL_BATCHES | dict(temperature=0.5, lr=1e-4))}
 
@@ -993,6 +996,7 @@ def project(
     "t-SNE or UMAP: neighbours stay neighbours, distances between groups mean little."
     if method not in ("tsne", "umap"): raise UserError(f"no projection is called '{method}'; known: tsne, umap")
     z = np.asarray(z)
+    if len(z) < 3: raise UserError(f"a map needs 3 excerpts or more, not {len(z)}: take more songs, or more places in each")
     if method == "umap": return _umap(z, seed)
     from sklearn.manifold import TSNE
     return TSNE(perplexity=min(30, max(2, (len(z) - 1) // 3)), init="pca", random_state=seed).fit_transform(z)
