@@ -3,7 +3,7 @@ import pytest
 import torch
 from deepdemix.audio import UserError
 from deepdemix.baseline import count_parameters
-from deepdemix.compact import Cells, Compact, cell_errors, l1_cells
+from deepdemix.compact import Cells, Compact, cell_errors, l1_cells, wiener_filter
 from deepdemix.data import toy_song
 from deepdemix.metrics import si_sdr
 from deepdemix.separation import Separator
@@ -27,10 +27,11 @@ SOUNDS = dict(silence=torch.zeros(1, 2, 9000), dc=torch.ones(1, 2, 9000), impuls
               antiphase=noise(1, 1, 9000) * torch.tensor([[1.], [-1.]]), faint=1e-9 * noise(1, 2, 9000), loud=1e4 * noise(1, 2, 9000))
 
 
+@pytest.mark.parametrize("refine", [0, .75])
 @pytest.mark.parametrize("sound", SOUNDS)
-def test_every_sound_is_shared_out_exactly(sound):
+def test_every_sound_is_shared_out_exactly(sound, refine):
     x = SOUNDS[sound]
-    with torch.no_grad(): stems, z = tiny()(x), tiny().embed(x)
+    with torch.no_grad(): stems, z = tiny(refine=refine)(x), tiny().embed(x)
     assert stems.isfinite().all() and z.isfinite().all()
     assert (stems.sum(1) - x).abs().max() <= 1e-5 * x.abs().max()
 
@@ -45,11 +46,40 @@ def test_loss_and_gradient_are_finite(sound):
 
 @pytest.mark.parametrize("samples", [1, 2, 255, 256, 257, 1023, 5001])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_any_length_mono_and_stereo(samples, channels):
+@pytest.mark.parametrize("seen", [1, 2])
+def test_any_length_mono_and_stereo(samples, channels, seen):
     x = noise(2, channels, samples)
-    with torch.no_grad(): stems = tiny()(x)
+    with torch.no_grad(): stems = tiny(channels=seen, refine=.75)(x)
     assert stems.shape == (2, 4, channels, samples)
     assert torch.allclose(stems.sum(1), x, atol=1e-5)
+
+
+def test_the_filter_is_the_textbook_s():
+    "Against the formula with torch's own inverse, bin by bin, for the textbook's exponent."
+    torch.manual_seed(0)
+    y = torch.randn(2, 3, 2, 20, 300, dtype=torch.cdouble)
+    x = y.sum(1)
+    v = y.abs().square().mean(2)
+    r = torch.einsum("bsitf,bsjtf->bsfij", y, y.conj())
+    c = v[..., None, None] * (r / r.diagonal(dim1=-2, dim2=-1).sum(-1).real[..., None, None])[:, :, None]
+    expected = torch.einsum("bstfij,btfj->bsitf", c @ torch.linalg.inv(c.sum(1, keepdim=True)), x.permute(0, 2, 3, 1))
+    assert torch.allclose(wiener_filter(y, x, exponent=2, load=0.), expected)
+
+
+def test_the_filter_is_as_loud_as_its_input_and_waits_for_separation():
+    network, x = tiny(refine=.75), noise(1, 2, 9000)
+    with torch.no_grad():
+        stems, louder, plain = network(x), network(100 * x), tiny()(x)
+        assert torch.allclose(louder, 100 * stems, rtol=1e-3, atol=1e-4) and (stems - plain).abs().max() > 1e-3
+        network.refine = 1.
+        whole = network(x)
+    assert torch.allclose(stems, .25 * plain + .75 * whole, atol=1e-6)
+    assert torch.equal(tiny(refine=.75, dropout=0.).train()(x), tiny(dropout=0.).train()(x))
+
+
+@pytest.mark.parametrize("settings", [dict(refine=-.1), dict(refine=1.1), dict(refine=float("nan")), dict(refine=.5, channels=3)])
+def test_a_share_that_makes_no_sense_is_refused(settings):
+    with pytest.raises(UserError, match="refine"): Compact(**TINY | settings)
 
 
 def test_channels_that_do_not_fit_are_refused():
