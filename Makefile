@@ -45,11 +45,11 @@ check: $(VENV)/.nussl ## the notebooks are clean, and package and README follow 
 test: export OMP_NUM_THREADS := 1
 test: check ## what CI runs: notebooks, then tests
 	@$(BIN)/nbdev_test --n_workers 2
-	@$(BIN)/python -m pytest tests -q -m "not browser" -p no:cacheprovider
+	@$(BIN)/python -m pytest tests -q -n 2 --dist worksteal -m "not browser" -p no:cacheprovider
 
 test-all: check ## the slow tests too
 	@$(BIN)/nbdev_test --n_workers 2 --flags slow
-	@$(BIN)/python -m pytest tests -q --all -m "not browser"
+	@$(BIN)/python -m pytest tests -q -n 2 --dist worksteal --all -m "not browser"
 
 $(VENV)/.bench: $(VENV)/.nussl
 	@$(PIP) -e '.[bench]'
