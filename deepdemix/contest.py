@@ -8,13 +8,16 @@ __all__ = ['ENTRIES', 'MOST_PARAMETERS', 'STARTS', 'SHARED', 'COMMON', 'CONTRAST
 
 # %% ../nbs/09a_contest.ipynb #76a0bca5
 import json
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 
 from .audio import UserError, atomic_path
 from .conv_tasnet import SMALL
@@ -91,6 +94,31 @@ def train_entry(
         if not _over(root / name): fit(recipe, store, root / name, resume=True, logger=logger, progress=progress)
     return root / "separator"
 
+# %% ../nbs/09a_contest.ipynb #8b9dc557
+def _scored(out:Path) -> set:
+    "Which runs, as (name, seed), have their scores."
+    rows = Scores.load(out / "scores.json").rows
+    return set(zip(rows.model, rows.seed))
+
+def _take_turn(
+    store:Store, # songs in all splits
+    out:Path, # the contest's folder
+    entry:Entry, # who
+    start:str, # "scratch" or "pretrained"
+    seed:int, # of the run
+    **budget, # for `train_entry`
+) -> bool: # whether it was there to be taken
+    "Train and score one run, unless it is done or another process is at it."
+    name = entry.name + STARTS[start]
+    try:
+        with FileLock(out / f".{entry.folder}-{start}-seed{seed}.lock", timeout=0):
+            if (name, seed) in _scored(out): return False
+            run = train_entry(store, out, entry, start, seed, **budget)
+            found = evaluate(load_network(run), store.split("test"), "stereo", name=name, seed=seed, references=False, window=10.)
+            with FileLock(out / ".lock"): (Scores.load(out / "scores.json") + found).save(out / "scores.json", digits=4)
+    except Timeout: return False
+    return True
+
 # %% ../nbs/09a_contest.ipynb #ffd7f151
 def _same_contest(path:Path, about:dict):
     "Keep what a contest is about, or raise `UserError` if the folder holds another."
@@ -113,19 +141,18 @@ def run_contest(
     progress:bool=True, # show the training
     logger:str="csv", # "tensorboard" writes event files besides
 ) -> "Contest":
-    "Train and score everybody. Raises `UserError` for a budget of nothing."
+    "Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a budget of nothing."
     if minutes <= 0 or seeds < 1: raise UserError(f"minutes={minutes:g}, seeds={seeds}: a contest needs time and 1 seed or more")
     out, songs = Path(out), store.split("test")
     out.mkdir(parents=True, exist_ok=True)
     about = dict(minutes=minutes, seeds=seeds, starts=list(starts), data=store.digest, entries=[[e.name, e.network, e.args, e.settings] for e in entries], settings=list(settings))
-    _same_contest(out / "contest.json", about)
-    scores = Scores.load(out / "scores.json") if (out / "scores.json").exists() else reference_rows(songs, "stereo", rows=PLAIN)
-    known = set(zip(scores.rows.model, scores.rows.seed))
-    for seed, entry, start in ((n, e, s) for n in range(seeds) for e in entries for s in starts):
-        run, name = train_entry(store, out, entry, start, seed, minutes, settings, progress, logger), entry.name + STARTS[start]
-        if (name, seed) in known: continue
-        scores = scores + evaluate(load_network(run), songs, "stereo", name=name, seed=seed, references=False, window=10.)
-        scores.save(out / "scores.json", digits=4)
+    with FileLock(out / ".lock"):
+        _same_contest(out / "contest.json", about)
+        if not (out / "scores.json").exists(): reference_rows(songs, "stereo", rows=PLAIN).save(out / "scores.json", digits=4)
+    turns = [(entry, start, seed) for seed in range(seeds) for entry in entries for start in starts]
+    while left := [t for t in turns if (t[0].name + STARTS[t[1]], t[2]) not in _scored(out)]:
+        taken = [_take_turn(store, out, *t, minutes=minutes, settings=settings, progress=progress, logger=logger) for t in left]
+        if not any(taken): time.sleep(5)
     return Contest(out)
 
 # %% ../nbs/09a_contest.ipynb #a75099e9
@@ -170,7 +197,9 @@ class Contest:
         metrics=("SDR",), # columns
     ): # a `Table`
         "Everybody's scores on the test songs, with intervals over seeds and songs, and the reference rows."
-        return self.scores.table(metrics, caption=f"{self.about['minutes']:g} minutes of a core each, {self.about['seeds']} seeds")
+        trained = [e.name + words for e in self.entries for words in STARTS.values()]
+        runs = self.scores.rows.query("model in @trained").groupby("model").seed.nunique()
+        return self.scores.table(metrics, caption=f"{self.about['minutes']:g} min of a core each, seeds: {' to '.join(str(n) for n in sorted({runs.min(), runs.max()}))}")
 
 @patch
 def verdicts(self:Contest,
@@ -208,12 +237,13 @@ def costs(self:Contest): # a data frame: a row for each network
 def publish(self:Contest,
     results, # folder for the small files
 ) -> Path: # the same
-    "Copy a contest without its weights; `digests.json` holds their SHA-256."
-    import shutil
-    results, digests = Path(results), {}
-    for run in sorted(p.parent for p in self.out.glob("*/*/seed*/*/recipe.json")):
+    "Copy what is over of a contest, without its weights; `digests.json` holds their SHA-256. A copy can be gone on with, and published again."
+    results = Path(results)
+    digests = json.loads((self.out / "digests.json").read_text()) if (self.out / "digests.json").exists() else {}
+    for run in (r for s in sorted(self.out.glob("*/*/seed*/separator")) if _over(s) for r in sorted(s.parent.iterdir())):
         name = run.relative_to(self.out).as_posix()
-        digests[name] = publish_run(run, results / name, self.out)
+        if name in digests: shutil.copytree(run, results / name, dirs_exist_ok=True)
+        else: digests[name] = publish_run(run, results / name, self.out)
     for file in ("contest.json", "scores.json", "costs.json"):
         if (self.out / file).exists(): shutil.copy(self.out / file, results / file)
     with atomic_path(results / "digests.json") as part: Path(part).write_text(json.dumps(digests, indent=1) + "\n")
