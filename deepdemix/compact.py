@@ -221,14 +221,20 @@ def matrices(self:Compact,
     return self.cells.spread(self.maskers(self.bands(covariance(spectrum, spectrum, self.cells))))
 
 @patch
+def estimate(self:Compact,
+    x:torch.Tensor, # complex (b, channels, n_t, n_f)
+) -> torch.Tensor: # complex (b, s, channels, n_t, n_f)
+    "The stems' spectrograms: what the matrices make of the mixture, and the Wiener filter's share."
+    stems = (self.matrices(x) * x[:, None, None]).sum(3)
+    return torch.lerp(stems, wiener_filter(stems, x), self.refine) if self.refine and not self.training else stems
+
+@patch
 def forward(self:Compact,
     waveform:torch.Tensor, # (b, channels, time)
 ) -> torch.Tensor: # (b, s, channels, time)
     "The stems of a mixture; they add up to it."
     folded, unfold = fold_channels(waveform, 1, self.channels)
-    x = self.spectrum(folded)
-    stems = (self.matrices(x) * x[:, None, None]).sum(3)
-    if self.refine and not self.training: stems = torch.lerp(stems, wiener_filter(stems, x), self.refine)
+    stems = self.estimate(self.spectrum(folded))
     return unfold(self.stft.inverse(stems.movedim(2, -1), folded.shape[-1]), 2)
 
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'WEIGHTS', 'MODEL_FILES', 'TAGS', 'FORMATS', 'SUBTYPES', 'AUDIO', 'OPSET', 'channel_groups', 'by_groups',
            'segment_of', 'plan_chunks', 'pick_device', 'Separator', 'Waiting', 'output_weights', 'Cancelled',
            'pretrained_names', 'describe_pretrained', 'find_model', 'fetch_from_hub', 'push_to_hub', 'Spool',
-           'free_folder', 'write_tags', 'fix_serial', 'sweep', 'find_songs', 'MaskOnly', 'CentredNorm', 'centred',
+           'free_folder', 'write_tags', 'fix_serial', 'sweep', 'find_songs', 'WithoutSTFT', 'CentredNorm', 'centred',
            'export']
 
 # %% ../nbs/08_separation.ipynb #417c7c8a
@@ -621,13 +621,22 @@ def _one_of_many(self:Separator, path, out, taken, options):
     return song
 
 # %% ../nbs/08_separation.ipynb #96a20c81
-class MaskOnly(nn.Module):
-    "A network from magnitude to mask, as a module of its own."
+class WithoutSTFT(nn.Module):
+    "What lies between a network's STFTs: its `mask` of a magnitude, or its `estimate` from a complex spectrogram."
     def __init__(self, network):
         super().__init__()
-        self.network = network
+        self.network, found = network, [m for m in ("mask", "estimate") if hasattr(network, "stft") and hasattr(network, m)]
+        if not found: raise UserError("only networks between two STFTs can be exported: those that predict masks, or spectrograms of stems")
+        self.method = found[0]
 
-    def forward(self, magnitude): return self.network.mask(magnitude)
+    def forward(self, x): return getattr(self.network, self.method)(x)
+
+    def example(self, batch, frames):
+        "Noise that the network takes, of as many frames as it can."
+        segment, channels, noise = segment_of(self.network), self.network.channels, torch.Generator().manual_seed(batch)
+        frames, n_f = self.network.stft.frames(segment) if segment else frames, self.network.stft.n_f
+        if self.method == "mask": return torch.rand(batch, frames, n_f, channels, generator=noise)
+        return torch.randn(batch, channels, frames, n_f, dtype=torch.cfloat, generator=noise)
 
 # %% ../nbs/08_separation.ipynb #b79263d8
 class CentredNorm(nn.Module):
@@ -653,25 +662,17 @@ def centred(network):
     return network
 
 # %% ../nbs/08_separation.ipynb #6512ecfb
-def _example(network, batch, frames):
-    "A magnitude `(b, n_t, n_f, channels)` of noise that the network takes."
-    segment = segment_of(network)
-    frames = network.stft.frames(segment) if segment else frames
-    return torch.rand(batch, frames, network.stft.n_f, network.channels, generator=torch.Generator().manual_seed(batch))
-
-# %% ../nbs/08_separation.ipynb #f0feae10
-def export(network, # a mask network
+def export(network, # a network between two STFTs
            path): # ends in .pt (TorchScript) or .onnx
     "Write the network without its STFT; returns the path. `UserError` where it can't be, or where the result differs by more than 1e-4."
     path, run = Path(path), {".pt": _torchscript, ".onnx": _onnx}.get(Path(path).suffix)
     if run is None: raise UserError(f"{path}: export to a name that ends in .pt (TorchScript) or .onnx")
-    if not (hasattr(network, "mask") and hasattr(network, "stft")): raise UserError("only networks that predict a mask can be exported")
-    network = MaskOnly(network).cpu().eval()
+    network = WithoutSTFT(network).cpu().eval()
     with torch.no_grad(), atomic_path(path) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = run(centred(network), Path(part))
         for batch, frames in (1, 40), (3, 57):
-            x = _example(network.network, batch, frames)
+            x = network.example(batch, frames)
             away = (exported(x) - network(x)).abs().max()
             if not away < 1e-4: raise UserError(f"{path}: the exported network differs by {away:.1e}; it is not written")
     return path
@@ -680,7 +681,7 @@ def export(network, # a mask network
 def _torchscript(network, path):
     "Trace and save; the saved network as a function."
     made = io.BytesIO()
-    torch.jit.save(torch.jit.trace(network, _example(network.network, 2, 50), check_trace=False), made)
+    torch.jit.save(torch.jit.trace(network, network.example(2, 50), check_trace=False), made)
     path.write_bytes(made.getvalue())
     return torch.jit.load(str(path))
 
@@ -699,11 +700,12 @@ def _index_add(g, x, dim, index, source, alpha=None):
 # %% ../nbs/08_separation.ipynb #b651a62e
 def _onnx(network, path):
     "Write an ONNX file; the file as a function, run by onnxruntime."
+    if network.method == "estimate": raise UserError("ONNX has no complex numbers, with which this network works: export it to a name that ends in .pt")
     try: import onnx, onnxruntime
     except ImportError: raise UserError("ONNX needs two more packages: pip install 'deepdemix[export]'") from None
     free = {0: "batch"} | ({} if segment_of(network.network) else {1: "frames"})
     torch.onnx.register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
-    try: torch.onnx.export(network, (_example(network.network, 2, 50),), str(path), dynamo=False, opset_version=OPSET,
+    try: torch.onnx.export(network, (network.example(2, 50),), str(path), dynamo=False, opset_version=OPSET,
                            input_names=["magnitude"], output_names=["mask"], dynamic_axes={"magnitude": free, "mask": free})
     finally: torch.onnx.unregister_custom_op_symbolic("aten::index_add", OPSET)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
