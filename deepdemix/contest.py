@@ -166,7 +166,7 @@ name, args, seconds = json.loads(sys.argv[1])
 before, network = peak(), build_network(name, **args).eval()
 call, sound = windowed(network, 10., batch_size=1), 0.1 * torch.randn(2, int(seconds * network.sample_rate), generator=torch.Generator().manual_seed(0))
 with torch.inference_mode():
-    call(sound[:, :network.sample_rate])
+    call(sound)
     began = time.perf_counter(); call(sound); taken = time.perf_counter() - began
 print(json.dumps(dict(parameters=sum(p.numel() for p in network.parameters()), real_time_factor=taken / seconds, memory_gib=peak() - before)))
 """
