@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import http.server
+import importlib
 import importlib.util
 import os
 import re
@@ -562,3 +563,15 @@ def test_check_finds_a_broken_link(tmp_path):
     (tmp_path / "a.html").write_text('<h1 id="here">x</h1><a href="b.html#gone">b</a><img src="c.png" alt="">', encoding="utf-8")
     page = Page(tmp_path / "a.html")
     assert page.links == ["b.html#gone"] and page.loads == ["c.png"] and page.ids["here"] == 1
+
+
+@pytest.mark.browser
+def test_a_formula_that_cannot_be_read_is_a_warning(monkeypatch):
+    "It stands on its page as it was written; one that can be read is MathML, without a word."
+    from docutils import nodes
+    monkeypatch.syspath_prepend(str(SITE))
+    mathml, told = importlib.import_module("mathml"), []
+    monkeypatch.setattr(mathml.log, "warning", lambda *words, **_: told.append(words[0] % words[1:]))
+    assert mathml.mathml(nodes.math("", "x<y")).startswith("<math") and not told
+    assert mathml.mathml(nodes.math("", r"\Big(x<y")) == r"<code>\Big(x&lt;y</code>"
+    assert len(told) == 1 and r"\Big" in told[0]
