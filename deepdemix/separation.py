@@ -31,7 +31,7 @@ from torch import nn
 
 import deepdemix
 from .audio import DamagedAudio, UserError, Writer, atomic_path, check_finite, overlap_add_blocks, probe, read, read_blocks, resample_blocks
-from .training import load_network, read_record
+from .training import keep_memory, load_network, read_record
 
 # %% ../nbs/08_separation.ipynb #528f114a
 def channel_groups(found, # channels of the song
@@ -183,7 +183,7 @@ def separate_blocks(self:Separator,
     incoming = waiting.tap(blocks)
     if not same: incoming = resample_blocks(incoming, sample_rate, self.sample_rate)
     stems = overlap_add_blocks(lambda x: self._stems(x)[:, rows], incoming, **self.plan)
-    with _quick(self.threads):
+    with _quick(self.threads), keep_memory():
         for x in stems if same else _resampled(stems, self.sample_rate, sample_rate):
             if waiting.length: mixture = waiting.take(x.shape[-1]); yield mixture, x[..., :mixture.shape[-1]]
         if waiting.length: mixture = waiting.take(waiting.length); yield mixture, mixture.new_zeros(len(rows), *mixture.shape)

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
-           'HEADER_LIMIT', 'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe',
-           'read_record', 'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude',
-           'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask',
-           'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record',
-           'save_network', 'load_encoder', 'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded',
-           'lr_factor', 'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first',
-           'Interrupted', 'Loop', 'write_metrics', 'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
+           'HEADER_LIMIT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'MEASURED', 'MAY_CHANGE',
+           'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record', 'read_settings',
+           'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task',
+           'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights',
+           'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder', 'write_state',
+           'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor', 'build_optimizer',
+           'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics',
+           'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
-import contextlib, csv, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
+import contextlib, csv, ctypes, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
 import signal, subprocess, sys, threading, time, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from .audio import STFT, SOURCES, UserError, atomic_path, overlap_add, to_mono
 # %% ../nbs/03_training.ipynb #428904d7
 NETWORKS = {}
 ROOMS = ("deepdemix.baseline", "deepdemix.pretraining", "deepdemix.deepdemix", "deepdemix.recurrent", "deepdemix.open_unmix", "deepdemix.conv_tasnet",
-         "deepdemix.mm_dense_lstm", "deepdemix.tfc_tdf", "deepdemix.hybrid_demucs", "deepdemix.compact")
+         "deepdemix.mm_dense_lstm", "deepdemix.tfc_tdf", "deepdemix.hybrid_demucs", "deepdemix.compact", "deepdemix.ensemble")
 
 def _import_rooms():
     "Import the rooms that exist, so that they register what they define."
@@ -807,6 +808,33 @@ def seeded(
     try: yield
     finally: set_random_state(before)
 
+# %% ../nbs/03_training.ipynb #2383a10b
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+_memory = dict(lock=threading.Lock(), keepers=0)
+
+def _glibc():
+    "The C library, if it is glibc and nobody has set its memory by hand."
+    if any(k.startswith("MALLOC_") or k == "GLIBC_TUNABLES" for k in os.environ): return None
+    try: libc = ctypes.CDLL(None)
+    except (OSError, TypeError): return None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+@contextlib.contextmanager
+def keep_memory():
+    "Keep freed memory for what comes next, and give it back at the end. Does nothing where the C library is not glibc."
+    libc = _glibc()
+    if libc is None: yield; return
+    with _memory["lock"]:
+        _memory["keepers"] += 1
+        libc.mallopt(M_MMAP_MAX, 0); libc.mallopt(M_TRIM_THRESHOLD, -1)
+    try: yield
+    finally:
+        with _memory["lock"]:
+            _memory["keepers"] -= 1
+            if not _memory["keepers"]:
+                for option, value in (M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26): libc.mallopt(option, value)
+                libc.malloc_trim(0)
+
 # %% ../nbs/03_training.ipynb #41992461
 def lr_factor(
     recipe, # its `lr_schedule`
@@ -1553,7 +1581,7 @@ def fit(
         from deepdemix.data import open_data
         store = open_data(store)
     record, state = _open_run(recipe, store, out, resume)
-    with seeded(recipe.seed), _quiet():
+    with seeded(recipe.seed), _quiet(), keep_memory():
         if not isinstance(task, Task): task = build_task(recipe, store, task)
         return _run(recipe, store, out, task, record, state, logger, progress, _trainer(recipe, out, devices, nodes, strategy))
 
