@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILE_NAMES', 'PROFILE_HELP', 'download', 'prepare', 'train', 'pretrain', 'evaluate', 'compare', 'experiment',
-           'label_efficiency', 'contest', 'demo', 'separate', 'models', 'export', 'listen', 'make_parser', 'Terminated',
-           'main']
+           'label_efficiency', 'contest', 'demo', 'separate', 'models', 'join', 'export', 'listen', 'make_parser',
+           'Terminated', 'main']
 
 # %% ../nbs/11_cli.ipynb #2ac47973
 import argparse
@@ -257,6 +257,14 @@ def models(
     print("networks, for train:")
     for name in known_networks(): print(f"  {name:12} {(NETWORKS[name].__doc__ or '').strip().splitlines()[0]}")
 
+def join(
+    args:argparse.Namespace, # runs, out, refine
+):
+    "Make one model of several runs."
+    from deepdemix.ensemble import join_runs
+    from deepdemix.separation import find_model
+    print(join_runs([find_model(run) for run in args.runs], args.out, refine=args.refine))
+
 def export(
     args:argparse.Namespace, # model, out
 ):
@@ -353,8 +361,12 @@ def _add_score_commands(
 def _add_model_commands(
     commands, # argparse's subparsers
 ):
-    "models, export and listen"
+    "models, join, export and listen"
     commands.add_parser("models", help="list bundled models and networks").set_defaults(run=models)
+    p = commands.add_parser("join", help="make one model of several runs: their mean")
+    p.add_argument("runs", nargs="+", metavar="RUN|NAME", help="run folders or bundled models")
+    p.add_argument("--refine", type=float, default=0., metavar="SHARE", help="share of a Wiener filter at the end, 0 to 1 (default: 0)")
+    p.add_argument("--out", required=True, metavar="RUN", help="the run folder to make"); p.set_defaults(run=join)
     p = commands.add_parser("export", help="write a network as TorchScript or ONNX")
     p.add_argument("--model", default="default", metavar="RUN|NAME", help="a run folder or a bundled model (default: default)")
     p.add_argument("--out", required=True, metavar="FILE.pt|FILE.onnx", help="the ending says which of the two"); p.set_defaults(run=export)

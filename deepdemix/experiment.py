@@ -662,9 +662,8 @@ CARD = """# {name}
 {sentence}
 
 - network: `{network}`, {parameters:,} parameters, stored in half precision ({megabytes:.1f} MB)
-- trained on: {songs}; best of {epochs} epochs on the validation songs (epoch {best}), {examples:,} examples seen, {hours:.1f} hours
-- made by: `{command}`, then `python -c "from deepdemix.experiment import bundle; bundle('RUN', '{name}'{changed})"`
-{encoder}- weights: SHA-256 `{digest}`
+- trained on: the 80 training songs of MUSDB18-7{made}
+- weights: SHA-256 `{digest}`
 
 ## Scores
 
@@ -676,24 +675,50 @@ The weights were trained on the 7-second previews of MUSDB18 (academic use only,
 """
 
 # %% ../nbs/09_experiment.ipynb #05bfcce7
-def _command(
+def _trained(
     record:dict, # of a run
-    name:str, # of the bundled weights
 ) -> str:
-    "What made the weights, for the card."
-    encoder = " --encoder ENCODER_RUN" if record["recipe"]["encoder"] else ""
-    return f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{encoder} --data "$MUSDB_PATH" --out RUN'
+    "How long a run took and what came of it."
+    return f'best of {record["epoch"]} epochs on the validation songs (epoch {record["best"]["epoch"]}), {record["examples"]:,} examples seen, {record["hours"]:.1f} hours'
 
 def _encoder_line(
     encoder, # a run folder, or nothing
-    name:str, # of the bundled weights
-    results:Path, # folder for the encoder's recipe
+    folder:Path, # for the encoder's recipe
 ) -> str:
     "What made the encoder, for the card."
     if not encoder: return ""
-    record, path = read_record(encoder), Path(results) / name / "encoder.json"
+    record, path = read_record(encoder), Path(folder) / "encoder.json"
     Recipe.from_dict(record["recipe"]).save(path)
-    return f'- its encoder: `deepdemix pretrain --recipe {path} --data "$MUSDB_PATH" --out ENCODER_RUN`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours\n'
+    return f'\n- its encoder: `deepdemix pretrain --recipe {path} --data "$MUSDB_PATH" --out ENCODER_RUN`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours'
+
+def _members(
+    members:list, # records of the runs in an ensemble
+    folder:Path, # for their recipes
+) -> str:
+    "What made the members of an ensemble, for the card."
+    lines = []
+    for k, record in enumerate(members, 1):
+        path = Path(folder) / f"member{k}.json"
+        Recipe.from_dict(record["recipe"]).save(path)
+        lines.append(f'\n- member {k}: `deepdemix train --recipe {path} --data "$MUSDB_PATH" --out RUN{k}`, {record["parameters"]:,} parameters; {_trained(record)}')
+    return "".join(lines)
+
+def _made(
+    run:Path, # a finished run, or an ensemble of runs
+    name:str, # of the bundled weights
+    folder:Path, # for the recipes of what it is made of
+    network_args:dict, # what `bundle` was given
+) -> str:
+    "The commands that made the weights, for the card."
+    record, changed = read_record(run), f", network_args={network_args}" if network_args else ""
+    last = f"""`python -c "from deepdemix.experiment import bundle; bundle('RUN', '{name}'{changed})"`"""
+    if members := record.get("members"):
+        runs = " ".join(f"RUN{k}" for k in range(1, len(members) + 1))
+        return f'{_members(members, folder)}\n- made by: `deepdemix join {runs} --refine {record["network"][1]["refine"]:g} --out RUN`, then {last}'
+    encoder = record["recipe"]["encoder"]
+    if encoder and not Path(encoder).exists(): encoder = Path(run).parent / Path(encoder).name
+    command = f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{" --encoder ENCODER_RUN" if encoder else ""} --data "$MUSDB_PATH" --out RUN'
+    return f'; {_trained(record)}\n- made by: `{command}`, then {last}{_encoder_line(encoder, folder)}'
 
 def card(
     run:Path, # a finished run
@@ -701,15 +726,13 @@ def card(
     sentence:str, # what it is
     folder:Path, # where its weights are
     tables:str, # its scores
+    results:Path, # folder for the recipes of what it is made of
     network_args:dict|None=None, # what `bundle` was given
-    encoder:str="", # the line about its encoder
 ) -> str: # Markdown
     "The model card of a run."
     record, weights = read_record(run), Path(folder) / "model.safetensors"
-    facts = dict(network=record["recipe"]["network"], parameters=record["parameters"], epochs=record["epoch"], best=record["best"]["epoch"], examples=record["examples"], hours=record["hours"])
-    changed = f", network_args={network_args}" if network_args else ""
-    return CARD.format(name=name, sentence=sentence, megabytes=weights.stat().st_size / 1e6, digest=file_digest(weights), tables=tables, changed=changed,
-                       songs="the 80 training songs of MUSDB18-7", command=_command(record, name), encoder=encoder, **facts)
+    return CARD.format(name=name, sentence=sentence, network=record["recipe"]["network"], parameters=record["parameters"], megabytes=weights.stat().st_size / 1e6,
+                       digest=file_digest(weights), tables=tables, made=_made(run, name, results, network_args))
 
 # %% ../nbs/09_experiment.ipynb #b2fbbb73
 def _half(
@@ -756,9 +779,6 @@ def bundle(
     sentence = sentence or describe_pretrained().get(name, "")
     Path(results, name).mkdir(parents=True, exist_ok=True)
     _half(run, folder, network_args or {})
-    encoder = read_record(run)["recipe"]["encoder"]
-    if encoder and not Path(encoder).exists(): encoder = Path(run).parent / Path(encoder).name
-    encoder = _encoder_line(encoder, name, results)
-    text = card(run, name, sentence, folder, _scored(folder, store, Path(results, name)), network_args, encoder)
+    text = card(run, name, sentence, folder, _scored(folder, store, Path(results, name)), Path(results, name), network_args)
     with atomic_path(folder / "README.md") as part: Path(part).write_text(text)
     return folder
