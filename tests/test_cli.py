@@ -150,6 +150,30 @@ def test_a_contest_prints_its_table_and_what_pretraining_changed(folder, tmp_pat
     assert "mixture / 4" in printed and "Narrow (pt) changes SDR by" in printed and (tmp_path / "run" / "scores.json").exists()
 
 
+def test_two_processes_share_a_contest(folder, tmp_path):
+    "Each run is trained by one of the two, scored once, and both see all of it in the end."
+    import csv, subprocess, sys
+    code = """
+import sys
+from deepdemix import contest
+size = dict(window_length=2048, hop_length=1024, layers=1)
+contest.ENTRIES = tuple(contest.Entry(name, "recurrent", dict(size, hidden=hidden), {}) for name, hidden in (("Narrow", 8), ("Wide", 16)))
+from deepdemix.cli import main
+sys.exit(main())
+"""
+    words = [w for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32") for w in ("--set", s)]
+    command = [sys.executable, "-c", code, "contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--seeds", "1", *TINY, *words]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert printed[0][0] == printed[1][0] and "Wide (pt) changes SDR by" in printed[0][0]
+    from deepdemix.contest import Contest
+    rows = Contest(tmp_path / "run").scores.rows.query("metric == 'SDR' and source == 'drums'").groupby("model").song.agg(["count", "nunique"])
+    assert set(rows.index) >= {"Narrow", "Narrow (pt)", "Wide", "Wide (pt)"} and (rows["count"] == rows["nunique"]).all()
+    curves = [list(csv.DictReader(path.open())) for path in (tmp_path / "run").rglob("separator/metrics.csv")]
+    assert [[row["epoch"] for row in curve] for curve in curves] == [["1"]] * 4
+
+
 def test_the_examples_at_the_top_of_the_page():
     "Each command has an example there, which the parser takes."
     import re, shlex
