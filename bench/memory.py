@@ -1,0 +1,48 @@
+"""What keeping freed memory changes on a processor: training steps of the networks of the contest with it and without, in turn; `make bench BENCH=memory` runs it."""
+import contextlib, json, os, re, statistics, subprocess, sys, time
+from pathlib import Path
+
+ROUNDS, STEPS = 2, 6
+
+
+def steps(name, args, loss, keep):
+    "Processor seconds of some steps on eight examples of three seconds, once the first two are over, and the highest memory in GiB."
+    import torch
+    from deepdemix.training import LOSSES, build_network, keep_memory
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network, sources, taken = build_network(name, **args), 0.1 * torch.randn(8, 4, 2, 3 * 44100), []
+    optimizer = torch.optim.Adam(network.parameters())
+    with keep_memory() if keep else contextlib.nullcontext():
+        for _ in range(STEPS + 2):
+            began = time.process_time()
+            with torch.autocast("cpu", torch.bfloat16): error = LOSSES[loss](network, sources.sum(1), sources)
+            optimizer.zero_grad(); error.backward(); optimizer.step()
+            taken.append(time.process_time() - began)
+    return taken[2:], int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def run(*case):
+    "`steps` in a process of its own."
+    done = subprocess.run([sys.executable, __file__, json.dumps(case)], check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"})
+    return json.loads(done.stdout)
+
+
+def measure():
+    "Two rows a network: the time of a step, and the memory."
+    from deepdemix.contest import ENTRIES
+    from report import row
+    for e in ENTRIES:
+        found = {keep: [] for keep in (True, False)}
+        for _ in range(ROUNDS):
+            for keep in found: found[keep].append(run(e.network, e.args, e.settings["loss"], keep))
+        time_, most = ({keep: pick(results) for keep, results in found.items()} for pick in (lambda rs: statistics.median(t for r in rs for t in r[0]), lambda rs: max(r[1] for r in rs)))
+        yield row(f"{e.name}: a step, memory kept", time_[True], "s", "given back", time_[False], False)
+        yield row(f"{e.name}: highest memory, memory kept", most[True], "GiB", "given back", most[False], False)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1: print(json.dumps(steps(*json.loads(sys.argv[1]))))
+    else:
+        from report import report
+        report("memory", measure())
