@@ -191,11 +191,11 @@ def label_efficiency(
     print(f"saved: {args.out}")
 
 def contest(
-    args:argparse.Namespace, # data, out, minutes, seeds, recipe, set, logger
+    args:argparse.Namespace, # data, out, minutes, cores, seeds, recipe, set, logger
 ):
     "Train four networks for the same time, with and without pretraining, and score them."
     from deepdemix.contest import ENTRIES, run_contest
-    found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.seeds, settings=_fields(args), logger=args.logger)
+    found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.cores, args.seeds, settings=_fields(args), logger=args.logger)
     print(found.table(("SDR", "uSDR")), *found.verdicts(), f"saved: {args.out}", sep="\n")
 
 def demo(
@@ -352,7 +352,8 @@ def _add_score_commands(
     p.add_argument("--songs", type=int, nargs="+", default=[4, 8, 20, 40, 80], metavar="N", help="training songs of each point (default: 4 8 20 40 80)"); p.set_defaults(run=label_efficiency)
     p = commands.add_parser("contest", help="four networks, the same songs and the same time, with and without pretraining")
     _data_option(p); _study_options(p, 2)
-    p.add_argument("--minutes", type=float, default=60., metavar="M", help="of one core's time for each run (default: 60)"); p.set_defaults(run=contest)
+    p.add_argument("--minutes", type=float, default=30., metavar="M", help="for each run, pretraining included (default: 30)")
+    p.add_argument("--cores", type=int, default=2, metavar="N", help="that the minutes are counted on (default: 2)"); p.set_defaults(run=contest)
     p = commands.add_parser("demo", help="the first run: nothing is downloaded, on any CPU, in minutes")
     p.add_argument("--out", default="demo", metavar="DIR", help="what it leaves behind (default: demo)")
     p.add_argument("--seed", type=_seed, default=0, help="of songs, weights and mixes (default: 0)"); p.set_defaults(run=demo)

@@ -89,7 +89,7 @@ def test_a_seed_is_checked_before_anything_is_made(words, tmp_path, monkeypatch,
     assert stop.value.code == 2 and "seed" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["label-efficiency", "--songs", "-2"], ["label-efficiency", "--seeds", "0"], ["experiment", "--seeds", "0"], ["contest", "--seeds", "0"], ["contest", "--minutes", "0"]])
+@pytest.mark.parametrize("words", [["label-efficiency", "--songs", "-2"], ["label-efficiency", "--seeds", "0"], ["experiment", "--seeds", "0"], ["contest", "--seeds", "0"], ["contest", "--minutes", "0"], ["contest", "--cores", "0"]])
 def test_counts_are_checked(folder, words, tmp_path, capsys):
     assert main([*words, "--data", str(folder / "toy"), "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
