@@ -2,7 +2,7 @@
 import contextlib, json, os, re, statistics, subprocess, sys, time
 from pathlib import Path
 
-ROUNDS, STEPS = 2, 6
+ROUNDS, STEPS = 2, 4
 
 
 def steps(name, args, loss, keep):
