@@ -255,7 +255,8 @@ class Contest:
         "Everybody's scores on the test songs, with intervals over seeds and songs, and the reference rows."
         trained = [e.name + words for e in self.entries for words in STARTS.values()]
         runs = self.scores.rows.query("model in @trained").groupby("model").seed.nunique()
-        return self.scores.table(metrics, caption=f"{self.about['minutes']:g} min on {self.about['cores']} core{'s' * (self.about['cores'] > 1)} each, seeds: {' to '.join(str(n) for n in sorted({runs.min(), runs.max()}))}")
+        seeds = " to ".join(str(n) for n in sorted({runs.min(), runs.max()})) if len(runs) else "none yet"
+        return self.scores.table(metrics, caption=f"{self.about['minutes']:g} min on {self.about['cores']} core{'s' * (self.about['cores'] > 1)} each, seeds: {seeds}")
 
 @patch
 def verdicts(self:Contest,
@@ -276,7 +277,7 @@ def runs(self:Contest): # a data frame: a row for each run
         record = read_record(path.parent)
         rows.append(dict(entry=network, start=start, seed=int(seed.removeprefix("seed")), steps=record["step"], examples=record["examples"], minutes=round(60 * record["hours"], 1),
                          valid_sdr=record.get("best", {}).get("valid_sdr")))
-    return pd.DataFrame(rows).set_index(["entry", "start", "seed"])
+    return pd.DataFrame(rows, columns=["entry", "start", "seed", "steps", "examples", "minutes", "valid_sdr"]).set_index(["entry", "start", "seed"])
 
 @patch
 def costs(self:Contest): # a data frame: a row for each network
