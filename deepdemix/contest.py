@@ -247,7 +247,7 @@ class Contest:
         self.out, self.scores = Path(out), Scores.load(Path(out) / "scores.json")
         about = json.loads((self.out / "contest.json").read_text())
         self.entries = tuple(Entry(*e) for e in about.pop("entries"))
-        self.about = about
+        self.about, self.paces = about, json.loads((self.out / "paces.json").read_text())
 
     def table(self,
         metrics=("SDR",), # columns
