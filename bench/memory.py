@@ -1,30 +1,30 @@
-"""What keeping freed memory changes on a processor: training steps of the networks of the contest with it and without, in turn; `make bench BENCH=memory` runs it."""
+"""What kept memory and large pages change on a processor: training steps of the networks of the contest with both and without, in turn; `make bench BENCH=memory` runs it."""
 import contextlib, json, os, re, statistics, subprocess, sys, time
 from pathlib import Path
 
-ROUNDS, STEPS = 2, 4
+ROUNDS, FIRST, STEPS = 2, 3, 5
 
 
 def steps(name, args, loss, keep):
-    "Processor seconds of some steps on eight examples of three seconds, once the first two are over, and the highest memory in GiB."
+    "Processor seconds of some steps on eight examples of three seconds, after the `FIRST` ones, and the highest memory in GiB."
     import torch
     from deepdemix.training import LOSSES, build_network, keep_memory
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network, sources, taken = build_network(name, **args), 0.1 * torch.randn(8, 4, 2, 3 * 44100), []
     optimizer = torch.optim.Adam(network.parameters())
-    with keep_memory() if keep else contextlib.nullcontext():
-        for _ in range(STEPS + 2):
+    with keep_memory() if keep else contextlib.nullcontext(lambda: None) as tidy:
+        for _ in range(FIRST + STEPS):
             began = time.process_time()
             with torch.autocast("cpu", torch.bfloat16): error = LOSSES[loss](network, sources.sum(1), sources)
-            optimizer.zero_grad(); error.backward(); optimizer.step()
+            optimizer.zero_grad(); error.backward(); optimizer.step(); tidy()
             taken.append(time.process_time() - began)
-    return taken[2:], int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+    return taken[FIRST:], int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
 def run(*case):
     "`steps` in a process of its own."
-    done = subprocess.run([sys.executable, __file__, json.dumps(case)], check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"})
+    done = subprocess.run([sys.executable, __file__, json.dumps(case)], check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", "THP_MEM_ALLOC_ENABLE": str(int(case[-1]))})
     return json.loads(done.stdout)
 
 
@@ -37,8 +37,8 @@ def measure():
         for _ in range(ROUNDS):
             for keep in found: found[keep].append(run(e.network, e.args, e.settings["loss"], keep))
         time_, most = ({keep: pick(results) for keep, results in found.items()} for pick in (lambda rs: statistics.median(t for r in rs for t in r[0]), lambda rs: max(r[1] for r in rs)))
-        yield row(f"{e.name}: a step, memory kept", time_[True], "s", "given back", time_[False], False)
-        yield row(f"{e.name}: highest memory, memory kept", most[True], "GiB", "given back", most[False], False)
+        yield row(f"{e.name}: a step, kept, large pages", time_[True], "s", "given back, small pages", time_[False], False)
+        yield row(f"{e.name}: highest memory, kept, large pages", most[True], "GiB", "given back, small pages", most[False], False)
 
 
 if __name__ == "__main__":

@@ -183,9 +183,10 @@ def separate_blocks(self:Separator,
     incoming = waiting.tap(blocks)
     if not same: incoming = resample_blocks(incoming, sample_rate, self.sample_rate)
     stems = overlap_add_blocks(lambda x: self._stems(x)[:, rows], incoming, **self.plan)
-    with _quick(self.threads), keep_memory():
+    with _quick(self.threads), keep_memory() as tidy:
         for x in stems if same else _resampled(stems, self.sample_rate, sample_rate):
             if waiting.length: mixture = waiting.take(x.shape[-1]); yield mixture, x[..., :mixture.shape[-1]]
+            tidy()
         if waiting.length: mixture = waiting.take(waiting.length); yield mixture, mixture.new_zeros(len(rows), *mixture.shape)
 
 # %% ../nbs/08_separation.ipynb #3d3c33f4

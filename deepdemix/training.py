@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
-           'HEADER_LIMIT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'MEASURED', 'MAY_CHANGE',
-           'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record', 'read_settings',
-           'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task',
-           'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights',
-           'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder', 'write_state',
-           'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor', 'build_optimizer',
-           'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics',
-           'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
+           'HEADER_LIMIT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED', 'LEAST', 'MEASURED',
+           'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
+           'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task',
+           'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights',
+           'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder',
+           'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor',
+           'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop',
+           'write_metrics', 'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, csv, ctypes, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
@@ -809,7 +809,9 @@ def seeded(
     finally: set_random_state(before)
 
 # %% ../nbs/03_training.ipynb #2383a10b
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+SETTLED, LEAST = 3, 2**28 # calls of `tidy` until a step takes what it will take; bytes that may always be kept
 _memory = dict(lock=threading.Lock(), keepers=0)
 
 def _glibc():
@@ -819,15 +821,33 @@ def _glibc():
     except (OSError, TypeError): return None
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
+def _resident():
+    "Bytes of this process that are in memory; 0 where the system does not say."
+    try: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError: return 0
+
+def _tidier(libc):
+    "Give back what is free once the process holds more than twice what a step takes; call it after each."
+    calls, step, most = 0, None, 0
+    def tidy():
+        nonlocal calls, step, most
+        calls, before = calls + 1, _resident()
+        if calls < SETTLED or before <= most: return
+        libc.malloc_trim(0)
+        after = _resident()
+        if step is None: step = before - after
+        most = after + max(2 * step, LEAST)
+    return tidy
+
 @contextlib.contextmanager
 def keep_memory():
-    "Keep freed memory for what comes next, and give it back at the end. Does nothing where the C library is not glibc."
+    "Keep freed memory for what comes next, and give it back at the end; `with keep_memory() as tidy:` and `tidy()` after each step. Does nothing where the C library is not glibc."
     libc = _glibc()
-    if libc is None: yield; return
+    if libc is None: yield lambda: None; return
     with _memory["lock"]:
         _memory["keepers"] += 1
         libc.mallopt(M_MMAP_MAX, 0); libc.mallopt(M_TRIM_THRESHOLD, -1)
-    try: yield
+    try: yield _tidier(libc)
     finally:
         with _memory["lock"]:
             _memory["keepers"] -= 1
@@ -1402,6 +1422,7 @@ def _lightning_module(loop, store, state):
         def on_before_optimizer_step(self, optimizer): loop.note_gradient()
         def on_train_batch_end(self, out, batch, i):
             if (i + 1) % loop.recipe.accumulate == 0: loop.after_step(self.trainer)
+            loop.tidy()
     return Training()
 
 # %% ../nbs/03_training.ipynb #0ba445c3
@@ -1581,7 +1602,7 @@ def fit(
         from deepdemix.data import open_data
         store = open_data(store)
     record, state = _open_run(recipe, store, out, resume)
-    with seeded(recipe.seed), _quiet(), keep_memory():
+    with seeded(recipe.seed), _quiet():
         if not isinstance(task, Task): task = build_task(recipe, store, task)
         return _run(recipe, store, out, task, record, state, logger, progress, _trainer(recipe, out, devices, nodes, strategy))
 
@@ -1601,7 +1622,8 @@ def _run(recipe, store, out, task, record, state, logger, progress, trainer):
 
 def _drive(loop, trainer, store, state):
     "Hand the loop to Lightning and close the run's record."
-    try: trainer.fit(_lightning_module(loop, store, state))
+    try:
+        with keep_memory() as loop.tidy: trainer.fit(_lightning_module(loop, store, state))
     except (SystemExit, KeyboardInterrupt): raise loop.ranks.alike(Interrupted(f"stopped at once at step {loop.step}; what {loop.out} holds can be resumed")) from None
     except Exception as error:
         told = _failed(loop, trainer, error)

@@ -108,6 +108,20 @@ def test_the_processors_clock_stands_still_while_it_sleeps(tmp_path, clock):
     worked, seconds = time.process_time() - worked, 3600 * read_record(tmp_path/"run")["hours"]
     assert seconds > 2 if clock == "wall" else seconds < worked + 0.05
 
+@pytest.mark.skipif(not T._glibc(), reason="memory is kept with glibc alone")
+def test_every_batch_tidies_the_memory(tmp_path, monkeypatch):
+    tidied = []
+    monkeypatch.setattr(T, "_tidier", lambda libc: lambda: tidied.append(libc))
+    fit(recipe(**WHOLE), STORE, tmp_path/"run", progress=False)
+    assert len(tidied) == 18
+
+@pytest.mark.skipif(not T._glibc(), reason="memory is kept with glibc alone")
+def test_memory_is_kept_in_a_run_and_given_back_at_its_end():
+    with T.keep_memory():
+        del [torch.ones(2**24) for _ in range(12)][:]
+        kept = T._resident()
+    assert kept - T._resident() > 2**29
+
 def test_killed_and_resumed_is_the_same(tmp_path, whole):
     "SIGKILL in the fifth step of nine; the state was saved after each of the four before."
     killed = subprocess.run([sys.executable, __file__, str(tmp_path/"run")], capture_output=True, text=True, timeout=120)
