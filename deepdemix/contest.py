@@ -24,9 +24,9 @@ from filelock import FileLock, Timeout
 from .audio import UserError, atomic_path
 from .conv_tasnet import SMALL
 from .data import Store
-from .evaluation import PLAIN, Scores, compare, evaluate, reference_rows
+from .evaluation import OVERALL, PLAIN, Scores, compare, evaluate, reference_rows
 from .experiment import publish_run
-from .training import Recipe, build_network, build_task, fit, load_network, read_record, recipe_for
+from .training import Recipe, build_network, build_task, fit, load_network, read_metrics, read_record, recipe_for
 
 # %% ../nbs/09a_contest.ipynb #471ac145
 @dataclass(frozen=True)
@@ -266,6 +266,28 @@ def verdicts(self:Contest,
     both = [e.name for e in self.entries if {e.name, e.name + " (pt)"} <= set(self.scores.models)]
     return [compare(self.scores, self.scores, metric, model_a=name, model_b=name + " (pt)") for name in both]
 
+# %% ../nbs/09a_contest.ipynb #78097ce8
+def _between(value, low, high):
+    "A number with its interval."
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+@patch
+def summary(self:Contest,
+    metric:str="SDR", # which
+): # a data frame of texts; a dash where a run is missing
+    "Scores from scratch and pretrained, with 95 % intervals, the paired change from one to the other, and what a network costs."
+    import pandas as pd
+    numbers = self.scores.summary([metric], intervals=True)[metric].droplevel("split")
+    scores = {name: _between(*numbers.loc[name, [OVERALL, "low", "high"]]) for name in self.scores.models}
+    changes, costs = {v.a: _between(v.difference, v.low, v.high) for v in self.verdicts(metric)}, self.costs()
+    seeds = self.scores.rows.groupby("model").seed.nunique()
+    rows = {e.name: {"from scratch": scores.get(e.name, "–"), "pretrained": scores.get(e.name + " (pt)", "–"), "change": changes.get(e.name, "–"),
+                     "runs": " + ".join(str(seeds.get(e.name + words, 0)) for words in STARTS.values())} for e in self.entries}
+    table = pd.DataFrame(rows).T
+    for name, words, form in ("parameters", "weights", "{:,.0f}"), ("real_time_factor", "real-time factor", "{:.3f}"), ("memory_gib", "memory (GiB)", "{:.2f}"):
+        if name in costs: table[words] = costs[name].map(form.format)
+    return table
+
 # %% ../nbs/09a_contest.ipynb #b3b39b38
 @patch
 def runs(self:Contest): # a data frame: a row for each run
@@ -278,6 +300,23 @@ def runs(self:Contest): # a data frame: a row for each run
         rows.append(dict(entry=network, start=start, seed=int(seed.removeprefix("seed")), steps=record["step"], examples=record["examples"], minutes=round(60 * record["hours"], 1),
                          valid_sdr=record.get("best", {}).get("valid_sdr")))
     return pd.DataFrame(rows, columns=["entry", "start", "seed", "steps", "examples", "minutes", "valid_sdr"]).set_index(["entry", "start", "seed"])
+
+@patch
+def plot_training(self:Contest,
+    ax=None, # of matplotlib
+):
+    "The validation SDR of every separator over its share of the budget: a colour for each network, dashes once pretrained."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(6.5, 3.4), dpi=80)[1]
+    for colour, entry in enumerate(self.entries):
+        for start, words in STARTS.items():
+            runs = sorted(self.out.glob(f"{entry.folder}/{start}/seed*/separator/metrics.csv"))
+            for k, path in enumerate(runs):
+                found, spent = read_metrics(path.parent), SHARE if start == "pretrained" else 0.
+                share = spent + (1 - spent) * found.step / read_record(path.parent)["step"]
+                ax.plot(share, found.valid_sdr, f"C{colour}{'--' if words else '-'}", lw=1.3, label=entry.name + words if not k else None)
+    ax.set_xlabel("share of the budget"); ax.set_ylabel("SDR on the validation songs (dB)"); ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return ax
 
 @patch
 def costs(self:Contest): # a data frame: a row for each network
