@@ -220,6 +220,7 @@ def matrices(self:Compact,
     "What each stem takes of each channel, in every bin."
     return self.cells.spread(self.maskers(self.bands(covariance(spectrum, spectrum, self.cells))))
 
+# %% ../nbs/06g_compact.ipynb #8223e188
 @patch
 def estimate(self:Compact,
     x:torch.Tensor, # complex (b, channels, n_t, n_f)

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from .audio import UserError, atomic_path
 from .conv_tasnet import SMALL
 from .data import Store
-from .evaluation import OVERALL, PLAIN, Scores, compare, evaluate, reference_rows
+from .evaluation import OVERALL, PLAIN, Scores, _number, compare, evaluate, reference_rows
 from .experiment import publish_run
 from .training import Recipe, build_network, build_task, fit, load_network, read_metrics, read_record, recipe_for
 
@@ -88,6 +88,7 @@ def step_seconds(
     finally: torch.set_num_threads(threads)
     return list(np.diff(marks)[FIRST:])
 
+# %% ../nbs/09a_contest.ipynb #6568d0bd
 def paces(
     store:Store, # songs
     out:Path, # the contest's folder
@@ -269,7 +270,7 @@ def verdicts(self:Contest,
 # %% ../nbs/09a_contest.ipynb #78097ce8
 def _between(value, low, high):
     "A number with its interval."
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
 
 @patch
 def summary(self:Contest,

@@ -703,6 +703,7 @@ def _members(
         lines.append(f'\n- member {k}: `deepdemix train --recipe {path} --data "$MUSDB_PATH" --out RUN{k}`, {record["parameters"]:,} parameters; {_trained(record)}')
     return "".join(lines)
 
+# %% ../nbs/09_experiment.ipynb #bf65d895
 def _made(
     run:Path, # a finished run, or an ensemble of runs
     name:str, # of the bundled weights

@@ -821,6 +821,7 @@ def _glibc():
     except (OSError, TypeError): return None
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
+# %% ../nbs/03_training.ipynb #c17f660e
 def _resident():
     "Bytes of this process that are in memory; 0 where the system does not say."
     try: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -1285,6 +1286,7 @@ def end_epoch(self:Loop, trainer):
     self.rows.append(row)
     self.sums, self.pooled, self.epoch_began = {}, {}, self.spent
 
+# %% ../nbs/03_training.ipynb #cc5a3c3a
 @patch
 def _close_epoch(self:Loop, row):
     "Keep the weights if they are the best, and write the table and the record."
