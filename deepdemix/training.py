@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
-           'HEADER_LIMIT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED', 'LEAST', 'MEASURED',
-           'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
+           'HEADER_LIMIT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED', 'ALLOWED', 'LEAST',
+           'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
            'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task',
            'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights',
            'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder',
@@ -811,7 +811,7 @@ def seeded(
 # %% ../nbs/03_training.ipynb #2383a10b
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-SETTLED, LEAST = 3, 2**28 # calls of `tidy` until a step takes what it will take; bytes that may always be kept
+SETTLED, ALLOWED, LEAST = 3, 1.5, 2**28 # calls of `tidy` until a step takes what it will take; how many times that may be held; bytes that always may
 _memory = dict(lock=threading.Lock(), keepers=0)
 
 def _glibc():
@@ -828,7 +828,7 @@ def _resident():
     except OSError: return 0
 
 def _tidier(libc):
-    "Give back what is free once the process holds more than twice what a step takes; call it after each."
+    "Give back what is free once the process holds more than `ALLOWED` times what a step takes; call it after each."
     calls, step, most = 0, None, 0
     def tidy():
         nonlocal calls, step, most
@@ -837,7 +837,7 @@ def _tidier(libc):
         libc.malloc_trim(0)
         after = _resident()
         if step is None: step = before - after
-        most = after + max(2 * step, LEAST)
+        most = after + max(ALLOWED * step, LEAST)
     return tidy
 
 @contextlib.contextmanager
