@@ -314,7 +314,7 @@ def plot_training(self:Contest,
             runs = sorted(self.out.glob(f"{entry.folder}/{start}/seed*/separator/metrics.csv"))
             for k, path in enumerate(runs):
                 found, spent = read_metrics(path.parent), SHARE if start == "pretrained" else 0.
-                share = spent + (1 - spent) * found.step / read_record(path.parent)["step"]
+                share = spent + (1 - spent) * found.epoch / read_record(path.parent)["recipe"]["epochs"]
                 ax.plot(share, found.valid_sdr, f"C{colour}{'--' if words else '-'}", lw=1.3, label=entry.name + words if not k else None)
     ax.set_xlabel("share of the budget"); ax.set_ylabel("SDR on the validation songs (dB)"); ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return ax
