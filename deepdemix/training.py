@@ -811,7 +811,7 @@ def seeded(
 # %% ../nbs/03_training.ipynb #2383a10b
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-SETTLED, ALLOWED, LEAST = 3, 1.5, 2**28 # calls of `tidy` until a step takes what it will take; how many times that may be held; bytes that always may
+SETTLED, ALLOWED, LEAST = 3, 1.25, 2**28 # calls of `tidy` until a step takes what it will take; how many times that may be held; bytes that always may
 _memory = dict(lock=threading.Lock(), keepers=0)
 
 def _glibc():
