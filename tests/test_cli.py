@@ -145,7 +145,7 @@ def test_a_contest_prints_its_table_and_what_pretraining_changed(folder, tmp_pat
     from deepdemix import contest
     monkeypatch.setattr(contest, "ENTRIES", (contest.Entry("Narrow", "recurrent", dict(window_length=2048, hop_length=1024, hidden=8, layers=1), {}),))
     words = [w for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32") for w in ("--set", s)]
-    assert main(["contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--seeds", "1", *TINY, *words]) == 0
+    assert main(["contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--cores", "1", "--seeds", "1", *TINY, *words]) == 0
     printed = capsys.readouterr().out
     assert "mixture / 4" in printed and "Narrow (pt) changes SDR by" in printed and (tmp_path / "run" / "scores.json").exists()
 
@@ -162,7 +162,7 @@ from deepdemix.cli import main
 sys.exit(main())
 """
     words = [w for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32") for w in ("--set", s)]
-    command = [sys.executable, "-c", code, "contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--seeds", "1", *TINY, *words]
+    command = [sys.executable, "-c", code, "contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--cores", "1", "--seeds", "1", *TINY, *words]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
