@@ -285,8 +285,8 @@ def summary(self:Contest,
     rows = {e.name: {"from scratch": scores.get(e.name, "–"), "pretrained": scores.get(e.name + " (pt)", "–"), "change": changes.get(e.name, "–"),
                      "runs": " + ".join(str(seeds.get(e.name + words, 0)) for words in STARTS.values())} for e in self.entries}
     table = pd.DataFrame(rows).T
-    for name, words, form in ("parameters", "weights", "{:,.0f}"), ("real_time_factor", "real-time factor", "{:.3f}"), ("memory_gib", "memory (GiB)", "{:.2f}"):
-        if name in costs: table[words] = costs[name].map(form.format)
+    for name, words, form in ("parameters", "weights", lambda n: f"{n / 1e6:.2f} M"), ("real_time_factor", "RTF", "{:.3f}".format), ("memory_gib", "GiB", "{:.2f}".format):
+        if name in costs: table[words] = costs[name].map(form)
     return table
 
 # %% ../nbs/09a_contest.ipynb #b3b39b38
