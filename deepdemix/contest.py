@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from .audio import UserError, atomic_path
 from .conv_tasnet import SMALL
 from .data import Store
-from .evaluation import OVERALL, PLAIN, Scores, _number, compare, evaluate, reference_rows
+from .evaluation import OVERALL, PLAIN, Scores, compare, evaluate, reference_rows, with_interval
 from .experiment import publish_run
 from .training import Recipe, build_network, build_task, fit, load_network, read_metrics, read_record, recipe_for
 
@@ -268,10 +268,6 @@ def verdicts(self:Contest,
     return [compare(self.scores, self.scores, metric, model_a=name, model_b=name + " (pt)") for name in both]
 
 # %% ../nbs/09a_contest.ipynb #78097ce8
-def _between(value, low, high):
-    "A number with its interval."
-    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
-
 @patch
 def summary(self:Contest,
     metric:str="SDR", # which
@@ -279,8 +275,8 @@ def summary(self:Contest,
     "Scores from scratch and pretrained, with 95 % intervals, the paired change from one to the other, and what a network costs."
     import pandas as pd
     numbers = self.scores.summary([metric], intervals=True)[metric].droplevel("split")
-    scores = {name: _between(*numbers.loc[name, [OVERALL, "low", "high"]]) for name in self.scores.models}
-    changes, costs = {v.a: _between(v.difference, v.low, v.high) for v in self.verdicts(metric)}, self.costs()
+    scores = {name: with_interval(*numbers.loc[name, [OVERALL, "low", "high"]]) for name in self.scores.models}
+    changes, costs = {v.a: with_interval(v.difference, v.low, v.high) for v in self.verdicts(metric)}, self.costs()
     seeds = self.scores.rows.groupby("model").seed.nunique()
     rows = {e.name: {"from scratch": scores.get(e.name, "–"), "pretrained": scores.get(e.name + " (pt)", "–"), "change": changes.get(e.name, "–"),
                      "runs": " + ".join(str(seeds.get(e.name + words, 0)) for words in STARTS.values())} for e in self.entries}

@@ -6,8 +6,8 @@
 __all__ = ['MASKS', 'GRIDS', 'PLAIN', 'REFERENCES', 'COLUMNS', 'OVERALL', 'PAPER_SOURCE', 'PAPER_TABLE', 'FORMAT', 'Windowed',
            'windowed', 'binary_mask', 'ratio_mask', 'real_mask', 'complex_mask', 'grid_mask', 'reference_estimates',
            'score_song', 'Scores', 'reference_rows', 'evaluate', 'average_songs', 'draw_seeds', 'resample', 'interval',
-           'bootstrap', 'Table', 'museval_song', 'Verdict', 'paired', 'compare', 'plot_scores', 'plot_songs',
-           'show_songs']
+           'bootstrap', 'Table', 'with_interval', 'museval_song', 'Verdict', 'paired', 'compare', 'plot_scores',
+           'plot_songs', 'show_songs']
 
 # %% ../nbs/07_evaluation.ipynb #4ffd4a4d
 import html
@@ -526,13 +526,18 @@ def _number(x: float) -> str:
     return "–" if not math.isfinite(x) else f"{x + 0:.2f}".replace("-0.00", "0.00")
 
 
+def with_interval(x: float, low: float, high: float) -> str:
+    "A score and its interval, as tables show them: `3.00 [2.50, 3.25]`."
+    return f"{_number(x)} [{_number(low)}, {_number(high)}]"
+
+
 @patch
 def _cells(self: Scores, numbers, metrics: list) -> dict:
     "The texts of one row of the summary."
     cells = {(m, c): _number(numbers[m, c]) for m in metrics for c in [OVERALL, *self.sources]}
     for m in metrics:
         low, high = numbers.get((m, "low"), np.nan), numbers.get((m, "high"), np.nan)
-        if math.isfinite(low): cells[m, OVERALL] += f" [{_number(low)}, {_number(high)}]"
+        if math.isfinite(low): cells[m, OVERALL] = with_interval(numbers[m, OVERALL], low, high)
     return cells
 
 # %% ../nbs/07_evaluation.ipynb #46e2693f

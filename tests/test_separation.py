@@ -563,3 +563,14 @@ def test_a_song_far_beyond_full_scale_is_named(tmp_path):
 @pytest.mark.parametrize("options", [dict(threads=0), dict(threads=100_000), dict(batch_size=0)])
 def test_counts_out_of_range(options):
     with pytest.raises(UserError, match="use 1"): Separator.from_pretrained("default", device="cpu", **options)
+
+
+def test_every_piece_of_a_song_tidies_the_memory(monkeypatch):
+    "An hour that is separated piece by piece keeps no more than a piece takes."
+    import contextlib
+    from deepdemix import separation
+    tidied = []
+    monkeypatch.setattr(separation, "keep_memory", lambda: contextlib.nullcontext(lambda: tidied.append(1)))
+    separator = Separator.from_pretrained("default", device="cpu", chunk=1.)
+    pieces = list(separator.separate_blocks(iter(torch.randn(2, 4 * 44100).split(44100, -1)), 44100))
+    assert len(tidied) >= 4 and sum(m.shape[-1] for m, _ in pieces) == 4 * 44100
