@@ -113,11 +113,20 @@ def _recipe(
     **fields, # fields that the command itself sets
 ):
     "The recipe that the options ask for."
-    from deepdemix.training import Recipe, recipe_for
+    from deepdemix.training import Recipe, recipe_for, recipe_from
     if network and args.recipe: fields["network"] = network
-    recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(name, args.profile, **({"network": network} if network else {}))
+    if args.recipe: recipe = Recipe.load(args.recipe)
+    elif fields.get("start") and not name: recipe = recipe_from(fields["start"])
+    else: recipe = recipe_for(name, args.profile, **({"network": network} if network else {}))
     fields |= {"seed": args.seed, "device": args.device}
     return recipe.override([*(f"{k}={v}" for k, v in fields.items() if v is not None), *args.set])
+
+def _start(
+    name:str|None, # a bundled model, a run folder, or "hf:owner/name"
+) -> str|None: # as recipes name it
+    "What `--start` names; there must be such a model."
+    from deepdemix.separation import find_model, pretrained_names
+    return name if name is None or name in pretrained_names() else str(find_model(name))
 
 def _fit(
     recipe, # of `_recipe`
@@ -132,10 +141,10 @@ def _fit(
 def train(
     args:argparse.Namespace, # model, encoder and the training options
 ):
-    "Train a separator, from scratch or from a pretrained encoder."
+    "Train a separator, from scratch, from a pretrained encoder, or from a trained one."
     from deepdemix.training import UserError
-    if not (args.model or args.recipe): raise UserError("say what to train: --model NAME (see `deepdemix models`) or --recipe FILE.json")
-    recipe = _recipe(args, args.model, encoder=args.encoder)
+    if not (args.model or args.recipe or args.start): raise UserError("say what to train: --model NAME (see `deepdemix models`), --start RUN or --recipe FILE.json")
+    recipe = _recipe(args, args.model, encoder=args.encoder, start=_start(args.start))
     _fit(recipe, _open(args), args)
 
 def pretrain(
@@ -311,7 +320,8 @@ def _add_training_commands(
     p.add_argument("--model", metavar="NAME", help="pretrain the encoder of this network (default: the paper's encoder, for ddm and ddm_skip)")
     p = commands.add_parser("train", help="train a separator")
     p.add_argument("--model", metavar="NAME", help="a network's name: see `deepdemix models`")
-    p.add_argument("--encoder", metavar="RUN", help="start from the encoder of this run"); _training_options(p); p.set_defaults(run=train)
+    p.add_argument("--encoder", metavar="RUN", help="start from the encoder of this run")
+    p.add_argument("--start", metavar="RUN|NAME", help="train this run or bundled model further, by its own recipe unless --model or --recipe says otherwise"); _training_options(p); p.set_defaults(run=train)
 
 # %% ../nbs/11_cli.ipynb #14f9763e
 PROFILE_HELP = "sizes and counts: demo takes under a minute a model, laptop about an hour for the whole experiment, author and paper want a GPU"

@@ -30,7 +30,7 @@ from .evaluation import Scores, average_songs, compare, evaluate, plot_scores, r
 from .metrics import sdr, si_sdr
 from .pretraining import draw_excerpts, embed_excerpts, neighbour_accuracy, probe, project, random_twin, show_embedding
 from .separation import WEIGHTS, Separator, describe_pretrained, find_model
-from .training import Recipe, build_network, file_digest, fit, load_network, read_record, recipe_for, save_network, show_metrics
+from .training import ORIGINS, Recipe, build_network, file_digest, fit, load_network, read_record, recipe_for, run_folder, save_network, show_metrics
 
 # %% ../nbs/09_experiment.ipynb #3c236b27
 @dataclass(frozen=True)
@@ -407,17 +407,27 @@ def save_report(
     return experiment
 
 # %% ../nbs/09_experiment.ipynb #e6110191
+def _tell_origins(
+    recipe:dict, # of a run, is changed
+    root:Path|None=None, # what paths are told from; None: names alone
+):
+    "Name the runs that a run began with without the folders of this machine."
+    for field in ORIGINS:
+        run = recipe.get(field)
+        if not run or run_folder(run) != Path(run): continue
+        there = Path(run).resolve()
+        recipe[field] = there.relative_to(root).as_posix() if root and there.is_relative_to(root) else there.name
+
 def publish_run(
     run, # a run folder
     there, # where its recipe and its curves go
     root, # what paths are told from
 ) -> str|None: # SHA-256 of its weights, if they are there
-    "Copy a run without its weights. Where its encoder came from is told without the folders of this machine."
+    "Copy a run without its weights. What it began with is told without the folders of this machine."
     run, there, root = Path(run), Path(there), Path(root).resolve()
     there.mkdir(parents=True, exist_ok=True)
     record = read_record(run)
-    encoder = record["recipe"]["encoder"] and Path(record["recipe"]["encoder"]).resolve()
-    if encoder: record["recipe"]["encoder"] = encoder.relative_to(root).as_posix() if encoder.is_relative_to(root) else encoder.name
+    _tell_origins(record["recipe"], root)
     with atomic_path(there / "recipe.json") as part: Path(part).write_text(json.dumps(record, indent=1) + "\n")
     if (run / "metrics.csv").exists(): shutil.copy(run / "metrics.csv", there / "metrics.csv")
     return file_digest(run / "model.safetensors") if (run / "model.safetensors").exists() else None
@@ -681,15 +691,22 @@ def _trained(
     "How long a run took and what came of it."
     return f'best of {record["epoch"]} epochs on the validation songs (epoch {record["best"]["epoch"]}), {record["examples"]:,} examples seen, {record["hours"]:.1f} hours'
 
-def _encoder_line(
-    encoder, # a run folder, or nothing
-    folder:Path, # for the encoder's recipe
+def _origins_of(
+    run:Path, # a run folder
+) -> dict: # "encoder" or "start": a run folder
+    "The runs that a run began with, where they were or beside it."
+    named = {field: name for field in ORIGINS if (name := read_record(run)["recipe"].get(field))}
+    return {field: there if (there := run_folder(name)).exists() else Path(run).parent / Path(name).name for field, name in named.items()}
+
+def _origin_line(
+    field:str, # "encoder" or "start"
+    run:Path, # its folder
+    folder:Path, # for its recipe
 ) -> str:
-    "What made the encoder, for the card."
-    if not encoder: return ""
-    record, path = read_record(encoder), Path(folder) / "encoder.json"
+    "What made it, for the card."
+    record, path, command = read_record(run), Path(folder) / f"{field}.json", "pretrain" if field == "encoder" else "train"
     Recipe.from_dict(record["recipe"]).save(path)
-    return f'\n- its encoder: `deepdemix pretrain --recipe {path} --data "$MUSDB_PATH" --out ENCODER_RUN`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours'
+    return f'\n- its {field}: `deepdemix {command} --recipe {path} --data "$MUSDB_PATH" --out {field.upper()}_RUN`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours'
 
 def _members(
     members:list, # records of the runs in an ensemble
@@ -716,10 +733,10 @@ def _made(
     if members := record.get("members"):
         runs = " ".join(f"RUN{k}" for k in range(1, len(members) + 1))
         return f'{_members(members, folder)}\n- made by: `deepdemix join {runs} --refine {record["network"][1]["refine"]:g} --out RUN`, then {last}'
-    encoder = record["recipe"]["encoder"]
-    if encoder and not Path(encoder).exists(): encoder = Path(run).parent / Path(encoder).name
-    command = f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{" --encoder ENCODER_RUN" if encoder else ""} --data "$MUSDB_PATH" --out RUN'
-    return f'; {_trained(record)}\n- made by: `{command}`, then {last}{_encoder_line(encoder, folder)}'
+    origins = _origins_of(run)
+    given = "".join(f" --{field} {field.upper()}_RUN" for field in origins)
+    command = f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{given} --data "$MUSDB_PATH" --out RUN'
+    return f'; {_trained(record)}\n- made by: `{command}`, then {last}{"".join(_origin_line(field, there, folder) for field, there in origins.items())}'
 
 def card(
     run:Path, # a finished run
@@ -743,7 +760,7 @@ def _half(
 ):
     "Write a run's network in half precision."
     record = read_record(run)
-    record["recipe"]["encoder"] = Path(record["recipe"]["encoder"]).name if record["recipe"]["encoder"] else None
+    _tell_origins(record["recipe"])
     network_class, args = record["network"]
     changed = build_network(network_class, **{**args, **network_args})
     changed.load_state_dict(load_network(run).state_dict())
@@ -776,7 +793,7 @@ def bundle(
     network_args:dict|None=None, # settings of the network that differ from those in training
 ) -> Path: # the folder of the bundled weights
     "Turn a run into bundled weights: half precision, scores on validation and test songs, a model card."
-    store, folder = open_data(data or find_musdb()), Path(root or WEIGHTS) / name
+    store, folder = data if isinstance(data, Store) else open_data(data or find_musdb()), Path(root or WEIGHTS) / name
     sentence = sentence or describe_pretrained().get(name, "")
     Path(results, name).mkdir(parents=True, exist_ok=True)
     _half(run, folder, network_args or {})

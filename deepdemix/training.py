@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
-           'HEADER_LIMIT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED', 'ALLOWED', 'LEAST',
-           'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
-           'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task',
-           'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights',
-           'write_weights', 'load_into', 'load_network', 'file_digest', 'new_record', 'save_network', 'load_encoder',
-           'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor',
-           'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop',
-           'write_metrics', 'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
+           'HEADER_LIMIT', 'WEIGHTS', 'ORIGINS', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED',
+           'ALLOWED', 'LEAST', 'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network',
+           'Recipe', 'read_record', 'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude',
+           'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask',
+           'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest', 'run_folder',
+           'new_record', 'save_network', 'load_encoder', 'load_start', 'recipe_from', 'write_state', 'read_state',
+           'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor', 'build_optimizer', 'Average',
+           'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics',
+           'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, csv, ctypes, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
@@ -128,7 +129,8 @@ class Recipe:
     max_minutes: float = 0. # training time after which the run stops, resumable; 0: none
     clock: str = "wall" # what counts as training time: "wall", or "processor" for the time that this process computes on all its cores
     save_minutes: float = 5. # how often the state is saved within an epoch
-    encoder: str|None = None # run folder of a pretrained encoder to start from
+    encoder: str|None = None # run folder, or name of bundled weights, whose encoder to start from
+    start: str|None = None # run folder, or name of bundled weights, of a whole network to train further
     encoder_lr_scale: float = 1. # the encoder's step size, as a share of `lr`
     freeze_encoder: bool|int = False # true: never trained; a number: not for that many epochs
     unfreeze_every: int = 0 # epochs after which the next of a thawing encoder's layers is trained, the last first; 0: all at once
@@ -279,6 +281,7 @@ def check(self:Recipe): # itself
     if self.seed >= 2**63: raise UserError(f"the recipe field 'seed' can't be {self.seed}: it is below 2**63")
     for name, values in dict(ema=[self.ema], warmup=[self.warmup], betas=self.betas).items():
         if not all(0 <= v < 1 for v in values): raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
+    if self.encoder and self.start: raise UserError("the recipe fields 'encoder' and 'start' exclude each other: a whole network has its encoder")
     if self.freeze_encoder < 0: raise UserError(f"the recipe field 'freeze_encoder' can't be {self.freeze_encoder}: it is true, false or a number of epochs")
     if self.unfreeze_every and self.freeze_encoder is True: raise UserError("unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of epochs, or false")
     return self
@@ -681,9 +684,20 @@ def file_digest(
     "The digest of a file, such as a model's weights."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def _encoder_digest(recipe):
-    "The digest of the encoder's weights that a recipe names; None if it names none."
-    return file_digest(Path(recipe.encoder)/"model.safetensors") if recipe.encoder else None
+WEIGHTS = Path(deepdemix.__file__).parent/"weights"
+
+def run_folder(
+    run, # a run folder, or the name of weights that came with the package
+) -> Path: # there may be nothing
+    "Where the weights lie."
+    bundled = WEIGHTS/Path(run).name
+    return bundled if bundled.name == str(run) and (bundled/"model.safetensors").is_file() else Path(run)
+
+ORIGINS = dict(encoder="an encoder", start="a start")
+
+def _origins(recipe):
+    "The digests of the weights that a recipe begins with, by the field that names them."
+    return {k: file_digest(run_folder(run)/"model.safetensors") for k in ORIGINS if (run := getattr(recipe, k))}
 
 def _revision():
     "The git revision of the package's own checkout, or None."
@@ -706,7 +720,7 @@ def new_record(
     "The record of a run that begins."
     count = sum(p.numel() for p in network.parameters())
     data = {"digest": store.digest, "songs": len(store), **getattr(store, "parts", {})} if store is not None else {}
-    if recipe.encoder: data["encoder"] = _encoder_digest(recipe)
+    data |= _origins(recipe)
     return dict(format=FORMAT, status="running", finished=False, recipe=recipe.to_dict(), network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
                 parameters=count, versions=_versions(), revision=_revision(), step=0, epoch=0, examples=0, hours=0.)
 
@@ -738,6 +752,26 @@ def load_encoder(
     if inner and not (tensors.keys() & own.keys()): tensors = inner
     load_into(network.encoder, tensors, f"the encoder of {run}")
     return network
+
+# %% ../nbs/03_training.ipynb #4952adaf
+def load_start(
+    network, # to be filled
+    run, # a run folder, or the name of bundled weights
+): # the network
+    "Take over all weights of a trained network; one of another kind or for other sound raises a `UserError`."
+    trained = load_network(run_folder(run))
+    for name in ("sources", "sample_rate", "channels"):
+        old, new = (getattr(x, name, None) for x in (trained, network))
+        if old != new: raise UserError(f"{run} has {name} {old}, the network to be trained {new}")
+    return load_into(network, trained.state_dict(), f"{run}")
+
+def recipe_from(
+    run, # a run folder, or the name of bundled weights
+    **overrides, # recipe fields
+) -> Recipe:
+    "The recipe of a run, to train its network further; the optimiser and the schedule begin anew."
+    name, args = read_record(run_folder(run))["network"]
+    return replace(Recipe.load(run_folder(run)), **dict(start=str(run), encoder=None, freeze_encoder=False, unfreeze_every=0, data="", network=name, network_args=args) | overrides).check()
 
 # %% ../nbs/03_training.ipynb #8e3ed456
 def _pack(
@@ -1553,7 +1587,7 @@ def close(self:Reporter):
     if self.board: self.board.close()
 
 # %% ../nbs/03_training.ipynb #5e0e93fb
-MAY_CHANGE = ("data", "epochs", "max_minutes", "save_minutes", "patience", "num_workers", "device", "encoder")
+MAY_CHANGE = ("data", "epochs", "max_minutes", "save_minutes", "patience", "num_workers", "device", "encoder", "start")
 
 def _check_resume(
     recipe, # of this start
@@ -1566,7 +1600,9 @@ def _check_resume(
     differ = [f"{k} was {old[k]!r} and is {v!r}" for k, v in new.items() if k not in MAY_CHANGE and old[k] != v]
     if differ: raise UserError(f"{out} was begun with another recipe: " + "; ".join(differ))
     if record["data"].get("digest") != store.digest: raise UserError(f"{out} was begun with other data (digest {record['data'].get('digest')}, now {store.digest})")
-    if _encoder_digest(recipe) != (was := record["data"].get("encoder")): raise UserError(f"{out} was begun {f'with another encoder (digest {was})' if was else 'without an encoder'}: name the same")
+    for k, words in ORIGINS.items():
+        was = record["data"].get(k)
+        if _origins(recipe).get(k) != was: raise UserError(f"{out} was begun {f'with another {k} (digest {was})' if was else f'without {words}'}: name the same")
 
 # %% ../nbs/03_training.ipynb #97a6d595
 def _open_run(
@@ -1613,7 +1649,8 @@ def _run(recipe, store, out, task, record, state, logger, progress, trainer):
     "One start of a run, from its first or its saved step to its end or the next stop."
     first = trainer.is_global_zero
     task.take_part(trainer.global_rank, trainer.world_size)
-    if recipe.encoder and state is None: load_encoder(task.network, recipe.encoder)
+    if recipe.encoder and state is None: load_encoder(task.network, run_folder(recipe.encoder))
+    if recipe.start and state is None: load_start(task.network, recipe.start)
     if (recipe.freeze_encoder or recipe.unfreeze_every) and not isinstance(getattr(task.network, "encoder", None), nn.Module): raise UserError(f"the network '{recipe.network}' has no encoder to freeze")
     if first: out.mkdir(parents=True, exist_ok=True)
     record = new_record(recipe, task.network, store) | ({"best": record["best"]} if record and "best" in record and state else {})

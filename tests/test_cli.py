@@ -62,6 +62,16 @@ def test_a_recipe_can_be_run_again(folder):
     assert old == new
 
 
+def test_a_model_is_trained_further(folder, tmp_path, capsys):
+    words = lambda start, out: ["train", "--start", str(start), "--data", str(folder / "toy"), "--out", str(tmp_path / out), "--set", "epochs=2"]
+    assert main(words(folder / "ddm", "run")) == 0
+    record = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (record["network"][0], record["recipe"]["start"], record["recipe"]["encoder"], record["epoch"]) == ("ddm", str(folder / "ddm"), None, 2)
+    capsys.readouterr()
+    assert main(words("nobody", "none")) == 2
+    assert "default" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_pretraining_takes_several_stores(folder, tmp_path, capsys):
     assert main(["prepare", "--toy", "4", "--seed", "1", "--out", str(tmp_path / "more")]) == 0
     words = ["pretrain", "--data", folder / "toy", "--data", f"{tmp_path / 'more'}=2", "--out", tmp_path / "run", "--profile", "demo", "--device", "cpu", *TINY]

@@ -8,11 +8,11 @@ import torch
 
 from deepdemix.audio import UserError, read_streams, to_mono
 from deepdemix.data import prepare_toy
-from deepdemix.experiment import CONTROL_STEPS, PAPER_STEPS, WEIGHTS, excerpt_path, find_step, run_experiment, song_subset, step_recipe
+from deepdemix.experiment import CONTROL_STEPS, PAPER_STEPS, WEIGHTS, bundle, excerpt_path, find_step, run_experiment, song_subset, step_recipe
 from deepdemix.metrics import sdr
 from deepdemix.pretraining import PretrainingTask
 from deepdemix.separation import Separator, pretrained_names
-from deepdemix.training import build_network, read_record, recipe_for
+from deepdemix.training import Recipe, build_network, fit, load_network, read_record, recipe_for, recipe_from
 
 TINY = ["epochs=1", "examples_per_epoch=4", "batch_size=2", "valid_examples=2", "device=cpu"]
 
@@ -66,6 +66,21 @@ def test_an_experiment_without_test_songs_is_refused(store, tmp_path):
 
 def test_more_songs_than_there_are(store):
     with pytest.raises(UserError, match="training songs"): song_subset(store, 1000, 0)
+
+
+def test_bundled_weights_tell_what_they_began_with(store, tmp_path):
+    "An encoder, a separator from it, and this trained further: commands and recipes for all, and no folder of this machine."
+    few = dict(epochs=1, examples_per_epoch=4, batch_size=2, valid_examples=2, device="cpu", validation="songs")
+    encoder = fit(recipe_for("pretraining", "demo", **few | dict(validation="mixes")), store, tmp_path / "runs" / "taught", progress=False)
+    first = fit(recipe_for("ddm", "demo", encoder=str(encoder), **few), store, tmp_path / "runs" / "first", progress=False)
+    second = fit(recipe_from(first, lr=1e-6), store, tmp_path / "runs" / "second", progress=False)
+    for run, field, origin in ((first, "encoder", "taught"), (second, "start", "first")):
+        folder = bundle(run, run.name, "a twin", store, root=tmp_path / "weights", results=tmp_path / "results")
+        card, recipe = (folder / "README.md").read_text(), read_record(folder)["recipe"]
+        assert recipe[field] == origin and str(tmp_path / "runs") not in card + (folder / "recipe.json").read_text()
+        assert f"--{field} {field.upper()}_RUN" in card and f"--out {field.upper()}_RUN`" in card
+        assert Recipe.load(tmp_path / "results" / run.name / f"{field}.json").epochs == 1
+        assert load_network(folder).args == load_network(run).args
 
 
 @pytest.mark.parametrize("name", pretrained_names())

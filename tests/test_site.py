@@ -145,6 +145,14 @@ def test_a_class_stands_before_its_methods(site):
     assert site.documentation(ordered[2]).startswith("### Standardise.measure\n")
 
 
+def test_a_table_that_says_the_same_is_the_same_text(site):
+    import pandas as pd
+    from execute import settled
+    tables = [pd.DataFrame({"a": [1]}).style.format("{:.0f}").to_html() for _ in range(2)]
+    assert tables[0] != tables[1] and settled(tables[0], "here_0") == settled(tables[1], "here_0")
+    assert 'id="T_here_0"' in settled(tables[0], "here_0")
+
+
 def test_pictures_are_light(site):
     "256 colours are all that a plot needs; what is small already stays."
     import base64, io
@@ -266,7 +274,7 @@ def test_quickstart_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
     served = []
-    monkeypatch.setattr("deepdemix.listening.serve", lambda song, model: served.append(song))
+    monkeypatch.setattr("deepdemix.listening.serve", lambda song, *options: served.append(song))
     song = toy_song(0, duration=3.)
     for path in ("song.mp3", "album/one.wav", "album/two.flac"): write(tmp_path / path, song.sum(0), 44100)
     for number in range(6):

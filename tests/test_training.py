@@ -211,6 +211,35 @@ def test_a_run_goes_on_with_the_encoder_that_it_began_with(tmp_path):
     fit(recipe(epochs=2, encoder=str(tmp_path/"moved")), STORE, tmp_path/"run", resume=True, progress=False)
     assert read_record(tmp_path/"run")["data"]["encoder"] == T.file_digest(tmp_path/"moved"/"model.safetensors")
 
+def test_a_network_is_trained_further(tmp_path):
+    "With a step size of next to nothing it stays what it was; what comes from the run and what begins anew."
+    first = fit(recipe(epochs=2, freeze_encoder=1), STORE, tmp_path/"first", progress=False)
+    further = T.recipe_from(first, epochs=1, lr=1e-12, seed=3, ema=0.9)
+    assert (further.network, further.mixer, further.freeze_encoder) == ("tiny_dropout", PLAIN, False)
+    second = fit(further, STORE, tmp_path/"second", progress=False)
+    before, after = read_weights(first/"model.safetensors"), read_weights(second/"model.safetensors")
+    for k in ("encoder.0.weight", "norm.weight", "decoder.bias"): assert torch.allclose(before[k], after[k], atol=1e-8), k
+    record = read_record(second)
+    assert (record["step"], record["data"]["start"]) == (6, T.file_digest(first/"model.safetensors"))
+    assert not torch.equal(read_weights(fit(T.recipe_from(second, lr=0.01), STORE, tmp_path/"third", progress=False)/"model.safetensors")["decoder.bias"], after["decoder.bias"])
+
+def test_a_run_goes_on_with_the_start_that_it_began_with(tmp_path):
+    a, b = (fit(recipe(epochs=1, seed=k), STORE, tmp_path/str(k), progress=False) for k in range(2))
+    run = fit(T.recipe_from(a), STORE, tmp_path/"run", progress=False)
+    with pytest.raises(UserError, match="with another start"): fit(T.recipe_from(b, epochs=2, seed=0), STORE, run, resume=True, progress=False)
+    with pytest.raises(UserError, match="without a start"): fit(recipe(epochs=2, start=str(b)), STORE, a, resume=True, progress=False)
+    weights = read_weights(run/"model.safetensors")
+    fit(T.recipe_from(a, epochs=2, lr=0.01), STORE, run, resume=True, progress=False)
+    assert read_record(run)["epoch"] == 2 and weights.keys() == read_weights(run/"model.safetensors").keys()
+
+def test_what_a_network_can_not_start_from(tmp_path):
+    first = fit(recipe(epochs=1), STORE, tmp_path/"first", progress=False)
+    with pytest.raises(UserError, match="does not fit the network"): fit(T.recipe_from(first, network_args=dict(hidden=5)), STORE, tmp_path/"run", progress=False)
+    with pytest.raises(UserError, match="exclude each other"): T.recipe_from(first, encoder=str(first))
+    with pytest.raises(UserError, match="default has sample_rate 44100, the network to be trained 8000"): fit(recipe(start="default"), STORE, tmp_path/"run", progress=False)
+    with pytest.raises(UserError, match="nowhere"): fit(recipe(start="nowhere"), STORE, tmp_path/"run", progress=False)
+    assert not (tmp_path/"run").exists()
+
 @register_network("tiny_normal")
 class TinyNormal(Tiny):
     "With a normalisation behind a layer that learns."

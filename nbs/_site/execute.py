@@ -39,12 +39,18 @@ def lighter(picture: str) -> str:
     return min(picture, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
+def settled(html: str, name: str) -> str:
+    "A styled table with a name in place of the random one, so that the same table is the same text."
+    return re.sub(r"\bT_[0-9a-f]{5}(?![0-9a-f])", f"T_{name}", html)
+
+
 def execute(path: Path, timeout: int = 600) -> None:
     "Run the notebook at `path` from the notebooks' folder and save it in place."
     notebook = nbformat.read(path, as_version=4)
     Client(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-    for data in (output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])):
+    for cell, k, data in ((cell, k, output.get("data", {})) for cell in notebook.cells for k, output in enumerate(cell.get("outputs", []))):
         if "image/png" in data: data["image/png"] = lighter(data["image/png"])
+        if "text/html" in data: data["text/html"] = settled(data["text/html"], f"{cell.id}_{k}")
     nbformat.write(notebook, path)
 
 
