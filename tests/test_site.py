@@ -151,6 +151,8 @@ def test_a_table_that_says_the_same_is_the_same_text(site):
     tables = [pd.DataFrame({"a": [1]}).style.format("{:.0f}").to_html() for _ in range(2)]
     assert tables[0] != tables[1] and settled(tables[0], "here_0") == settled(tables[1], "here_0")
     assert 'id="T_here_0"' in settled(tables[0], "here_0")
+    assert ">1</td>" in settled(tables[0], "here_0")
+    assert settled("<p>\n  plain</p>", "here_0") == "<p>\n  plain</p>"
 
 
 def test_pictures_are_light(site):

@@ -40,8 +40,9 @@ def lighter(picture: str) -> str:
 
 
 def settled(html: str, name: str) -> str:
-    "A styled table with a name in place of the random one, so that the same table is the same text."
-    return re.sub(r"\bT_[0-9a-f]{5}(?![0-9a-f])", f"T_{name}", html)
+    "A styled table with a name in place of the random one, so that the same table is the same text, and without its indentation."
+    named, count = re.subn(r"\bT_[0-9a-f]{5}(?![0-9a-f])", f"T_{name}", html)
+    return re.sub(r"^ +", "", named, flags=re.M) if count else html
 
 
 def execute(path: Path, timeout: int = 600) -> None:
@@ -50,7 +51,7 @@ def execute(path: Path, timeout: int = 600) -> None:
     Client(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell, k, data in ((cell, k, output.get("data", {})) for cell in notebook.cells for k, output in enumerate(cell.get("outputs", []))):
         if "image/png" in data: data["image/png"] = lighter(data["image/png"])
-        if "text/html" in data: data["text/html"] = settled(data["text/html"], f"{cell.id}_{k}")
+        if "text/html" in data: data["text/html"] = settled(data["text/html"], f"{cell.id[:4]}{k}")
     nbformat.write(notebook, path)
 
 
