@@ -698,15 +698,28 @@ def _origins_of(
     named = {field: name for field in ORIGINS if (name := read_record(run)["recipe"].get(field))}
     return {field: there if (there := run_folder(name)).exists() else Path(run).parent / Path(name).name for field, name in named.items()}
 
-def _origin_line(
-    field:str, # "encoder" or "start"
-    run:Path, # its folder
-    folder:Path, # for its recipe
+def _given(
+    origins:dict, # of `_origins_of`
+    owner:str="", # whose they are, such as "start_"
 ) -> str:
-    "What made it, for the card."
-    record, path, command = read_record(run), Path(folder) / f"{field}.json", "pretrain" if field == "encoder" else "train"
-    Recipe.from_dict(record["recipe"]).save(path)
-    return f'\n- its {field}: `deepdemix {command} --recipe {path} --data "$MUSDB_PATH" --out {field.upper()}_RUN`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours'
+    "The options that name what a run begins with."
+    return "".join(f" --{field} {(owner + field).upper()}_RUN" for field in origins)
+
+def _origin_lines(
+    run:Path, # a run folder
+    folder:Path, # for recipes
+    owner:str="", # whose origins they are, such as "start_"
+) -> str:
+    "What made the runs that a run began with, and those that they began with, for the card."
+    lines = []
+    for field, there in _origins_of(run).items():
+        record, name, words = read_record(there), owner + field, "'s ".join((owner + field).split("_"))
+        _tell_origins(record["recipe"])
+        Recipe.from_dict(record["recipe"]).save(Path(folder) / f"{name}.json")
+        made = f'{"pretrain" if field == "encoder" else "train"} --recipe {Path(folder) / name}.json{_given(_origins_of(there), name + "_")} --data "$MUSDB_PATH" --out {name.upper()}_RUN'
+        lines.append(f'\n- its {words}: `deepdemix {made}`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours')
+        lines.append(_origin_lines(there, folder, name + "_"))
+    return "".join(lines)
 
 def _members(
     members:list, # records of the runs in an ensemble
@@ -733,10 +746,8 @@ def _made(
     if members := record.get("members"):
         runs = " ".join(f"RUN{k}" for k in range(1, len(members) + 1))
         return f'{_members(members, folder)}\n- made by: `deepdemix join {runs} --refine {record["network"][1]["refine"]:g} --out RUN`, then {last}'
-    origins = _origins_of(run)
-    given = "".join(f" --{field} {field.upper()}_RUN" for field in origins)
-    command = f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{given} --data "$MUSDB_PATH" --out RUN'
-    return f'; {_trained(record)}\n- made by: `{command}`, then {last}{"".join(_origin_line(field, there, folder) for field, there in origins.items())}'
+    command = f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{_given(_origins_of(run))} --data "$MUSDB_PATH" --out RUN'
+    return f'; {_trained(record)}\n- made by: `{command}`, then {last}{_origin_lines(run, folder)}'
 
 def card(
     run:Path, # a finished run

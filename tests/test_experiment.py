@@ -81,6 +81,9 @@ def test_bundled_weights_tell_what_they_began_with(store, tmp_path):
         assert f"--{field} {field.upper()}_RUN" in card and f"--out {field.upper()}_RUN`" in card
         assert Recipe.load(tmp_path / "results" / run.name / f"{field}.json").epochs == 1
         assert load_network(folder).args == load_network(run).args
+    assert "its start's encoder: `deepdemix pretrain" in card and "--encoder START_ENCODER_RUN" in card
+    told = "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
+    assert str(tmp_path / "runs") not in told and Recipe.load(tmp_path / "results/second/start_encoder.json").kind == "pretraining"
 
 
 @pytest.mark.parametrize("name", pretrained_names())
