@@ -122,7 +122,11 @@ def _fields(self: Explorer):
     self.draw.layout.display = None if isinstance(self.data, Store) else "none"
     self.mask.layout.display = None if self.separator is not None else "none"
 
-# %% ../nbs/10a_exploring.ipynb #ee2dbbf4
+@patch
+def _on_change(self: Explorer, change):
+    if not self.paused: self.show()
+
+# %% ../nbs/10a_exploring.ipynb #443e3eec
 @patch
 def make(self: Explorer):
     "Make the mix that the fields ask for: `sources` as they are in the song, `mixed` as they are now, and `estimates` if there is a separator."
@@ -132,6 +136,16 @@ def make(self: Explorer):
     self.mixed = remix(self.sources, self.rate, [field.value for field in self.levels.values()], self.pitch.value, self.stretch.value, self.kind.value)
     if self.separator is not None: self.estimates = self.separator.separate(self.mixed.sum(0), self.rate, progress=False)
 
+# %% ../nbs/10a_exploring.ipynb #27ae6a96
+def loudness_notes(
+    stems, # {stem: (channels, time)}
+    sample_rate, # Hz
+) -> dict: # {stem: "-20.0 LUFS"}
+    "What to write beside stems: how loud each is."
+    values = Loudness(torch.stack(list(stems.values())), sample_rate)()
+    return {name: f"{value:.1f} LUFS" if value > SILENCE else "silent" for name, value in zip(stems, values)}
+
+# %% ../nbs/10a_exploring.ipynb #c0e7de4c
 @patch
 def sets(self: Explorer) -> tuple: # (sets, notes) for `desk_html`
     "What lies on the desk: the mix and the song as it was, or what the separator makes of the mix and its true stems."
@@ -142,16 +156,7 @@ def sets(self: Explorer) -> tuple: # (sets, notes) for `desk_html`
     if len(mixed) == 1: return {label: self.estimates, "mixture": whole}, {}
     return {label: self.estimates, "true stems": mixed, "mixture": whole}, {label: score_notes(self.estimates, mixed, self.rate)}
 
-# %% ../nbs/10a_exploring.ipynb #443e3eec
-def loudness_notes(
-    stems, # {stem: (channels, time)}
-    sample_rate, # Hz
-) -> dict: # {stem: "-20.0 LUFS"}
-    "What to write beside stems: how loud each is."
-    values = Loudness(torch.stack(list(stems.values())), sample_rate)()
-    return {name: f"{value:.1f} LUFS" if value > SILENCE else "silent" for name, value in zip(stems, values)}
-
-
+# %% ../nbs/10a_exploring.ipynb #a651c0f2
 @patch
 def show(self: Explorer):
     "Make the mix and put it on the desk; a `UserError` is shown as a line of text."
@@ -162,10 +167,6 @@ def show(self: Explorer):
         self.view.value, self.message.value = embed(self.page, self.height), ""
     except UserError as error: self.message.value = str(error)
     self.draw_masks()
-
-@patch
-def _on_change(self: Explorer, change):
-    if not self.paused: self.show()
 
 # %% ../nbs/10a_exploring.ipynb #4fbefa40
 @patch

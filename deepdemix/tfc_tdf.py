@@ -120,7 +120,7 @@ class TFCTDFNet(nn.Module):
         self.decoder = nn.ModuleList(TFCTDFDecoder(2 * channels * len(self.sources) // nets, bins, **sizes) for _ in range(nets))
         if output == "mask": self.begin_with_shares()
 
-# %% ../nbs/06e_tfc_tdf.ipynb #62b413a6
+# %% ../nbs/06e_tfc_tdf.ipynb #836b0991
 @patch
 @torch.no_grad()
 def begin_with_shares(self:TFCTDFNet):
@@ -129,6 +129,7 @@ def begin_with_shares(self:TFCTDFNet):
         decode.last.weight.mul_(0.1)
         decode.last.bias.copy_(torch.tensor([1 / len(self.sources), 0.]).repeat(len(decode.last.bias) // 2))
 
+# %% ../nbs/06e_tfc_tdf.ipynb #9db5eb2f
 @patch
 def picture(self:TFCTDFNet,
     spectrogram:torch.Tensor, # complex (batch, n_t, n_f, channels)
@@ -137,6 +138,7 @@ def picture(self:TFCTDFNet,
     x = torch.view_as_real(spectrogram[:, :, :self.bins] * self.gain).permute(0, 3, 4, 1, 2).flatten(1, 2)
     return F.pad(x, (0, 0, 0, -x.shape[2] % 2**self.depth))
 
+# %% ../nbs/06e_tfc_tdf.ipynb #95cf9c51
 @patch
 def estimate(self:TFCTDFNet,
     spectrogram:torch.Tensor, # complex (batch, n_t, n_f, channels), the mixture's
