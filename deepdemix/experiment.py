@@ -691,6 +691,12 @@ def _trained(
     "How long a run took and what came of it."
     return f'best of {record["epoch"]} epochs on the validation songs (epoch {record["best"]["epoch"]}), {record["examples"]:,} examples seen, {record["hours"]:.1f} hours'
 
+def _devices(
+    record:dict, # a run's
+) -> str:
+    "The option for as many processes as a run had: with another number, dropout and rounding differ."
+    return f' --devices {record["processes"]}' if record.get("processes", 1) > 1 else ""
+
 def _origins_of(
     run:Path, # a run folder
 ) -> dict: # "encoder" or "start": a run folder
@@ -716,7 +722,7 @@ def _origin_lines(
         record, name, words = read_record(there), owner + field, "'s ".join((owner + field).split("_"))
         _tell_origins(record["recipe"])
         Recipe.from_dict(record["recipe"]).save(Path(folder) / f"{name}.json")
-        made = f'{"pretrain" if field == "encoder" else "train"} --recipe {Path(folder) / name}.json{_given(_origins_of(there), name + "_")} --data "$MUSDB_PATH" --out {name.upper()}_RUN'
+        made = f'{"pretrain" if field == "encoder" else "train"} --recipe {Path(folder) / name}.json{_given(_origins_of(there), name + "_")} --data "$MUSDB_PATH"{_devices(record)} --out {name.upper()}_RUN'
         lines.append(f'\n- its {words}: `deepdemix {made}`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours')
         lines.append(_origin_lines(there, folder, name + "_"))
     return "".join(lines)
@@ -730,7 +736,7 @@ def _members(
     for k, record in enumerate(members, 1):
         path = Path(folder) / f"member{k}.json"
         Recipe.from_dict(record["recipe"]).save(path)
-        lines.append(f'\n- member {k}: `deepdemix train --recipe {path} --data "$MUSDB_PATH" --out RUN{k}`, {record["parameters"]:,} parameters; {_trained(record)}')
+        lines.append(f'\n- member {k}: `deepdemix train --recipe {path} --data "$MUSDB_PATH"{_devices(record)} --out RUN{k}`, {record["parameters"]:,} parameters; {_trained(record)}')
     return "".join(lines)
 
 # %% ../nbs/09_experiment.ipynb #bf65d895
@@ -746,7 +752,7 @@ def _made(
     if members := record.get("members"):
         runs = " ".join(f"RUN{k}" for k in range(1, len(members) + 1))
         return f'{_members(members, folder)}\n- made by: `deepdemix join {runs} --refine {record["network"][1]["refine"]:g} --out RUN`, then {last}'
-    command = f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{_given(_origins_of(run))} --data "$MUSDB_PATH" --out RUN'
+    command = f'deepdemix train --recipe deepdemix/weights/{name}/recipe.json{_given(_origins_of(run))} --data "$MUSDB_PATH"{_devices(record)} --out RUN'
     return f'; {_trained(record)}\n- made by: `{command}`, then {last}{_origin_lines(run, folder)}'
 
 def card(
@@ -800,7 +806,7 @@ def bundle(
     sentence:str="", # what it is, the first line of the card; the present card's if ""
     data=None, # a store or a MUSDB18 folder; None: MUSDB_PATH
     root:Path|None=None, # where bundled weights lie; None: in the package
-    results:Path="results", # folder for the scores
+    results:Path="results", # folder for the scores and the curve
     network_args:dict|None=None, # settings of the network that differ from those in training
 ) -> Path: # the folder of the bundled weights
     "Turn a run into bundled weights: half precision, scores on validation and test songs, a model card."
@@ -808,6 +814,7 @@ def bundle(
     sentence = sentence or describe_pretrained().get(name, "")
     Path(results, name).mkdir(parents=True, exist_ok=True)
     _half(run, folder, network_args or {})
+    if (curve := Path(run) / "metrics.csv").exists(): shutil.copyfile(curve, Path(results, name) / "metrics.csv")
     text = card(run, name, sentence, folder, _scored(folder, store, Path(results, name)), Path(results, name), network_args)
     with atomic_path(folder / "README.md") as part: Path(part).write_text(text)
     return folder

@@ -68,6 +68,15 @@ def test_more_songs_than_there_are(store):
     with pytest.raises(UserError, match="training songs"): song_subset(store, 1000, 0)
 
 
+def test_a_card_says_how_many_processes_trained(store, tmp_path):
+    run = fit(recipe_for("ddm", "demo", epochs=1, examples_per_epoch=4, batch_size=2, valid_examples=2, device="cpu", validation="songs"), store, tmp_path / "run", progress=False)
+    for processes, words in ((1, '--data "$MUSDB_PATH" --out RUN`'), (2, '--data "$MUSDB_PATH" --devices 2 --out RUN`')):
+        record = json.loads((run / "recipe.json").read_text())
+        (run / "recipe.json").write_text(json.dumps(record | dict(processes=processes)))
+        folder = bundle(run, "twin", "a twin", store, root=tmp_path / "weights", results=tmp_path / "results")
+        assert words in (folder / "README.md").read_text()
+
+
 def test_bundled_weights_tell_what_they_began_with(store, tmp_path):
     "An encoder, a separator from it, and this trained further: commands and recipes for all, and no folder of this machine."
     few = dict(epochs=1, examples_per_epoch=4, batch_size=2, valid_examples=2, device="cpu", validation="songs")
@@ -80,6 +89,7 @@ def test_bundled_weights_tell_what_they_began_with(store, tmp_path):
         assert recipe[field] == origin and str(tmp_path / "runs") not in card + (folder / "recipe.json").read_text()
         assert f"--{field} {field.upper()}_RUN" in card and f"--out {field.upper()}_RUN`" in card
         assert Recipe.load(tmp_path / "results" / run.name / f"{field}.json").epochs == 1
+        assert (tmp_path / "results" / run.name / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
         assert load_network(folder).args == load_network(run).args
     assert "its start's encoder: `deepdemix pretrain" in card and "--encoder START_ENCODER_RUN" in card
     told = "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
