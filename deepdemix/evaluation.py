@@ -15,6 +15,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -822,6 +823,17 @@ def _verdict_notes(x, y, titles, others, numbers, average, same) -> list[str]:
     return notes
 
 # %% ../nbs/07_evaluation.ipynb #1bc0d77b
+@contextmanager
+def _seeded(
+    seed:int=0, # for NumPy's global generator
+):
+    "Chance that is the same every time, and leaves no trace."
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try: yield
+    finally: np.random.set_state(state)
+
+# %% ../nbs/07_evaluation.ipynb #66f47304
 def plot_scores(
     scores: Scores,       # of one or more models, with reference rows
     metric: str="SDR",    # which
@@ -836,7 +848,7 @@ def plot_scores(
     own = rows[rows.model.isin(scores.models)].groupby(["model", "source", "song"], sort=False).value.mean().reset_index()
     style = dict(data=own, x="source", y="value", hue="model", order=scores.sources, ax=ax, palette="colorblind")
     sns.boxplot(**style, showfliers=False, boxprops={"alpha": .35}, linewidth=1, legend=False)
-    sns.stripplot(**style, dodge=len(scores.models) > 1, size=3, jitter=.15)
+    with _seeded(): sns.stripplot(**style, dodge=len(scores.models) > 1, size=3, jitter=.15)
     for name, dash in zip([n for n in lines if n in scores.references], ("-", "--", ":", "-.")):
         medians = rows[rows.model == name].groupby("source").value.median()
         xs = [k for k, s in enumerate(scores.sources) if np.isfinite(medians.get(s, np.nan))]
