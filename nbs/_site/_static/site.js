@@ -11,7 +11,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows], width = Math.max(...rows.map(row => row.cells.length));
     for (let k = 1; k <= width; k++) {
       const cells = rows.map(row => row.cells[row.cells.length - k]).filter(cell => cell && cell.tagName === "TD");
-      if (cells.length && cells.every(cell => /^[-−–+\d.,%]*$/.test(cell.textContent.trim()))) for (const cell of [...cells, ...heads.map(row => row.cells[row.cells.length - k])]) if (cell && cell.colSpan < 2) cell.classList.add("number");
+      if (cells.length && cells.every(cell => /^[-−–+\d.,%]*( \[[^\]]*\])?$/.test(cell.textContent.trim()))) for (const cell of [...cells, ...heads.map(row => row.cells[row.cells.length - k])]) if (cell && cell.colSpan < 2) cell.classList.add("number");
     }
   }
 });
