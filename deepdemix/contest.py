@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from .audio import UserError, atomic_path
 from .conv_tasnet import SMALL
 from .data import Store
-from .evaluation import OVERALL, PLAIN, Scores, compare, evaluate, reference_rows, with_interval
+from .evaluation import OVERALL, PLAIN, REFERENCES, Scores, compare, evaluate, reference_rows, with_interval
 from .experiment import publish_run
 from .training import Recipe, build_network, build_task, fit, load_network, read_metrics, read_record, recipe_for
 
@@ -253,11 +253,12 @@ class Contest:
     def table(self,
         metrics=("SDR",), # columns
     ): # a `Table`
-        "Everybody's scores on the test songs, with intervals over seeds and songs, and the reference rows."
-        trained = [e.name + words for e in self.entries for words in STARTS.values()]
-        runs = self.scores.rows.query("model in @trained").groupby("model").seed.nunique()
+        "Everybody's scores on the test songs, in the order of the entries, with intervals over seeds and songs, and the reference rows."
+        trained, rows = [e.name + words for e in self.entries for words in STARTS.values()], self.scores.rows
+        runs = rows.query("model in @trained").groupby("model").seed.nunique()
         seeds = " to ".join(str(n) for n in sorted({runs.min(), runs.max()})) if len(runs) else "none yet"
-        return self.scores.table(metrics, caption=f"{self.about['minutes']:g} min on {self.about['cores']} core{'s' * (self.about['cores'] > 1)} each, seeds: {seeds}")
+        rows = rows.sort_values("model", key=lambda names: names.map({name: k for k, name in enumerate([*trained, *REFERENCES])}), kind="stable")
+        return Scores(rows, self.scores.info, self.scores.failed).table(metrics, caption=f"{self.about['minutes']:g} min on {self.about['cores']} core{'s' * (self.about['cores'] > 1)} each, seeds: {seeds}")
 
 @patch
 def verdicts(self:Contest,
