@@ -735,6 +735,7 @@ def _members(
     lines = []
     for k, record in enumerate(members, 1):
         path = Path(folder) / f"member{k}.json"
+        _tell_origins(record["recipe"])
         Recipe.from_dict(record["recipe"]).save(path)
         lines.append(f'\n- member {k}: `deepdemix train --recipe {path} --data "$MUSDB_PATH"{_devices(record)} --out RUN{k}`, {record["parameters"]:,} parameters; {_trained(record)}')
     return "".join(lines)
@@ -777,7 +778,7 @@ def _half(
 ):
     "Write a run's network in half precision."
     record = read_record(run)
-    _tell_origins(record["recipe"])
+    for told in (record, *record.get("members", ())): _tell_origins(told["recipe"])
     network_class, args = record["network"]
     changed = build_network(network_class, **{**args, **network_args})
     changed.load_state_dict(load_network(run).state_dict())

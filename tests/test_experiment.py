@@ -8,6 +8,7 @@ import torch
 
 from deepdemix.audio import UserError, read_streams, to_mono
 from deepdemix.data import prepare_toy
+from deepdemix.ensemble import join_runs
 from deepdemix.experiment import CONTROL_STEPS, PAPER_STEPS, WEIGHTS, bundle, excerpt_path, find_step, run_experiment, song_subset, step_recipe
 from deepdemix.metrics import sdr
 from deepdemix.pretraining import PretrainingTask
@@ -94,6 +95,15 @@ def test_bundled_weights_tell_what_they_began_with(store, tmp_path):
     assert "its start's encoder: `deepdemix pretrain" in card and "--encoder START_ENCODER_RUN" in card
     told = "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
     assert str(tmp_path / "runs") not in told and Recipe.load(tmp_path / "results/second/start_encoder.json").kind == "pretraining"
+
+
+def test_an_ensemble_of_runs_that_began_with_others_tells_no_folder_of_this_machine(store, tmp_path):
+    few = dict(epochs=1, examples_per_epoch=4, batch_size=2, valid_examples=2, device="cpu", validation="songs")
+    first = fit(recipe_for("ddm", "demo", **few), store, tmp_path / "runs" / "first", progress=False)
+    second = fit(recipe_from(first, lr=1e-6), store, tmp_path / "runs" / "second", progress=False)
+    folder = bundle(join_runs([first, second], tmp_path / "runs" / "both"), "both", "two", store, root=tmp_path / "weights", results=tmp_path / "results")
+    assert read_record(folder)["members"][1]["recipe"]["start"] == "first" == Recipe.load(tmp_path / "results/both/member2.json").start
+    for path in (*folder.glob("*.*"), *(tmp_path / "results").rglob("*.json")): assert str(tmp_path / "runs").encode() not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize("name", pretrained_names())
