@@ -552,12 +552,13 @@ def _label(self: Scores, model: str, split: str) -> str:
 
 
 @patch
-def _notes(self: Scores) -> list[str]:
-    "What a reader of the table must know."
+def _notes(self: Scores, metrics: list) -> list[str]:
+    "What a reader of a table with these metrics must know."
     songs = {s: g.song.nunique() for s, g in self.rows.groupby("split", sort=False)}
     counts = ", ".join(f"{n} {s} songs" if n != 1 else f"1 {s} song" for s, n in songs.items())
     how = f"{self.info.get('channels', '?')}, mixture: {self.info.get('mixture', '?')}"
-    notes = [f"{counts}; {how}. Median over songs (uSDR: mean); overall is the mean over sources, in brackets its 95 % bootstrap interval over songs."]
+    average = "Median over songs" + (" (uSDR: mean)" if "uSDR" in metrics else "")
+    notes = [f"{counts}; {how}. {average}; overall is the mean over sources, in brackets its 95 % bootstrap interval over songs."]
     return notes + [f"no score: {f['song']} ({f['model']}): {f['reason']}" for f in self.failed]
 
 # %% ../nbs/07_evaluation.ipynb #dc1e4b00
@@ -580,7 +581,7 @@ def table(self: Scores,
         order = [(s, m) for s in all.rows.split.unique() for m in all.references if (s, m) in numbers.index]
         groups.append([(all._label(m, s), all._cells(numbers.loc[(s, m)], metrics)) for s, m in order])
     if paper: groups.append(_paper_rows(all, metrics))
-    return Table([g for g in groups if g], [(m, c) for m in metrics for c in [OVERALL, *all.sources]], caption, tuple(all._notes()))
+    return Table([g for g in groups if g], [(m, c) for m in metrics for c in [OVERALL, *all.sources]], caption, tuple(all._notes(metrics)))
 
 def _paper_rows(scores: Scores, metrics: list) -> list:
     "The paper's numbers on the splits that were scored."
