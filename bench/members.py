@@ -1,6 +1,6 @@
 """What runs reach alone and as ensembles, on the validation songs of MUSDB18-7 (`MUSDB_PATH`).
 
-`python bench/members.py RUN RUN …` takes run folders or names of bundled models; the kept figures are of the default model and the runs of `results/ensemble`.
+`python bench/members.py RUN RUN …` takes run folders or names of bundled models; the kept figures are of the default model after its first 40,000 examples and the runs of `results/ensemble`.
 """
 import itertools, sys, tempfile, time
 
