@@ -51,3 +51,10 @@ def nussl():
     from deepdemix.baseline import import_nussl
     try: return import_nussl()
     except ImportError as e: pytest.skip(f"nussl is not installed: {e}")
+
+
+@pytest.fixture(scope="session")
+def out_of_reach():
+    "Names the parameters of a network that its last `backward` did not reach. Biases need only lie in its graph: behind a normalisation or a softmax over keys their gradient is zero but for rounding."
+    def names(network): return [name for name, p in network.named_parameters() if p.grad is None or not (name.endswith(".bias") or p.grad.any())]
+    return names
