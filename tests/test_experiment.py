@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from deepdemix.audio import UserError, read_streams, to_mono
+from deepdemix.contest import Contest
 from deepdemix.data import prepare_toy
 from deepdemix.ensemble import join_runs
+from deepdemix.evaluation import Scores
 from deepdemix.experiment import CONTROL_STEPS, PAPER_STEPS, WEIGHTS, bundle, excerpt_path, find_step, run_experiment, song_subset, step_recipe
 from deepdemix.metrics import sdr
 from deepdemix.pretraining import PretrainingTask
@@ -154,3 +156,12 @@ def test_bundled_scores_are_those_of_the_card(name, musdb_path):
         np.testing.assert_allclose(found[-1], [scores[s]["SDR"] for s in separator.sources], atol=0.01)
     card = next(line for line in (WEIGHTS / name / "README.md").read_text().splitlines() if line.startswith(name + " "))
     assert abs(float(card.split()[1]) - np.median(found, 0).mean()) < 0.01
+
+
+def test_the_change_log_says_what_the_results_say():
+    root = Path(__file__).parents[1]
+    log = (root / "CHANGELOG.md").read_text()
+    for name, change in Contest(root / "results/contest").summary()["change"].items():
+        size, interval = change.split(" ", 1)
+        assert f"{name} {size} dB {interval}" in log
+    assert f"{Scores.load(root / 'results/default/test.json').overall():.2f} dB on the test songs" in log
