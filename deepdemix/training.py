@@ -9,10 +9,10 @@ __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE',
            'ALLOWED', 'LEAST', 'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network',
            'Recipe', 'read_record', 'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude',
            'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask',
-           'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest', 'run_folder',
-           'new_record', 'save_network', 'load_encoder', 'load_start', 'recipe_from', 'write_state', 'read_state',
-           'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor', 'build_optimizer', 'Average',
-           'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics',
+           'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest', 'comes_along',
+           'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start', 'recipe_from', 'write_state',
+           'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor', 'build_optimizer',
+           'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics',
            'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
@@ -684,15 +684,23 @@ def file_digest(
     "The digest of a file, such as a model's weights."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/03_training.ipynb #16f97bdc
 WEIGHTS = Path(deepdemix.__file__).parent/"weights"
+
+def comes_along(
+    run, # a run folder, or a name
+) -> bool:
+    "Whether these are weights that came with the package."
+    bundled = WEIGHTS/Path(run).name
+    return bundled.name == str(run) and (bundled/"model.safetensors").is_file()
 
 def run_folder(
     run, # a run folder, or the name of weights that came with the package
 ) -> Path: # there may be nothing
     "Where the weights lie."
-    bundled = WEIGHTS/Path(run).name
-    return bundled if bundled.name == str(run) and (bundled/"model.safetensors").is_file() else Path(run)
+    return WEIGHTS/run if comes_along(run) else Path(run)
 
+# %% ../nbs/03_training.ipynb #118c094f
 ORIGINS = dict(encoder="an encoder", start="a start")
 
 def _origins(recipe):
