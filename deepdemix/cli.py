@@ -27,6 +27,12 @@ def _devices(text):
     if text != "auto" and int(text) < 1: raise argparse.ArgumentTypeError(f"{text} is no number of devices: 1 or more, or auto")
     return text if text == "auto" else int(text)
 
+def _positive(text):
+    "A number of things on the command line."
+    if int(text) < 1: raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return int(text)
+
+# %% ../nbs/11_cli.ipynb #51958a00
 def _data_option(
     parser:argparse.ArgumentParser, # the command's parser
     several:bool=False, # whether it may be given more than once
@@ -36,6 +42,7 @@ def _data_option(
     if several: parser.add_argument("--data", metavar="STORE[=WEIGHT]", action="append", help=f"{where}; may be repeated, the first is validated on, a weight says how often a song is drawn")
     else: parser.add_argument("--data", metavar="STORE", help=where)
 
+# %% ../nbs/11_cli.ipynb #fccf0cbf
 def _training_options(
     parser:argparse.ArgumentParser, # the command's parser
     several:bool=False, # whether it takes several stores
@@ -61,11 +68,6 @@ def _open(
     "The store that `--data` names, or the one of MUSDB_PATH."
     from deepdemix.data import find_musdb, open_data
     return open_data(args.data or find_musdb())
-
-def _positive(text):
-    "A number of things on the command line."
-    if int(text) < 1: raise argparse.ArgumentTypeError(f"{text}: 1 or more")
-    return int(text)
 
 # %% ../nbs/11_cli.ipynb #28c2e54b
 def _ray_options(parser):
@@ -121,6 +123,7 @@ def _recipe(
     fields |= {"seed": args.seed, "device": args.device}
     return recipe.override([*(f"{k}={v}" for k, v in fields.items() if v is not None), *args.set])
 
+# %% ../nbs/11_cli.ipynb #2365755a
 def _start(
     name:str|None, # a bundled model, a run folder, or "hf:owner/name"
 ) -> str|None: # as recipes name it
@@ -128,6 +131,7 @@ def _start(
     from deepdemix.separation import find_model, pretrained_names
     return name if name is None or name in pretrained_names() else str(find_model(name))
 
+# %% ../nbs/11_cli.ipynb #fb0aec74
 def _fit(
     recipe, # of `_recipe`
     store, # the data
@@ -182,6 +186,7 @@ def _fields(
     from deepdemix.training import read_settings
     return [*(read_settings(args.recipe) if args.recipe else ()), *args.set]
 
+# %% ../nbs/11_cli.ipynb #dc8de5c2
 def experiment(
     args:argparse.Namespace, # data, out, profile, seeds, controls, recipe, set, logger
 ):
@@ -199,6 +204,7 @@ def label_efficiency(
     print(label_efficiency(_open(args), args.out, profile=args.profile, seeds=args.seeds, songs=args.songs, settings=_fields(args), logger=args.logger))
     print(f"saved: {args.out}")
 
+# %% ../nbs/11_cli.ipynb #52ee2727
 def contest(
     args:argparse.Namespace, # data, out, minutes, cores, seeds, recipe, set, logger
 ):
@@ -215,21 +221,23 @@ def demo(
     return run_demo(args.out, seed=args.seed)
 
 # %% ../nbs/11_cli.ipynb #5486425a
-def _separator(
-    args:argparse.Namespace, # model, device, overlap, batch_size, threads
-):
-    "The separator that `--model` names."
-    from deepdemix.separation import Separator
-    options = {k: getattr(args, k) for k in ("overlap", "batch_size", "threads") if getattr(args, k) is not None}
-    return Separator.from_pretrained(args.model, device=args.device, **options)
+def _chosen(
+    args:argparse.Namespace, # the command's options
+    *names:str, # some of them
+) -> dict:
+    "The options that were given, so that the others keep their defaults."
+    return {k: getattr(args, k) for k in names if getattr(args, k) is not None}
 
+# %% ../nbs/11_cli.ipynb #36b2e391
 def separate(
     args:argparse.Namespace, # files, out and the options of separation
 ):
     "Take songs apart into stems."
     import json
+    from deepdemix.separation import Separator
     if _on_ray(args): return _separate_on_ray(args)
-    summary = _separator(args).separate_files(
+    separator = Separator.from_pretrained(args.model, device=args.device, **_chosen(args, "overlap", "batch_size", "threads"))
+    summary = separator.separate_files(
         args.files, args.out, two_stems=args.two_stems, stems=args.stems, format=args.format, subtype=args.subtype,
         clip=args.clip, residual_to=args.residual_to, overwrite=args.overwrite, progress=not args.json)
     if args.json: print(json.dumps(summary, indent=1))
@@ -238,7 +246,7 @@ def separate(
     failed = [song for song in summary["songs"] if song.get("error")]
     return 0 if not failed else 1 if any("outputs" in song for song in summary["songs"]) else 2
 
-
+# %% ../nbs/11_cli.ipynb #c82aa30a
 def _separate_on_ray(
     args:argparse.Namespace, # as for `separate`; files are folders, lists and songs
 ):
@@ -246,8 +254,8 @@ def _separate_on_ray(
     import json
     from deepdemix.catalogue import separate_catalogue
     from deepdemix.separation import pick_device
-    device = "cpu" if args.address and args.device == "auto" else pick_device(args.device).type if args.device == "auto" else args.device
-    loading = dict(device=device, threads=args.threads or 1) | {k: getattr(args, k) for k in ("overlap", "batch_size") if getattr(args, k) is not None}
+    device = args.device if args.device != "auto" else "cpu" if args.address else pick_device("auto").type
+    loading = dict(device=device, threads=args.threads or 1) | _chosen(args, "overlap", "batch_size")
     options = {k: getattr(args, k) for k in ("two_stems", "stems", "format", "subtype", "clip", "residual_to")}
     summary = separate_catalogue(args.files, args.out, args.model, _on_ray(args, args.threads or 1, int(device == "cuda")), args.overwrite, not args.json, loading, **options)
     for line in () if args.json else summary["reasons"]: print(f"deepdemix: {line}", file=sys.stderr)

@@ -184,7 +184,7 @@ def _same_contest(path:Path, about:dict):
         if other: raise UserError(f"{path.parent} holds another contest (other {', '.join(other)}): choose another folder")
     with atomic_path(path) as part: Path(part).write_text(json.dumps(about, indent=1))
 
-
+# %% ../nbs/09a_contest.ipynb #861b345a
 def run_contest(
     store:Store, # songs in splits train, valid and test
     out, # the contest's folder; what is there is not done again
@@ -260,6 +260,7 @@ class Contest:
         rows = rows.sort_values("model", key=lambda names: names.map({name: k for k, name in enumerate([*trained, *REFERENCES])}), kind="stable")
         return Scores(rows, self.scores.info, self.scores.failed).table(metrics, caption=f"{self.about['minutes']:g} min on {self.about['cores']} core{'s' * (self.about['cores'] > 1)} each, seeds: {seeds}")
 
+# %% ../nbs/09a_contest.ipynb #54fdfe53
 @patch
 def verdicts(self:Contest,
     metric:str="SDR", # which
@@ -267,6 +268,17 @@ def verdicts(self:Contest,
     "What pretraining changes, network by network."
     both = [e.name for e in self.entries if {e.name, e.name + " (pt)"} <= set(self.scores.models)]
     return [compare(self.scores, self.scores, metric, model_a=name, model_b=name + " (pt)") for name in both]
+
+# %% ../nbs/09a_contest.ipynb #a332f854
+@patch
+def costs(self:Contest): # a data frame: a row for each network
+    "Parameters, real-time factor and memory, measured once and kept in costs.json."
+    import pandas as pd
+    path = self.out / "costs.json"
+    if not path.exists():
+        found = {e.name: footprint(e.network, e.args) for e in self.entries}
+        with atomic_path(path) as part: Path(part).write_text(json.dumps(found, indent=1))
+    return pd.DataFrame(json.loads(path.read_text())).T
 
 # %% ../nbs/09a_contest.ipynb #78097ce8
 @patch
@@ -299,6 +311,7 @@ def runs(self:Contest): # a data frame: a row for each run
                          valid_sdr=record.get("best", {}).get("valid_sdr")))
     return pd.DataFrame(rows, columns=["entry", "start", "seed", "steps", "examples", "minutes", "valid_sdr"]).set_index(["entry", "start", "seed"])
 
+# %% ../nbs/09a_contest.ipynb #802e194a
 @patch
 def plot_training(self:Contest,
     ax=None, # of matplotlib
@@ -315,16 +328,6 @@ def plot_training(self:Contest,
                 ax.plot(share, found.valid_sdr, f"C{colour}{'--' if words else '-'}", lw=1.3, label=entry.name + words if not k else None)
     ax.set_xlabel("share of the budget"); ax.set_ylabel("SDR on the validation songs (dB)"); ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return ax
-
-@patch
-def costs(self:Contest): # a data frame: a row for each network
-    "Parameters, real-time factor and memory, measured once and kept in costs.json."
-    import pandas as pd
-    path = self.out / "costs.json"
-    if not path.exists():
-        found = {e.name: footprint(e.network, e.args) for e in self.entries}
-        with atomic_path(path) as part: Path(part).write_text(json.dumps(found, indent=1))
-    return pd.DataFrame(json.loads(path.read_text())).T
 
 # %% ../nbs/09a_contest.ipynb #6e682089
 @patch

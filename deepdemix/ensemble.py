@@ -48,6 +48,7 @@ def _alike(
     "Whether two STFTs give the same numbers."
     return b is not None and (a.window_length, a.hop_length, a.window_type) == (b.window_length, b.hop_length, b.window_type)
 
+# %% ../nbs/06h_ensemble.ipynb #af4de866
 @patch
 def spectrum(self:Ensemble,
     waveform:torch.Tensor, # (…, c, time)
