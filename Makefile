@@ -78,7 +78,7 @@ test-browser: $(VENV)/.browser docs ## the site and the listening desk in a real
 	@$(BIN)/python -m pytest tests -q -m browser -p no:cacheprovider
 
 notebooks: $(VENV)/.nussl ## run every notebook top to bottom and save its outputs
-	@$(BIN)/python nbs/_site/execute.py $(sort $(wildcard nbs/*.ipynb nbs/pages/*.ipynb))
+	@$(BIN)/python nbs/_site/execute.py nbs
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme
 
 readme: $(VENV)/.dev ## README.md from nbs/index.ipynb

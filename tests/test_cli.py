@@ -189,8 +189,8 @@ def test_the_examples_at_the_top_of_the_page():
     import re, shlex
     from pathlib import Path
     from deepdemix.cli import make_parser
-    page = json.loads((Path(__file__).parent.parent / "nbs/11_cli.ipynb").read_text(encoding="utf-8"))
-    examples = re.findall(r"^\| `deepdemix ([^`]+)` \|", "".join(page["cells"][0]["source"]), re.M)
+    page = json.loads(next((Path(__file__).parent.parent / "nbs").rglob("*_cli.ipynb")).read_text(encoding="utf-8"))
+    examples = re.findall(r"^\| `deepdemix ([^`]+)` \|", "\n".join("".join(c["source"]) for c in page["cells"]), re.M)
     for example in examples: make_parser().parse_args(shlex.split(example))
     commands = next(action.choices for action in make_parser()._actions if action.metavar == "COMMAND")
     assert sorted(example.split()[0] for example in examples) == sorted(commands)

@@ -2,12 +2,13 @@
 import base64
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/pages").glob("*.ipynb")])
+NOTEBOOKS = runpy.run_path(str(ROOT / "nbs/_site/listing.py"))["notebooks"]()
 LIMIT = 300_000
 AUDIO = re.compile(r"data:audio/[\w.+-]+;base64,([A-Za-z0-9+/=\s]+)")
 MACHINE = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users|private|var/folders)/|[A-Z]:\\Users")

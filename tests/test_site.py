@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "nbs/_site"
+LISTING = runpy.run_path(str(SITE / "listing.py"))
+PAGES = {re.sub(r"^\d+[a-z]*_", "", p.stem): p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["pages"]()} # by their names, wherever they lie
+HTML = {name: re.sub(r"(^|/)\d+[a-z]*_", r"\1", page).rsplit(".", 1)[0] + ".html" for name, page in PAGES.items()}
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 PHONE, DESKTOP = dict(width=390, height=844), dict(width=1280, height=900)
 
@@ -46,9 +50,17 @@ def cell(source, kind="code", outputs=()):
 def test_every_page_is_there_and_every_notebook_is_a_page(site):
     listed = site.pages()
     assert len(listed) == len(set(listed)) and all((ROOT / "nbs" / page).is_file() for page in listed)
-    found = {p.relative_to(ROOT / "nbs").as_posix() for folder in ("", "pages") for kind in ("ipynb", "md") for p in (ROOT / "nbs" / folder).glob(f"*.{kind}")}
-    assert found == set(listed)
-    assert set(site.FRESH) <= set(listed)
+    assert {p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["pages"]()} == set(listed)
+    assert {*site.FRESH, *site.TIED} <= {Path(page).stem for page in listed}
+
+
+def test_rooms_in_folders_are_found(tmp_path):
+    "At any depth, and nothing in folders that nbdev passes over."
+    names = ["a.ipynb", "wing/b.ipynb", "wing/deeper/c.md", "_proc/d.ipynb", "wing/.ipynb_checkpoints/e.ipynb", "wing/f.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in LISTING["below"](tmp_path, ".ipynb", ".md")] == names[:3]
 
 
 def test_every_bundled_model_has_its_card():
@@ -62,8 +74,10 @@ def test_names_on_the_site(site):
 
 
 def test_links_between_notebooks(site):
-    assert site.relink("[a](07_evaluation.ipynb), [b](07_evaluation.ipynb#scores)", "index.ipynb") == "[a](evaluation.ipynb), [b](evaluation.ipynb#scores)"
-    assert site.relink("[a](../06_deepdemix.ipynb) and [b](models.md)", "pages/quickstart.md") == "[a](../deepdemix.ipynb) and [b](../pages/models.md)"
+    page, name = PAGES["evaluation"], site.name_of(PAGES["evaluation"])
+    assert name.endswith("evaluation") and "07" not in name
+    assert site.relink(f"[a]({page}), [b]({page}#scores)", "index.ipynb") == f"[a]({name}.ipynb), [b]({name}.ipynb#scores)"
+    assert site.relink(f"[a](../{page}) and [b](cost.ipynb)", PAGES["quickstart"]) == f"[a](../{name}.ipynb) and [b](../pages/cost.ipynb)"
     for untouched in ("[a](https://example.org/01_data.ipynb)", "[a](nowhere.ipynb)", "[a](#here)"): assert site.relink(untouched, "index.ipynb") == untouched
 
 
@@ -73,7 +87,7 @@ def test_links_to_documented_objects(site):
     assert site.relink(f"## [`toy_song`]({docs}/data.html#toy_song), played", "index.ipynb") == "## `toy_song`, played"
     fenced = f"```python\nx, # as [`toy_song`]({docs}/data.html#toy_song) has it\n```"
     assert site.relink(fenced, "index.ipynb") == "```python\nx, # as `toy_song` has it\n```"
-    assert 'href="../data.html#toy-song"' in site.relink(f"[`toy_song`]({docs}/data.html#toy_song)", "pages/quickstart.md")
+    assert 'href="../data.html#toy-song"' in site.relink(f"[`toy_song`]({docs}/data.html#toy_song)", PAGES["quickstart"])
 
 
 def test_callouts(site):
@@ -133,14 +147,14 @@ def test_private_code_is_folded(site):
     folded.metadata["private"] = True
     site.shown(folded)
     assert folded.metadata["tags"] == ["hide-input"] and "private" not in folded.metadata
-    kept = [c for c in site.processed("01_data.ipynb").cells if c.metadata.get("private")]
+    kept = [c for c in site.processed(PAGES["data"]).cells if c.metadata.get("private")]
     assert len(kept) > 30 and not any("_room" in c.source and "def toy_song" in c.source for c in kept) and any("def _room(" in c.source for c in kept)
 
 
 def test_a_class_stands_before_its_methods(site):
     def shown(name): return cell(f"#| output: asis\nshow_doc({name})", outputs=[{"text/markdown": f"### {name}\n\n*Words.*"}])
     cells = [cell("# before", "markdown"), shown("measure"), shown("Standardise.reset_parameters"), shown("Standardise"), cell("x = 1"), shown("Painter")]
-    ordered = site.in_order(cells, "06b_open_unmix.ipynb")
+    ordered = site.in_order(cells, PAGES["open_unmix"])
     assert [site.documented(c) for c in ordered] == ["", "Standardise", "Standardise.measure", "Standardise.reset_parameters", "", "Painter"]
     assert site.documentation(ordered[2]).startswith("### Standardise.measure\n")
 
@@ -194,9 +208,9 @@ def test_colab_only_where_it_can_run(site):
     "The page offers Colab for what needs no file of the repository, and says what to install; the first page offers the same notebooks."
     at = site.addresses()
     alone = {page for page in offered() if site.runs_alone(page)}
-    assert "02a_metrics.ipynb" in alone and not alone & {"09_experiment.ipynb", *site.FRESH}
+    assert PAGES["metrics"] in alone and not {Path(page).stem for page in alone} & {*site.TIED, *site.FRESH}
     for page in alone: assert f"https://colab.research.google.com/github/{at['{slug}']}/blob/{at['{branch}']}/nbs/{page}" in site.links(page) and "pip install git+" + at["{git_url}"] in site.links(page)
-    assert "colab" not in site.links("pages/pretraining_helps.ipynb")
+    assert "colab" not in site.links(PAGES["pretraining_helps"])
     rows = re.findall(r"^\| \[[^]]+\]\(nbs/([^)]+)\) \|.*\| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert len(rows) > 12
     for page, offer in rows: assert offer.endswith(f"/nbs/{page})") if page in alone else not offer, page
@@ -226,7 +240,7 @@ assert "site-packages" in where.cells[0].outputs[0].text
 
 def offered():
     "The notebooks of the repository except the first page."
-    return sorted(p.relative_to(ROOT / "nbs").as_posix() for folder in ("", "pages") for p in (ROOT / "nbs" / folder).glob("*.ipynb") if p.name != "index.ipynb")
+    return [p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["notebooks"]() if p.name != "index.ipynb"]
 
 
 @pytest.mark.slow
@@ -298,7 +312,7 @@ def test_quickstart_commands(tmp_path, monkeypatch):
 
 def quickstart(language, start):
     "The lines of the quickstart's code in one language that begin with some words."
-    text = (ROOT / "nbs/pages/quickstart.md").read_text(encoding="utf-8")
+    text = (ROOT / "nbs" / PAGES["quickstart"]).read_text(encoding="utf-8")
     lines = "\n".join(re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)).splitlines()
     return [line for line in lines if line.startswith(start)]
 
@@ -412,16 +426,8 @@ def opened(browser, address, page):
     finally: tab.close()
 
 
-def html_pages():
-    "The names of all pages of the site, or none where the builder's packages are missing."
-    import yaml
-    entries = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    names = [n for e in entries for n in ([e] if isinstance(e, str) else e["contents"])]
-    return [re.sub(r"(^|/)\d+[a-z]*_", r"\1", n).rsplit(".", 1)[0] + ".html" for n in names]
-
-
 @pytest.mark.browser
-@pytest.mark.parametrize("page", html_pages())
+@pytest.mark.parametrize("page", HTML.values())
 def test_page(browser, address, page):
     "Figures and players are there, one search box, and no scrolling sideways on a phone."
     with opened(browser, address, page) as tab:
@@ -449,7 +455,7 @@ def one_search(tab):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("page", ["listening.html", "exploring.html"])
+@pytest.mark.parametrize("page", [HTML["listening"], HTML["exploring"]])
 def test_the_desk_on_the_page_plays(browser, address, page):
     "The toy band's stems sound, and fall silent when all are muted, and one of them sounds again by itself; another set can be heard in its place."
     with opened(browser, address, page) as tab:
@@ -482,14 +488,14 @@ def test_formulas_and_callouts_are_drawn(browser, address, built):
             formulas += len(boxes)
             assert all(width > 4 and height > 6 and not wrong for width, height, wrong in boxes), path
     assert formulas > 20
-    for page, title in (("pages/models.html", "Important"), ("pages/quickstart.html", "Note")):
+    for page, title in ((HTML["models"], "Important"), (HTML["quickstart"], "Note")):
         with opened(browser, address, page) as tab: assert tab.locator("article .admonition > .admonition-title").first.inner_text() == title
 
 
 @pytest.mark.browser
 def test_private_code_opens(browser, address):
     "Code without a public name is folded; its line opens by the keyboard."
-    with opened(browser, address, "data.html") as tab:
+    with opened(browser, address, HTML["data"]) as tab:
         folds = tab.locator("article details.hide")
         assert folds.count() > 30 and not folds.first.locator("pre").is_visible()
         folds.first.locator("summary").press("Enter")
@@ -499,7 +505,7 @@ def test_private_code_opens(browser, address):
 @pytest.mark.browser
 def test_what_is_cut_off_says_so(browser, address):
     "A box with more than is seen has a shadow at that end and can be scrolled by the keyboard; at its end it has none. Numbers in tables stand right."
-    with opened(browser, address, "pages/cost.html") as tab:
+    with opened(browser, address, HTML["cost"]) as tab:
         tab.set_viewport_size(PHONE)
         tab.wait_for_selector("div.highlight pre.more")
         wide = tab.locator("div.highlight pre.more").first.element_handle()
@@ -512,9 +518,9 @@ def test_what_is_cut_off_says_so(browser, address):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("words,page", [("contrastive", "pretraining.html"), ("mixture overlap chunk", "audio.html"), ("karaoke", "pages/quickstart.html")])
+@pytest.mark.parametrize("words,page", [("contrastive", HTML["pretraining"]), ("mixture overlap chunk", HTML["audio"]), ("karaoke", HTML["quickstart"])])
 def test_search_finds(browser, address, words, page):
-    with opened(browser, address, "index.html") as tab:
+    with opened(browser, address, HTML["index"]) as tab:
         tab.set_viewport_size(DESKTOP)
         tab.locator(".search-button-field, .search-button").filter(visible=True).first.click()
         field = tab.locator("input[type=search]").filter(visible=True)
@@ -528,7 +534,7 @@ def test_search_finds(browser, address, words, page):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("page", ["metrics.html", "index.html", "exploring.html"])
+@pytest.mark.parametrize("page", [HTML["metrics"], HTML["index"], HTML["exploring"]])
 def test_light_and_dark(browser, address, page):
     "Both can be chosen; in each, text stands out from its ground by 4.5 to 1 at least."
     with opened(browser, address, page) as tab:
@@ -561,7 +567,7 @@ def test_opens_from_a_folder(browser, built):
     "Without a server, as a file: the page, its styles and its figures."
     tab = browser.new_page()
     try:
-        tab.goto((built / "audio.html").as_uri())
+        tab.goto((built / HTML["audio"]).as_uri())
         assert tab.locator("article img").first.evaluate("async i => { await i.decode(); return i.naturalWidth; }") > 100
         assert tab.evaluate("getComputedStyle(document.body).fontFamily") != "Times New Roman"
     finally: tab.close()

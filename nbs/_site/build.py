@@ -16,12 +16,13 @@ from nbdev.processors import FilterDefaults, _default_exp, exec_show_docs, rm_ex
 from nbdev.serve_drv import exec_nb
 
 from execute import Client
-from readme import addresses, root
+from listing import root
+from readme import addresses
 
 site = root / "nbs/_site"
 source = site / "build/source"
-FRESH = ("pages/pretraining_helps.ipynb", "pages/comparison.ipynb")
-TIED = ("09_experiment.ipynb", "06f_hybrid_demucs.ipynb", "08a_catalogue.ipynb", "pages/cost.ipynb") # to results/, to the packages demucs and ray, to bench/
+FRESH = ("pretraining_helps", "comparison")
+TIED = ("09_experiment", "06f_hybrid_demucs", "08a_catalogue", "cost") # to results/, to the packages demucs and ray, to bench/
 
 
 def quarto() -> dict:
@@ -189,7 +190,7 @@ def shown(cell) -> None:
 def runs_alone(page: str) -> bool:
     "Whether a notebook needs no file of the repository and no other package; a test runs each of these alone in an empty folder."
     code = "".join(c.source for c in nbformat.read(root / "nbs" / page, as_version=4).cells if c.cell_type == "code")
-    return page not in TIED and not re.search(r'parents\[1\] / "results', code)
+    return Path(page).stem not in TIED and not re.search(r'parents\[1\] / "results', code)
 
 
 def links(page: str) -> str:
@@ -251,7 +252,7 @@ def processed(page: str):
 
 def notebook_page(page: str):
     "A notebook as myst-nb reads it."
-    notebook, words = executed(root / "nbs" / page) if page in FRESH else processed(page), ""
+    notebook, words = executed(root / "nbs" / page) if Path(page).stem in FRESH else processed(page), ""
     notebook.cells = in_order(notebook.cells, page)
     notebook.metadata = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     for cell in notebook.cells:

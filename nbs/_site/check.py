@@ -3,15 +3,15 @@
 Exit status 1, with the list of files, where something does.
 """
 import hashlib, subprocess, sys
-from pathlib import Path
 
-root = Path(__file__).resolve().parents[2]
+from listing import modules, notebooks, root
+
 steps = [["nbdev_export"], ["nbdev_clean"], [sys.executable, str(root / "nbs/_site/readme.py")]]
 
 
 def digests() -> dict[str, str]:
     "The digest of every file that a step may write."
-    files = [*root.glob("nbs/*.ipynb"), *root.glob("nbs/pages/*.ipynb"), *root.glob("deepdemix/*.py"), root / "README.md"]
+    files = [*notebooks(), *modules(), root / "README.md"]
     return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.exists()}
 
 

@@ -1,4 +1,4 @@
-"""Run notebooks top to bottom in a fresh kernel and save their outputs: `python nbs/_site/execute.py NOTEBOOK…`
+"""Run notebooks top to bottom in a fresh kernel and save their outputs: `python nbs/_site/execute.py NOTEBOOK_OR_FOLDER…`
 
 Cells that carry one of the flags in `tst_flags` of settings.ini, or `eval: false`, are left as they are, just as `nbdev_test` leaves them.
 """
@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-root = Path(__file__).resolve().parents[2]
+from listing import below, root
 
 
 def flags() -> list[str]:
@@ -56,4 +56,5 @@ def execute(path: Path, timeout: int = 600) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]: execute(Path(name).resolve())
+    for path in (Path(name).resolve() for name in sys.argv[1:]):
+        for notebook in below(path, ".ipynb") if path.is_dir() else [path]: execute(notebook)

@@ -12,7 +12,8 @@ from nbdev.config import get_config
 from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
 
-root = Path(__file__).resolve().parents[2]
+from listing import root
+
 images = root / "nbs/images"
 
 
