@@ -9,7 +9,7 @@ __all__ = ['SOURCES', 'SAMPLE_RATE', 'SOURCE_COLORS', 'UserError', 'DamagedAudio
            'show_spectrogram', 'OverlapAdd', 'overlap_add_blocks', 'overlap_add']
 
 # %% ../nbs/00_audio.ipynb #093b707e
-import io, math, os, uuid, warnings
+import io, math, os, re, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,7 +195,7 @@ def _open(path):
     import av
     path = Path(path)
     if path.is_dir(): raise UserError(f"{path} is a folder, not an audio file")
-    if not path.exists(): raise UserError(f"{path}: no such file")
+    if not path.exists(): raise UserError(_absent(path))
     if not path.is_file(): raise UserError(f"{path} is not a regular file")
     if path.stat().st_size == 0: raise UserError(f"{path} is empty (0 bytes)")
     try: container = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
@@ -205,6 +205,11 @@ def _open(path):
     if container.streams.audio: return container
     container.close()
     raise UserError(f"{path} has no audio in it")
+
+def _absent(path):
+    "What to say of a path where nothing is."
+    address = re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE)
+    return f"{path} is an address, not a file: download the song first" if address else f"{path}: no such file"
 
 def _reason(error): return getattr(error, "strerror", None) or str(error)
 
@@ -303,8 +308,9 @@ class Decoder:
         path, # any audio or video file
         streams=(0,), # the audio streams to decode, or None for all of them
         strict=True, # raise `UserError` when the file is damaged; otherwise warn with `DamagedAudio` and keep what decodes
+        report=None, # called with the line about damage, in place of the warning
     ):
-        self.path, self.strict, self.problems = Path(path), strict, []
+        self.path, self.strict, self.report, self.problems = Path(path), strict, report, []
         self.container = _open(path)
         try: self._pick(range(len(self.container.streams.audio)) if streams is None else streams)
         except UserError: self.close(); raise
@@ -409,7 +415,10 @@ def finish(self: Decoder):
 @patch
 def warn(self: Decoder):
     "Say once what was wrong, if anything was."
-    if self.problems: warnings.warn(f"{self.path} is damaged or cut off: {'; '.join(self.problems)}", DamagedAudio, stacklevel=4)
+    if not self.problems: return
+    line = f"{self.path} is damaged or cut off: {'; '.join(self.problems)}"
+    if self.report: self.report(line)
+    else: warnings.warn(line, DamagedAudio, stacklevel=4)
 
 # %% ../nbs/00_audio.ipynb #bb480e24
 def to_mono(
@@ -535,9 +544,10 @@ def read_blocks(
     sample_rate=None, # resample to this rate in Hz, or leave it
     stream=0, # which audio stream
     strict=True, # raise for a damaged file, or warn with `DamagedAudio` after the last block that decodes
+    report=None, # called with the line about damage, in place of the warning
 ):
     "Yield the file as float32 tensors (channels, block), the last one shorter, in bounded memory. `UserError` for unreadable files."
-    with Decoder(path, (stream,), strict) as decoder:
+    with Decoder(path, (stream,), strict, report) as decoder:
         parts = (torch.from_numpy(x) for _, x in decoder)
         if sample_rate not in (None, decoder.sample_rate): parts = resample_blocks(parts, decoder.sample_rate, sample_rate)
         yield from _reblock(parts, block)
