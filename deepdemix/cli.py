@@ -286,7 +286,8 @@ def export(
     args:argparse.Namespace, # model, out
 ):
     "Write a model's network, without its STFT, as TorchScript or ONNX."
-    from deepdemix.separation import Separator, export
+    from deepdemix.separation import Separator
+    from deepdemix.serving.export import export
     print(export(Separator.from_pretrained(args.model).network, args.out))
 
 def listen(

@@ -8,7 +8,8 @@ from deepdemix.audio import UserError
 from deepdemix.cli import main
 from deepdemix.data import toy_song
 from deepdemix.ensemble import Ensemble, join_runs
-from deepdemix.separation import Separator, export
+from deepdemix.separation import Separator
+from deepdemix.serving.export import export
 from deepdemix.training import Recipe, build_network, file_digest, known_networks, load_network, read_record, save_network
 
 COMPACT = dict(octave=16, band=8, bandwidth=16000., width=16, hidden=16, layers=1)

@@ -22,7 +22,8 @@ from deepdemix.data import toy_song
 from deepdemix.deepdemix import DeepDeMix
 from deepdemix.metrics import framewise_sdr
 from deepdemix.recurrent import Recurrent
-from deepdemix.separation import Cancelled, Separator, by_groups, describe_pretrained, export, pretrained_names, push_to_hub
+from deepdemix.separation import Cancelled, Separator, by_groups, describe_pretrained, pretrained_names, push_to_hub
+from deepdemix.serving.export import export
 from deepdemix.training import Recipe, save_network
 
 RATE = 8000
