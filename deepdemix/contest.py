@@ -196,7 +196,7 @@ def run_contest(
     settings=(), # further recipe fields for all, as `field=value`
     progress:bool=True, # show the training
     logger:str="csv", # "tensorboard" writes event files besides
-) -> "Contest":
+): # a `Contest`
     "Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a budget of nothing."
     if minutes <= 0 or cores < 1 or seeds < 1: raise UserError(f"minutes={minutes:g}, cores={cores}, seeds={seeds}: a contest needs time, a core and 1 seed or more")
     out, songs = Path(out), store.split("test")

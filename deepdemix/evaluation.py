@@ -197,7 +197,7 @@ COLUMNS = ["model", "seed", "split", "song", "source", "metric", "value"]
 @dataclass(repr=False)
 class Scores:
     "Scores of one or more models: tidy rows, how they were made, and what failed."
-    rows: "pandas.DataFrame"                     # columns model, seed, split, song, source, metric, value (dB)
+    rows: object                                 # a pandas.DataFrame: columns model, seed, split, song, source, metric, value (dB)
     info: dict = field(default_factory=dict)     # protocol, data digest, versions, and what the caller adds
     failed: list = field(default_factory=list)   # {"model", "seed", "song", "reason"} of each song without a score
     frames: dict = field(default_factory=dict)   # (model, seed, split, song) -> {source: {metric: [dB per frame]}}
