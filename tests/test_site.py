@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "nbs/_site"
 LISTING = runpy.run_path(str(SITE / "listing.py"))
-PAGES = {re.sub(r"^\d+[a-z]*_", "", p.stem): p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["pages"]()} # by their names, wherever they lie
+PAGES = {re.sub(r"^\d+[a-z]*_", "", p.stem): p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["notebooks"]()} # by their names, wherever they lie
 HTML = {name: re.sub(r"(^|/)\d+[a-z]*_", r"\1", page).rsplit(".", 1)[0] + ".html" for name, page in PAGES.items()}
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 PHONE, DESKTOP = dict(width=390, height=844), dict(width=1280, height=900)
@@ -50,7 +50,7 @@ def cell(source, kind="code", outputs=()):
 def test_every_page_is_there_and_every_notebook_is_a_page(site):
     listed = site.pages()
     assert len(listed) == len(set(listed)) and all((ROOT / "nbs" / page).is_file() for page in listed)
-    assert {p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["pages"]()} == set(listed)
+    assert {p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["notebooks"]()} == set(listed)
     assert {*site.FRESH, *site.TIED} <= {Path(page).stem for page in listed}
 
 
@@ -64,7 +64,7 @@ def test_rooms_in_folders_are_found(tmp_path):
 
 
 def test_every_bundled_model_has_its_card():
-    text = (ROOT / "nbs/pages/models.md").read_text(encoding="utf-8")
+    text = (ROOT / "nbs" / PAGES["models"]).read_text(encoding="utf-8")
     cards = sorted((ROOT / "deepdemix/weights").glob("*/README.md"))
     assert cards and all(f"include ../../{card.relative_to(ROOT).as_posix()} " in text for card in cards)
 
@@ -82,7 +82,7 @@ def test_links_between_notebooks(site):
 
 
 def test_links_to_documented_objects(site):
-    docs = site.addresses()["{docs_url}"]
+    docs = site.page_addresses()["{docs_url}"]
     assert 'href="data.html#store-open"' in site.relink(f"[`Store.open`]({docs}/data.html#store.open)", "index.ipynb")
     assert site.relink(f"## [`toy_song`]({docs}/data.html#toy_song), played", "index.ipynb") == "## `toy_song`, played"
     fenced = f"```python\nx, # as [`toy_song`]({docs}/data.html#toy_song) has it\n```"
@@ -99,12 +99,6 @@ def test_callouts(site):
 def test_badges_are_left_out(site):
     assert site.without_badges("a [![test](https://host/badge.svg)](https://host/x) b ![y](https://host/y.png) c") == "a  b  c"
     for kept in ("![ours](figure.png)", "[link](https://host)"): assert site.without_badges(kept) == kept
-
-
-def test_includes_go_one_heading_down(site, tmp_path):
-    (tmp_path / "card.md").write_text("# name\n\ntext\n\n## Scores\n", encoding="utf-8")
-    assert site.included("before\n\n{{< include card.md >}}\n\nafter", tmp_path) == "before\n\n## name\n\ntext\n\n### Scores\n\nafter"
-    with pytest.raises(FileNotFoundError): site.included("{{< include gone.md >}}", tmp_path)
 
 
 def test_documentation_becomes_markdown(site):
@@ -206,7 +200,7 @@ def test_directives_are_not_shown(site):
 
 def test_colab_only_where_it_can_run(site):
     "The page offers Colab for what needs no file of the repository, and says what to install; the first page offers the same notebooks."
-    at = site.addresses()
+    at = site.page_addresses()
     alone = {page for page in offered() if site.runs_alone(page)}
     assert PAGES["metrics"] in alone and not {Path(page).stem for page in alone} & {*site.TIED, *site.FRESH}
     for page in alone: assert f"https://colab.research.google.com/github/{at['{slug}']}/blob/{at['{branch}']}/nbs/{page}" in site.links(page) and "pip install git+" + at["{git_url}"] in site.links(page)
@@ -312,7 +306,8 @@ def test_quickstart_commands(tmp_path, monkeypatch):
 
 def quickstart(language, start):
     "The lines of the quickstart's code in one language that begin with some words."
-    text = (ROOT / "nbs" / PAGES["quickstart"]).read_text(encoding="utf-8")
+    import nbformat
+    text = "\n\n".join(c.source for c in nbformat.read(ROOT / "nbs" / PAGES["quickstart"], as_version=4).cells)
     lines = "\n".join(re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)).splitlines()
     return [line for line in lines if line.startswith(start)]
 
@@ -373,7 +368,7 @@ def test_nothing_is_loaded_from_outside(built, built_pages):
 
 @pytest.mark.browser
 def test_source_and_other_pages_link_to_one_repository(site, built_pages):
-    url = site.addresses()["{git_url}"]
+    url = site.page_addresses()["{git_url}"]
     sources = [x for page in built_pages.values() for x in page.links if "/blob/" in x and x.endswith(tuple("0123456789")) and "#L" in x and x.startswith(url)]
     assert len(sources) > 200
     assert all((ROOT / urlsplit(x).path.split("/blob/", 1)[1].split("/", 1)[1]).is_file() for x in set(sources))

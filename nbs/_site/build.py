@@ -17,12 +17,13 @@ from nbdev.serve_drv import exec_nb
 
 from execute import Client
 from listing import root
-from readme import addresses
+
+from deepdemix.pages import fill_cell, page_addresses
 
 site = root / "nbs/_site"
 source = site / "build/source"
 FRESH = ("pretraining_helps", "comparison")
-TIED = ("09_experiment", "06f_hybrid_demucs", "08a_catalogue", "cost") # to results/, to the packages demucs and ray, to bench/
+TIED = ("09_experiment", "06f_hybrid_demucs", "08a_catalogue", "cost", "writing_pages") # to results/, to the packages demucs and ray, to bench/, to settings.ini
 
 
 def quarto() -> dict:
@@ -51,7 +52,7 @@ def name_of(page: str) -> str:
 
 def relink(text: str, page: str) -> str:
     "Links to notebooks by their names on the site, and links to documented objects relative to the page; in headings and code these are names alone."
-    names, up, docs = {p: name_of(p) for p in pages()}, "../" * page.count("/"), re.escape(addresses()["{docs_url}"])
+    names, up, docs = {p: name_of(p) for p in pages()}, "../" * page.count("/"), re.escape(page_addresses()["{docs_url}"])
     link = rf"\[`([^`\]]+)`\]\({docs}/([^)#]+\.html)#([^)]+)\)"
 
     def notebook(found):
@@ -64,12 +65,6 @@ def relink(text: str, page: str) -> str:
     text = re.sub(r"^#[^\n]*$|^```.*?^```", lambda part: re.sub(link, r"`\1`", part[0]), text, flags=re.M | re.S)
     text = re.sub(link, documented, text)
     return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+\.(?:ipynb|md))(#[^)\s]+)?\)", notebook, text)
-
-
-def addressed(text: str) -> str:
-    "`{git_url}` and its kin as addresses."
-    for name, value in addresses().items(): text = text.replace(name, value)
-    return text
 
 
 def callouts(text: str) -> str:
@@ -94,14 +89,6 @@ def tabled(text: str) -> str:
     return re.sub(r"^```\n(\w+ songs\n *-+ \S+ \(dB\) .*?)^```$", lambda found: "\n\n".join(tables(found)), text, flags=re.M | re.S)
 
 
-def included(text: str, folder: Path) -> str:
-    "Quarto's include shortcodes replaced by the files, whose headings go down one level."
-    def file(found):
-        content = tabled((folder / found[1]).read_text(encoding="utf-8"))
-        return re.sub(r"^(#+ )", r"#\1", content, flags=re.M).strip()
-    return re.sub(r"\{\{<\s*include\s+(\S+)\s*>\}\}", file, text)
-
-
 def without_badges(text: str) -> str:
     "Markdown without pictures that would be fetched from elsewhere, such as badges."
     return re.sub(r"\[!\[[^\]]*\]\(https?:[^)]*\)\]\([^)]*\)|!\[[^\]]*\]\(https?:[^)]*\)", "", text)
@@ -109,7 +96,7 @@ def without_badges(text: str) -> str:
 
 def markdown(text: str, page: str) -> str:
     "The Markdown of a page as MyST reads it."
-    return relink(without_badges(callouts(addressed(included(text, (root / "nbs" / page).parent)))), page)
+    return relink(tabled(without_badges(callouts(text))), page)
 
 
 def directives(code: str) -> set[str]:
@@ -190,12 +177,12 @@ def shown(cell) -> None:
 def runs_alone(page: str) -> bool:
     "Whether a notebook needs no file of the repository and no other package; a test runs each of these alone in an empty folder."
     code = "".join(c.source for c in nbformat.read(root / "nbs" / page, as_version=4).cells if c.cell_type == "code")
-    return Path(page).stem not in TIED and not re.search(r'parents\[1\] / "results', code)
+    return bool(code) and Path(page).stem not in TIED and not re.search(r'parents\[1\] / "results', code)
 
 
 def links(page: str) -> str:
     "Where a notebook can be read and run; in Colab only what needs no file of the repository."
-    at = addresses()
+    at = page_addresses()
     parts = [f"[Notebook]({at['{git_url}']}/blob/{at['{branch}']}/nbs/{page})"]
     if runs_alone(page):
         colab = f"https://colab.research.google.com/github/{at['{slug}']}/blob/{at['{branch}']}/nbs/{page}"
@@ -204,11 +191,11 @@ def links(page: str) -> str:
 
 
 class show_docs_of_module(exec_show_docs):
-    "Run `show_doc` on the objects of the module that a notebook exports, and nothing else of the notebook; annotations may name pandas, which modules import late."
+    "Run `show_doc` on the objects of the module that a notebook exports, and nothing else of the notebook."
     def begin(self):
         self.k, module = CaptureShell(), _default_exp(self.nb)
         self.k.run_cell("from nbdev.showdoc import show_doc")
-        if module: self.k.run_cell(f"import pandas, {get_config(path=root).lib_path.name}.{module} as module; module.pandas = pandas; globals().update(vars(module))")
+        if module: self.k.run_cell(f"import {get_config(path=root).lib_path.name}.{module} as module; globals().update(vars(module))")
 
     def __call__(self, cell):
         if cell.cell_type == "code" and cell.source and re.search(r"^show_doc\(", cell.source, re.M): self.k.cell(cell)
@@ -237,6 +224,7 @@ def executed(path: Path):
     notebook = nbformat.read(path, as_version=4)
     Client(notebook, timeout=600, kernel_name="python3", extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(path.parent)}}).execute()
     notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or not directives(c.source) & {"hide"}]
+    for cell in notebook.cells: fill_cell(cell, path.parent)
     return notebook
 
 
@@ -279,7 +267,6 @@ def write_sources() -> None:
     for page in pages():
         path = source / (name_of(page) + Path(page).suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if page.endswith(".md"): path.write_text(markdown((root / "nbs" / page).read_text(encoding="utf-8"), page), encoding="utf-8"); continue
         notebook = notebook_page(page)
         if page == "index.ipynb": notebook.cells.append(nbformat.v4.new_markdown_cell(contents()))
         path.write_text(nbformat.writes(notebook), encoding="utf-8")
@@ -293,7 +280,7 @@ def configuration() -> dict:
     myst = dict(myst_enable_extensions=["colon_fence", "dollarmath", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="docutils.nodes.make_id", myst_links_external_new_tab=False)
     notebooks = dict(nb_execution_mode="off", nb_ipywidgets_js={}, nb_merge_streams=True, nb_render_markdown_format="myst", nb_code_prompt_show="Show the code", nb_code_prompt_hide="Hide the code")
     look = dict(html_theme="sphinx_book_theme", html_context={"default_mode": "auto"}, html_theme_options=theme, html_title=title, html_static_path=[str(site / "_static")], html_css_files=["site.css"], html_js_files=["site.js"],
-                html_favicon=str(site / "_static/mark.svg"), html_copy_source=False, html_show_sphinx=False, html_math_renderer="mathml", html_baseurl=addresses()["{docs_url}"] + "/")
+                html_favicon=str(site / "_static/mark.svg"), html_copy_source=False, html_show_sphinx=False, html_math_renderer="mathml", html_baseurl=page_addresses()["{docs_url}"] + "/")
     about = dict(project=title, author=cfg.author, copyright=cfg.copyright, language="en", extensions=["myst_nb", "mathml"], root_doc="index", suppress_warnings=["myst.header"])
     return about | myst | notebooks | look
 

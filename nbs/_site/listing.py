@@ -15,11 +15,6 @@ def notebooks() -> list[Path]:
     return below(root / "nbs", ".ipynb")
 
 
-def pages() -> list[Path]:
-    "All notebooks, and the pages that are plain Markdown."
-    return below(root / "nbs", ".ipynb", ".md")
-
-
 def modules() -> list[Path]:
     "All modules of the package, in its sub-packages too."
     return below(root / "deepdemix", ".py")
