@@ -424,6 +424,7 @@ class Mixer:
         memory: float = 4.0, # GiB of copies kept
         cache: str | None = None, # folder where processes share copies
         workers: int = 0, # processes that render copies ahead
+        detune: float = 0.0, # probability that each source of a coherent mix is taken from another copy, at its own pitch and tempo
     ):
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "store")}
         self.__dict__.update(self.settings, store=store, frames=round(duration * store.sample_rate))
@@ -449,16 +450,24 @@ def _check(self: Mixer):
     must(self.shift in ("bank", "exact", "tied", None), "shift", "'bank', 'exact', 'tied' or None")
     must(_level_ok(self.level), "level", LEVELS)
     must(self.frames > 0, "duration", "more than 0 seconds")
-    for name in ("coherent", "swap", "flip", "mixup"): must(0 <= getattr(self, name) <= 1, name, "a share between 0 and 1")
+    for name in ("coherent", "swap", "flip", "mixup", "detune"): must(0 <= getattr(self, name) <= 1, name, "a share between 0 and 1")
     must(self.channels in (None, 1, 2), "channels", "None, 1 or 2")
+    if self.detune and self.shift != "exact": must(self.shift and self.variants > 1, "detune", "0, or two variants at least of songs that are shifted")
     self.pools = [[k for k, s in enumerate(self.store.songs) if name in s.present] for name in self.store.sources]
     for name, pool in zip(self.store.sources, self.pools):
         if not pool and self.coherent < 1: raise UserError(f"No song has {name}, so mixes across songs can't be made: use coherent=1.")
 
 # %% ../nbs/02_augmentation.ipynb #0a1defce
 @patch
-def _place(self: Mixer, rng, song: int, sources: list[int], index: int) -> list[Piece]:
-    variant, place, rate = int(rng.integers(self.variants)), rng.random(), self.store.sample_rate
+def _place(self: Mixer, rng, song: int, sources: list[int], index: int, detune: bool = False) -> list[Piece]:
+    "Pieces from one place of one copy or, detuned, each from a copy of its own."
+    variant, place = int(rng.integers(self.variants)), rng.random()
+    if not detune: return self._pieces(rng, song, variant, place, sources, index)
+    order = rng.permutation(self.variants).tolist()
+    return sum((self._pieces(rng, song, order[k % len(order)], place, [s], index) for k, s in enumerate(sources)), [])
+
+@patch
+def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Piece]:
     if self.shift == "exact":
         v, at, start = self._fresh(rng, song, place), 0, 0
     else:
@@ -467,7 +476,8 @@ def _place(self: Mixer, rng, song: int, sources: list[int], index: int) -> list[
         start = round(at * v.stretch)
     frames = min(self.frames, round(self._reach(v.frames, v.stretch) * v.stretch), v.length - start)
     lufs = v.loudness(start, frames)
-    return [Piece(s, song, v, start, frames, float(lufs[s]), (v.start + at) / rate) for s in sources]
+    return [Piece(s, song, v, start, frames, float(lufs[s]), (v.start + at) / self.store.sample_rate) for s in sources]
+
 
 # %% ../nbs/02_augmentation.ipynb #ca520794
 @patch
@@ -484,12 +494,12 @@ def _fresh(self: Mixer, rng, song, place) -> Variant:
 TRIES = 8
 
 @patch
-def _group(self: Mixer, i: int, sources: list[int], pool: list[int], salt: int = 0) -> list[Piece]:
+def _group(self: Mixer, i: int, sources: list[int], pool: list[int], salt: int = 0, detune: bool = False) -> list[Piece]:
     "Pieces of one place in one song; with a gate the first of some draws in which all is loud enough, or else the best of them."
     best, most = None, -math.inf
     for attempt in range(1 if self.gate is None else TRIES):
         rng = generator(self.seed, PLACE, i, sources[0] + salt, attempt)
-        pieces = self._place(rng, pool[rng.integers(len(pool))], sources, i)
+        pieces = self._place(rng, pool[rng.integers(len(pool))], sources, i, detune)
         quietest = min((p.lufs for p in pieces if self._has(p)), default=SILENCE)
         if quietest > most: best, most = pieces, quietest
         if self.gate is None or most >= self.gate: break
@@ -527,7 +537,8 @@ def draw(self: Mixer,
     "Choose songs, places and levels of the example `i`."
     rng, sources = generator(self.seed, MIX, i), range(len(self.pools))
     coherent, levels, doubled = rng.random() < self.coherent, rng.random(len(sources)), rng.random(len(sources))
-    if coherent: pieces = self._group(i, list(sources), range(len(self.store)))
+    detune = rng.random() < self.detune
+    if coherent: pieces = self._group(i, list(sources), range(len(self.store)), detune=detune)
     else:
         pieces = []
         for s in sources: pieces += self._group(i, [s], self._others(s, [p.song for p in pieces]))

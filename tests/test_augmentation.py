@@ -96,6 +96,30 @@ def test_a_batch_is_its_examples(seed, start, n):
         assert torch.equal(mixture[k], example.mixture) and torch.equal(sources[k], example.sources)
 
 
+@few
+@given(numbers, numbers, st.sampled_from(["bank", "tied", "exact"]))
+def test_detuned_sources_share_the_place_and_not_the_pitch(seed, i, shift):
+    settings = dict(seed=seed, duration=2.0, channels=1, shift=shift, variants=4)
+    plain, mix = Mixer(BAND, **settings)[i], Mixer(BAND, **settings, detune=1.0)[i]
+    assert len(set(plain.pitch)) == 1 and len(set(mix.pitch)) == 4
+    assert mix.coherent and mix.songs == plain.songs and mix.snr == plain.snr
+    assert max(mix.starts) - min(mix.starts) < 0.2 * 6.8
+
+
+@few
+@given(numbers, st.integers(0, 300))
+def test_what_is_not_detuned_stays_as_it_was(seed, i):
+    settings = dict(seed=seed, duration=1.0, coherent=0.5, shift="tied", channels=1, variants=4, mixup=0.3, flip=0.5, gate=-30.0)
+    plain, some, all_ = (Mixer(BAND, **settings, detune=share)[i] for share in (0.0, 0.5, 1.0))
+    assert torch.equal(some.sources, plain.sources) or torch.equal(some.sources, all_.sources)
+    if not plain.coherent: assert torch.equal(all_.sources, plain.sources)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(variants=2, pitch=None, stretch=None), dict(variants=2, shift=None)])
+def test_one_copy_of_a_song_is_never_out_of_tune_with_itself(settings):
+    with pytest.raises(UserError, match="detune"): Mixer(BAND, detune=0.5, **settings)
+
+
 class Loud(Band):
     "The same at the paper's rate, without holes."
     sample_rate = 44100
@@ -234,7 +258,7 @@ def test_stretching_keeps_stereo_and_length():
 
 
 @pytest.mark.parametrize("bad, says", [(dict(coherent=2), "coherent=2"), (dict(shift="fast"), "shift='fast'"), (dict(level=("lufs", 3)), "level="), (dict(duration=0), "duration=0"),
-                                       (dict(pitch=(2, -2)), "pitch="), (dict(stretch=(0, 1)), "stretch="), (dict(seed=-1), "seed=-1"), (dict(variants=0), "variants=0"), (dict(channels=3), "channels=3")])
+                                       (dict(pitch=(2, -2)), "pitch="), (dict(stretch=(0, 1)), "stretch="), (dict(seed=-1), "seed=-1"), (dict(variants=0), "variants=0"), (dict(channels=3), "channels=3"), (dict(detune=2, variants=2), "detune=2")])
 def test_bad_settings_are_named(bad, says):
     with pytest.raises(UserError, match=says.replace("(", r"\(")): Mixer(BAND, **bad)
 

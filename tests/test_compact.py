@@ -3,7 +3,7 @@ import pytest
 import torch
 from deepdemix.audio import UserError
 from deepdemix.baseline import count_parameters
-from deepdemix.compact import Cells, Compact, cell_errors, l1_cells, wiener_filter
+from deepdemix.compact import Attention, Cells, Compact, band_features, cell_errors, covariance, l1_cells, wiener_filter
 from deepdemix.data import toy_song
 from deepdemix.metrics import si_sdr
 from deepdemix.separation import Separator
@@ -17,6 +17,7 @@ def tiny(**kwargs):
     torch.manual_seed(0)
     network = Compact(**{**TINY, **kwargs}).eval()
     torch.nn.init.normal_(network.maskers.turn.weight, std=0.3)
+    for attention in network.encoder.attention: torch.nn.init.normal_(attention.out.weight, std=0.3)
     return network
 
 
@@ -25,6 +26,9 @@ def noise(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator(
 
 SOUNDS = dict(silence=torch.zeros(1, 2, 9000), dc=torch.ones(1, 2, 9000), impulse=torch.eye(1, 9000).expand(1, 2, 9000), one_sided=noise(1, 2, 9000) * torch.tensor([[1.], [0.]]),
               antiphase=noise(1, 1, 9000) * torch.tensor([[1.], [-1.]]), faint=1e-9 * noise(1, 2, 9000), loud=1e4 * noise(1, 2, 9000))
+
+
+OPTIONS = [dict(), dict(attention=2), dict(stack=3), dict(window_length=512, hop_length=128, octave=8, band=4, stack=4, attention=4)]
 
 
 @pytest.mark.parametrize("refine", [0, .75])
@@ -42,6 +46,73 @@ def test_loss_and_gradient_are_finite(sound):
     loss = l1_cells(network, x, torch.stack([x, 0 * x, 0 * x, 0 * x], 1))
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:])
+@pytest.mark.parametrize("sound", SOUNDS)
+def test_with_attention_and_stacked_frames_too(sound, options):
+    network, x = tiny(**options), SOUNDS[sound]
+    with torch.no_grad(): stems = network(x)
+    assert stems.isfinite().all() and (stems.sum(1) - x).abs().max() <= 1e-5 * x.abs().max()
+    loss = l1_cells(network.train(), x, torch.stack([x, 0 * x, 0 * x, 0 * x], 1))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:])
+@pytest.mark.parametrize("samples", [1, 257, 5001])
+def test_any_number_of_frames_is_stacked(samples, options):
+    x, network = noise(2, 2, samples), tiny(**options)
+    with torch.no_grad(): stems, z = network(x), network.embed(x)
+    assert stems.shape == (2, 4, 2, samples) and torch.allclose(stems.sum(1), x, atol=1e-5)
+    assert z.shape == (2, network.cells.n_bands * 16)
+
+
+def test_without_options_it_is_the_network_of_the_bundled_weights():
+    "Step by step from the same weights, bit for bit."
+    network, x = tiny(layers=2), noise(2, 2, 6000)
+    encoder, maskers, cells = network.encoder, network.maskers, network.cells
+    assert {n.split(".")[1] for n, _ in network.named_parameters() if n.startswith("encoder")} == {"scale", "split", "time", "band"}
+    with torch.no_grad():
+        spectrum = network.spectrum(x)
+        f = band_features(covariance(spectrum, spectrum, cells), cells)
+        b, n, k, _ = f.shape
+        v = encoder.split(encoder.scale(f.flatten(0, 1).flatten(1)).view(f.shape))
+        for time, band in zip(encoder.time, encoder.band):
+            v = time(v.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, k)).transpose(1, 2)
+            v = band(v.flatten(0, 1)).unflatten(0, (b, n))
+        h = torch.nn.functional.glu(maskers.listen(maskers.norm(v)).unflatten(-1, (4, -1)), dim=-1).transpose(2, 3).flatten(2, 3)
+        share = maskers.share(h).unflatten(2, (4, k)).unflatten(-1, (2, cells.band)).permute(0, 2, 4, 1, 3, 5).flatten(-2).softmax(1)
+        turn = maskers.turn(h).unflatten(2, (4, k)).unflatten(-1, (2, 2, 2, cells.band)).permute(0, 2, 4, 5, 6, 1, 3, 7).flatten(-2)
+        turn = turn - turn.mean(1, keepdim=True)
+        for c in range(2): turn[:, :, 0, c, c] += share[:, :, c]
+        matrices = cells.spread(torch.complex(turn[:, :, 0], turn[:, :, 1]))
+        assert torch.equal(network.matrices(spectrum), matrices)
+
+
+def test_attention_begins_as_nothing_and_then_reaches_every_frame():
+    torch.manual_seed(0)
+    attention, x = Attention(8, 2, dropout=0.), torch.randn(1, 20, 3, 8)
+    with torch.no_grad():
+        assert torch.equal(attention(x), x)
+        torch.nn.init.normal_(attention.out.weight)
+        other = x.clone()
+        other[:, 0, 1, 0] += 1
+        changed = (attention(other) - attention(x))[0].abs().amax(-1)
+    assert (changed[1:, 1] > 1e-6).all()
+
+
+def test_bands_keep_their_edges_when_the_window_shrinks():
+    edges = lambda n: n.cells.widths.view(-1, n.args["band"]).sum(1).cumsum(0) / n.args["window_length"]
+    for part in (2, 4): assert torch.allclose(edges(Compact(window_length=4096 // part, hop_length=1024 // part, octave=48 // part, band=12 // part, layers=1)), edges(Compact(layers=1)))
+
+
+def test_stacked_frames_cost_the_encoder_fewer_steps():
+    network, x = tiny(stack=3), noise(1, 2, 6000)
+    seen = []
+    network.encoder.time[0].register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))
+    network(x)
+    assert seen == [-(-network.stft.frames(6000) // 3)]
 
 
 @pytest.mark.parametrize("samples", [1, 2, 255, 256, 257, 1023, 5001])
@@ -103,8 +174,9 @@ def test_examples_of_a_batch_do_not_meet():
     assert ((together - alone).abs().amax((1, 2, 3)) <= 1e-4 * x.abs().amax((1, 2))).all()
 
 
-def test_cell_errors_are_those_of_the_bins():
-    network, sources = tiny(), noise(2, 4, 2, 6000)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_cell_errors_are_those_of_the_bins(options):
+    network, sources = tiny(**options), noise(2, 4, 2, 6000)
     mixture = sources.sum(1)
     with torch.no_grad():
         x = network.spectrum(mixture)
@@ -151,22 +223,24 @@ def test_cells_cover_what_is_heard_once(front):
     assert torch.equal(cells.spread(cells(torch.ones(cells.n_f)) / cells.widths), torch.ones(cells.n_f))
 
 
-@pytest.mark.parametrize("wrong", [dict(octave=16, band=5), dict(bandwidth=100.)])
+@pytest.mark.parametrize("wrong", [dict(octave=16, band=5), dict(bandwidth=100.), dict(attention=-1), dict(attention=3), dict(stack=0)])
 def test_settings_without_a_band_are_refused(wrong):
     with pytest.raises(UserError): Compact(**{**TINY, **wrong})
 
 
-def test_the_gradient_reaches_every_parameter():
-    network, sources = tiny().train(), noise(2, 4, 2, 6000)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_gradient_reaches_every_parameter(options):
+    network, sources = tiny(**options).train(), noise(2, 4, 2, 6000)
     l1_cells(network, sources.sum(1), sources).backward()
     assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 
 
-def test_saved_and_loaded_it_says_the_same(tmp_path):
-    network, x = tiny(), noise(1, 2, 6000)
-    save_network(network, Recipe(network="compact", network_args=TINY), tmp_path/"run")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_saved_and_loaded_it_says_the_same(tmp_path, options):
+    network, x = tiny(**options), noise(1, 2, 6000)
+    save_network(network, Recipe(network="compact", network_args=TINY | options), tmp_path/"run")
     with torch.no_grad(): assert torch.equal(load_network(tmp_path/"run")(x), network(x))
-    other = load_encoder(Compact(**TINY), tmp_path/"run").eval()
+    other = load_encoder(Compact(**TINY | options), tmp_path/"run").eval()
     with torch.no_grad(): assert torch.equal(other.embed(x), network.embed(x))
 
 
