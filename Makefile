@@ -7,9 +7,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP   := $(BIN)/python -m pip install -qq -c constraints.txt
 OUT   ?= demo
+PART  ?= patch
 BENCH ?= data evaluation separation
 
-.PHONY: help demo test test-all check bench soak docs test-browser notebooks readme setup clean
+.PHONY: help demo test test-all check bench soak docs test-browser notebooks readme bump setup clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,5 +85,8 @@ notebooks: $(VENV)/.nussl ## run every notebook top to bottom and save its outpu
 readme: $(VENV)/.dev ## README.md from nbs/index.ipynb
 	@$(BIN)/python nbs/_site/readme.py
 
+bump: $(VENV)/.dev ## the next version, in settings.ini, CITATION.cff and the package (PART=patch, minor or major)
+	@$(BIN)/python nbs/_site/bump.py $(PART) && $(BIN)/nbdev_export
+
 clean: ## remove what the other targets made, the environment included
-	rm -rf $(VENV) _docs _proc nbs/_site/build build dist *.egg-info
+	rm -rf $(VENV) _docs _proc nbs/nbdev.yml nbs/_site/build build dist *.egg-info

@@ -40,7 +40,7 @@ setup(
     ],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_name"]: ["weights/*/*"]},
-    include_package_data=True,
+    include_package_data=False,
     install_requires=words("requirements"),
     extras_require=extras,
     python_requires=f">={cfg['min_python']}",

@@ -1,5 +1,7 @@
 "What every test may ask for: the real data, nussl, and one thread."
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"): settings.load_profile("ci")
 REAL = "musdb"
+ROOT = Path(__file__).parent.parent
 
 
 def pytest_configure(config):
@@ -58,3 +61,15 @@ def out_of_reach():
     "Names the parameters of a network that its last `backward` did not reach. Biases need only lie in its graph: behind a normalisation or a softmax over keys their gradient is zero but for rounding."
     def names(network): return [name for name, p in network.named_parameters() if p.grad is None or not (name.endswith(".bias") or p.grad.any())]
     return names
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    "The Python of a new environment that holds the package, from a wheel that was built of the source archive, and a kernel; DEEPDEMIX_FRESH names one that is there already."
+    if os.environ.get("DEEPDEMIX_FRESH"): return Path(os.environ["DEEPDEMIX_FRESH"])
+    folder = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    python = folder / "env/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", next(folder.glob("*.whl")), "ipykernel", "nbclient"], check=True)
+    return python

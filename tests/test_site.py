@@ -210,18 +210,6 @@ def test_colab_only_where_it_can_run(site):
     for page, offer in rows: assert offer.endswith(f"/nbs/{page})") if page in alone else not offer, page
 
 
-@pytest.fixture(scope="session")
-def fresh(tmp_path_factory):
-    "The Python of a new environment that holds the package from a wheel, and a kernel; DEEPDEMIX_FRESH names one that is there already."
-    if os.environ.get("DEEPDEMIX_FRESH"): return Path(os.environ["DEEPDEMIX_FRESH"])
-    folder = tmp_path_factory.mktemp("fresh")
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT], check=True, capture_output=True)
-    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
-    python = folder / "env/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", next(folder.glob("*.whl")), "ipykernel", "nbclient"], check=True)
-    return python
-
-
 RUN = """import sys, nbformat
 from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], as_version=4)

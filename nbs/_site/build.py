@@ -274,7 +274,8 @@ def write_sources() -> None:
 
 def configuration() -> dict:
     "What would otherwise stand in Sphinx's conf.py."
-    cfg, title = get_config(path=root), quarto()["title"]
+    cfg = get_config(path=root)
+    title = cfg.title
     theme = dict(repository_url=cfg.git_url, repository_branch=cfg.branch, use_repository_button=True, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[],
                  show_toc_level=2, search_bar_text="Search", logo=dict(text=title, image_light=str(site / "_static/mark.svg"), image_dark=str(site / "_static/mark.svg"), alt_text=""))
     myst = dict(myst_enable_extensions=["colon_fence", "dollarmath", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="docutils.nodes.make_id", myst_links_external_new_tab=False)
