@@ -314,6 +314,24 @@ def embed(self:Compact,
     x = self.spectrum(folded)
     return self.bands(covariance(x, x, self.cells)).mean(1).flatten(1)
 
+# %% ../nbs/06g_compact.ipynb #fd1e35db
+@patch
+def dense_embed(self:Compact,
+    waveform:torch.Tensor, # (b, channels, time)
+    encoded:torch.Tensor=None, # what `encoder` said of it, where that is known already
+) -> torch.Tensor: # (b, n_t, bands, width)
+    "A vector for each frame and band: what the maskers read."
+    if encoded is not None: return encoded
+    x = self.spectrum(fold_channels(waveform, 1, self.channels)[0])
+    return self.bands(covariance(x, x, self.cells))
+
+@patch(as_prop=True)
+def dense_grid(self:Compact) -> dict: # an `STFT`'s settings, and "edges": the bins between the bands
+    "The frames and bands that the vectors of `dense_embed` cover."
+    widths = self.cells.widths.view(self.cells.n_bands, -1).sum(1).long()
+    front = {k: self.args[k] for k in ("window_length", "hop_length", "window_type")}
+    return front | dict(edges=[0, *widths.cumsum(0).tolist()])
+
 # %% ../nbs/06g_compact.ipynb #8f307ada
 def cell_errors(
     network:Compact, # with its `cells`

@@ -133,6 +133,22 @@ def embed(self:ConvTasNet,
     "One vector for each excerpt: the features, averaged over time."
     return self.encode(fold_channels(waveform, 1, self.channels)[0])[1].mean(-1)
 
+# %% ../nbs/06c_conv_tasnet.ipynb #8488b823
+@patch
+def dense_embed(self:ConvTasNet,
+    waveform:torch.Tensor, # (batch, channels, time)
+    encoded:tuple=None, # what `encoder` said of it, where that is known already
+) -> torch.Tensor: # (batch, frames, 1, latent)
+    "A vector for each frame: the features that the masks are made of."
+    _, features = encoded or self.encode(fold_channels(waveform, 1, self.channels)[0])
+    return features.transpose(1, 2).unsqueeze(2)
+
+@patch(as_prop=True)
+def dense_grid(self:ConvTasNet) -> dict: # an `STFT`'s settings, and "edges": the bins between the bands
+    "The frames, and the one band, that the vectors of `dense_embed` cover."
+    length = self.args["length"]
+    return dict(window_length=length, hop_length=self.hop, window_type="boxcar", edges=[0, length // 2 + 1])
+
 # %% ../nbs/06c_conv_tasnet.ipynb #1e400acf
 @patch(as_prop=True)
 def receptive_field(self:ConvTasNet) -> int: # samples

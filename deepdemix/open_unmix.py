@@ -143,6 +143,22 @@ def embed(self:OpenUnmix,
     "One vector for each excerpt: the mean over time of what the listeners say, end to end."
     return torch.cat(self.listen(self.magnitudes(to_channels(waveform, self.channels))), -1).mean(1)
 
+# %% ../nbs/06b_open_unmix.ipynb #d6d3b9ae
+@patch
+def dense_embed(self:OpenUnmix,
+    waveform:torch.Tensor, # (batch, channels, time)
+    encoded:list=None, # what each listener of `encoder` said of it, where that is known already
+) -> torch.Tensor: # (batch, n_t, 1, 2 * hidden * listeners)
+    "A vector for each frame: what the painters read, end to end."
+    heard = encoded or self.listen(self.magnitudes(to_channels(waveform, self.channels)))
+    return torch.cat(heard, -1).unsqueeze(2)
+
+@patch(as_prop=True)
+def dense_grid(self:OpenUnmix) -> dict: # an `STFT`'s settings, and "edges": the bins between the bands
+    "The frames, and the one band, that the vectors of `dense_embed` cover."
+    front = {k: self.args[k] for k in ("window_length", "hop_length", "window_type")}
+    return front | dict(edges=[0, self.heard])
+
 # %% ../nbs/06b_open_unmix.ipynb #1070ff3d
 @register_loss("mse_magnitude")
 def mse_magnitude(

@@ -32,7 +32,8 @@ from .audio import STFT, SOURCES, UserError, atomic_path, overlap_add, to_mono
 # %% ../nbs/03_training.ipynb #428904d7
 NETWORKS = {}
 ROOMS = ("deepdemix.baseline", "deepdemix.pretraining", "deepdemix.deepdemix", "deepdemix.recurrent", "deepdemix.open_unmix", "deepdemix.conv_tasnet",
-         "deepdemix.mm_dense_lstm", "deepdemix.tfc_tdf", "deepdemix.hybrid_demucs", "deepdemix.compact", "deepdemix.ensemble")
+         "deepdemix.mm_dense_lstm", "deepdemix.tfc_tdf", "deepdemix.hybrid_demucs", "deepdemix.compact", "deepdemix.ensemble",
+         "deepdemix.contrast.dense")
 
 def _import_rooms():
     "Import the rooms that exist, so that they register what they define."
@@ -431,6 +432,9 @@ class Task:
 
     def train_batch(self, step:int): raise NotImplementedError
     def training_loss(self, batch): raise NotImplementedError
+    def beside(self, batch, mixture, sources):
+        "The loss of a term: of its own batch, or of the mixes of separation."
+        return self.training_loss(batch)
     def validate(self) -> dict: raise NotImplementedError
 
 # %% ../nbs/03_training.ipynb #d3ba5306
@@ -508,7 +512,7 @@ class SeparationTask(Task):
         loss, logs = self.loss(self.network, mixture, sources), {}
         if self.terms: logs = dict(separation=loss.detach(), train_loss=loss.detach())
         for name, (weight, term) in self.terms.items():
-            value, figures = term.training_loss(more[0][name])
+            value, figures = term.beside(more[0][name], mixture, sources)
             told = figures.pop("train_loss", value.detach())
             loss, logs = loss + weight * value, logs | {name: told, **{f"{name}_{k}": v for k, v in figures.items()}}
             logs["train_loss"] = logs["train_loss"] + weight * told
