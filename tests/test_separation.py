@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deepdemix.audio import OverlapAdd, UserError, Writer, probe, read, read_streams, write
+from deepdemix.audio import DamagedAudio, OverlapAdd, UserError, Writer, probe, read, read_streams, write
 from deepdemix.baseline import Baseline, MaskNetwork
 from deepdemix.compact import Compact
 from deepdemix.data import toy_song
@@ -24,7 +26,7 @@ from deepdemix.metrics import framewise_sdr
 from deepdemix.recurrent import Recurrent
 from deepdemix.separation import Cancelled, Separator, by_groups, describe_pretrained, pretrained_names, push_to_hub
 from deepdemix.serving.export import export
-from deepdemix.training import Recipe, save_network
+from deepdemix.training import build_network, known_networks, recipe_for, Recipe, save_network
 
 RATE = 8000
 
@@ -128,7 +130,7 @@ def test_no_steps_at_seams():
 @settings(max_examples=40, deadline=None)
 @given(frames=st.integers(0, 3 * RATE), channels=st.integers(1, 7), chunk=st.floats(0.1, 2), overlap=st.floats(0, 0.8), batch=st.integers(1, 4))
 def test_any_length_and_channels(frames, channels, chunk, overlap, batch):
-    x = noise(channels, frames) if frames > channels else noise(1, frames)
+    x = noise(channels, frames)
     separator = Separator(Shares(), chunk=chunk, overlap=overlap, batch_size=batch)
     stems = separator.separate(x)
     for share, stem in zip(Shares.shares, stems.values()): assert stem.shape == x.shape and torch.allclose(stem, x * share, atol=1e-6)
@@ -311,7 +313,7 @@ def test_progress_and_cancelling(shares, song, capsys):
     shares.separate_file(song, song.parent / "out", progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1] == (3.0, 3.0)
     with pytest.raises(Cancelled): shares.separate_file(song, song.parent / "no", progress=lambda done, total: done < 1)
-    assert list((song.parent / "no").iterdir()) == []
+    assert files_in(song.parent / "no") == []
     with pytest.raises(Cancelled): shares.separate_files([song], song.parent / "no", progress=lambda done, total: False)
     shares.separate_file(song, song.parent / "out", progress=True)
     lines = capsys.readouterr().err.splitlines()
@@ -575,3 +577,189 @@ def test_every_piece_of_a_song_tidies_the_memory(monkeypatch):
     separator = Separator.from_pretrained("default", device="cpu", chunk=1.)
     pieces = list(separator.separate_blocks(iter(torch.randn(2, 4 * 44100).split(44100, -1)), 44100))
     assert len(tidied) >= 4 and sum(m.shape[-1] for m, _ in pieces) == 4 * 44100
+
+
+# What belongs to the whole process
+
+class Gate(Shares):
+    "Waits before its first chunk until it may go on."
+    def __init__(self):
+        super().__init__()
+        self.here, self.go = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        self.here.set()
+        assert self.go.wait(60)
+        return super().forward(x)
+
+
+def test_damage_is_reported_for_its_own_song(song):
+    "Two songs in two threads, one of them cut off; the whole one begins later and ends later."
+    (song.parent / "cut.wav").write_bytes(song.read_bytes()[:20_000])
+    summaries, gates = {}, {name: Gate() for name in ("cut.wav", "song.wav")}
+    def separate(name): summaries[name] = Separator(gates[name], chunk=1.0).separate_file(song.parent / name, song.parent / "out")
+    threads = {name: threading.Thread(target=separate, args=[name]) for name in gates}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in gates: threads[name].start(); assert gates[name].here.wait(60)
+        for name in gates: gates[name].go.set(); threads[name].join()
+    assert "cut.wav" in summaries["cut.wav"]["damage"] and summaries["song.wav"]["damage"] is None
+    assert [str(w.message) for w in caught if w.category is DamagedAudio] == [summaries["cut.wav"]["damage"]]
+
+
+def test_many_songs_leave_the_filters_of_warnings_alone(shares, song, recwarn):
+    "A song that fails in the middle of another's work would put filters back that are not its own."
+    seen, gate = [], Gate()
+    filters = list(warnings.filters)
+    gate.register_forward_hook(lambda *_: seen.append(list(warnings.filters) == filters))
+    gate.go.set()
+    Separator(gate, chunk=1.0).separate_files([song], song.parent / "out")
+    assert seen and all(seen)
+
+
+def test_between_two_pieces_nothing_is_held(song):
+    "Whoever takes one piece and then trains, or never comes back, finds all as it was."
+    before = torch.get_num_threads()
+    pieces = Separator(Shares(), chunk=1.0, threads=before + 1).separate_blocks(iter(noise(2, 5 * RATE).split(RATE, -1)), RATE)
+    next(pieces)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and torch.get_num_threads() == before
+    weight = torch.ones(3, requires_grad=True)
+    (nn.functional.relu(weight) * 2).sum().backward()
+    assert torch.equal(weight.grad, torch.full((3,), 2.))
+
+
+def test_the_caller_s_own_modes_are_not_ended():
+    separator, x = Separator(Shares(), chunk=1.0), noise(2, 3 * RATE)
+    with torch.no_grad():
+        pieces = separator.separate_blocks(iter(x.split(RATE, -1)), RATE)
+        next(pieces)
+    list(pieces)
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        list(separator.separate_blocks(iter(x.split(RATE, -1)), RATE))
+        assert not torch.is_grad_enabled()
+
+
+def test_stems_are_ordinary_tensors(convolutions):
+    "They can be a target, or go into a network that learns."
+    separator, weight = Separator(convolutions, chunk=1.0), torch.ones(1, requires_grad=True)
+    x = noise(2, 2 * RATE).requires_grad_()
+    pieces = [y for pair in separator.separate_blocks(iter(x.split(RATE, -1)), RATE) for y in pair]
+    for y in [separator(x), *separator.separate(x, RATE).values(), *separator.separate(x, 2 * RATE).values(), *pieces]:
+        assert not y.is_inference() and not y.requires_grad
+        weight.grad = None
+        (y * weight).square().sum().backward()
+        assert weight.grad.item() > 0
+
+
+def test_threads_of_other_threads_stay():
+    "A separator without a number of threads sets none."
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda n: calls.append(n))
+        Separator(Shares(), chunk=1.0)(noise(2, RATE))
+    assert calls == []
+
+
+@pytest.fixture
+def doubles():
+    before = torch.get_default_dtype()
+    yield lambda: torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", [x for x in known_networks() if x not in ("encoder", "ensemble")])
+def test_under_a_default_of_double_precision(name, tmp_path, doubles):
+    "A program that has made float64 its default hears what all others hear."
+    recipe = recipe_for(name, "demo")
+    torch.manual_seed(0)
+    try: network = build_network(name, **recipe.network_args)
+    except UserError as e: pytest.skip(str(e))
+    save_network(network, recipe, tmp_path / "run")
+    x = noise(2, 50_000)
+    write(tmp_path / "song.wav", x, 48_000)
+    single = Separator.from_pretrained(tmp_path / "run", device="cpu", chunk=None)
+    expected, of_file = single.separate(x), single.separate_file(tmp_path / "song.wav", tmp_path / "single", subtype="float")
+    doubles()
+    double = Separator.from_pretrained(tmp_path / "run", device="cpu")
+    for stem, y in double.separate(x).items(): assert y.dtype == torch.float32 and (y - expected[stem]).abs().max() < 1e-4
+    outputs = double.separate_file(tmp_path / "song.wav", tmp_path / "double", subtype="float")["outputs"]
+    for stem, path in outputs.items(): assert (read(path)[0] - read(of_file["outputs"][stem])[0]).abs().max() < 1e-4
+    assert double(x).dtype == torch.float32 and double(x[:, :0]).dtype == torch.float32
+
+
+# Names from outside
+
+@pytest.mark.parametrize("name", ["...wav", "..wav", ".. .wav", "....wav"])
+def test_a_name_of_dots_stays_inside(shares, song, name):
+    out = song.parent / "deep" / "out"
+    (song.parent / "deep" / "drums.wav").parent.mkdir()
+    (song.parent / "deep" / "drums.wav").write_text("mine")
+    dots = song.rename(song.parent / name)
+    for overwrite in (False, True):
+        folder = Path(shares.separate_file(dots, out, overwrite=overwrite)["folder"])
+        assert folder.parent == out and folder.resolve().parent == out.resolve() and folder.name.strip(". ")
+    assert files_in(song.parent / "deep") == ["drums.wav", *(f"out/{folder.name}/{stem}.wav" for stem in ("bass", "drums", "other", "vocals"))]
+    assert (song.parent / "deep" / "drums.wav").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../drums", "/tmp/drums", "a/b", "..", "", "drums\0", "a\\b", "x" * 300])
+def test_a_model_cannot_name_files_elsewhere(name):
+    network = Shares()
+    network.sources = ("bass", name)
+    with pytest.raises(UserError, match="no name for a file"): Separator(network)
+
+
+# No standard error
+
+def test_progress_without_standard_error(shares, song, monkeypatch, capsys):
+    "As in services and programs without a window; and nothing of it goes to standard output instead."
+    class Closed:
+        def isatty(self): raise ValueError("I/O operation on closed file")
+    class Broken:
+        def isatty(self): return False
+        def write(self, text): raise BrokenPipeError
+        def flush(self): raise BrokenPipeError
+    for stream in (None, Closed(), Broken(), object()):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            summary = shares.separate_files([song], song.parent / "out", progress=True)
+        assert not summary["failed"]
+    assert capsys.readouterr().out == ""
+
+
+# Arrays and rates
+
+def test_arrays_as_programs_hand_them_over(shares):
+    x = noise(2, RATE).numpy()
+    expected = shares.separate(x, RATE)["vocals"]
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    for other in (x[:, ::-1][:, ::-1], x[::-1, ::-1][::-1, ::-1], np.asfortranarray(x), x.astype(">f4"), frozen, x.tolist()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert np.array_equal(shares.separate(other, RATE)["vocals"], expected)
+    assert np.allclose(shares.separate(x[::-1, ::-1], RATE)["vocals"], expected[::-1, ::-1], atol=1e-6)
+    assert np.allclose(shares.separate(x.astype(np.longdouble), RATE)["vocals"], expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 1), (6, 2), (1,)])
+def test_a_song_of_a_sample_or_two(shares, shape):
+    x = torch.rand(shape)
+    assert {y.shape for y in shares.separate(x, RATE).values()} == {x.shape}
+
+
+@pytest.mark.parametrize("rate", [0, -1, "44100", "", float("nan"), float("inf"), True, 1j])
+def test_what_is_no_rate(shares, song, rate):
+    x = noise(2, RATE)
+    for call in (lambda: shares.separate(x, rate), lambda: shares.separate(song, rate), lambda: list(shares.separate_blocks(iter([x]), rate))):
+        with pytest.raises(UserError, match="44100"): call()
+    network = Shares()
+    network.sample_rate = rate
+    with pytest.raises(UserError, match="44100"): Separator(network)
+    assert shares.separate(x, np.int64(RATE))["bass"].shape == x.shape == shares.separate(x, float(RATE))["bass"].shape
+
+
+@pytest.mark.parametrize("x", [np.ones(9, int), np.ones(9, bool), np.ones((2, 9), complex), [[1.], [1., 2.]], np.ones((1, 2, 3)), None, "no such file.wav"])
+def test_what_is_no_waveform(shares, x):
+    with pytest.raises(UserError): shares.separate(x, RATE)
