@@ -594,8 +594,9 @@ class Gate(Shares):
 
 
 def test_damage_is_reported_for_its_own_song(song):
-    "Two songs in two threads, one of them cut off; the whole one begins later and ends later."
-    (song.parent / "cut.wav").write_bytes(song.read_bytes()[:20_000])
+    "Two songs in two threads, one of them cut off: its end is read while the other, whole one is in work."
+    write(song.parent / "cut.wav", noise(2, 30 * RATE), RATE)
+    (song.parent / "cut.wav").write_bytes((song.parent / "cut.wav").read_bytes()[:25 * RATE * 4])
     summaries, gates = {}, {name: Gate() for name in ("cut.wav", "song.wav")}
     def separate(name): summaries[name] = Separator(gates[name], chunk=1.0).separate_file(song.parent / name, song.parent / "out")
     threads = {name: threading.Thread(target=separate, args=[name]) for name in gates}
