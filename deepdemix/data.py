@@ -644,7 +644,7 @@ def _decode(path, streams):
     "Some streams of a file, to the last sample that is in it: (arrays (channels, time), sample rate)."
     with Decoder(path, streams) as decoder:
         decoder.trim = [math.inf] * len(decoder.streams)
-        parts = [[np.zeros((s.codec_context.channels, 0), np.float32)] for s in decoder.streams]
+        parts = [[np.zeros((c, 0), np.float32)] for c in decoder.channels]
         for i, x in decoder: parts[i].append(x)
         return [np.concatenate(p, 1) for p in parts], decoder.sample_rate
 

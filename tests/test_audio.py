@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdemix import audio
-from deepdemix.audio import (DamagedAudio, OverlapAdd, STFT, UserError, Writer, amplitude_to_db, atomic_path, overlap_add,
-                             overlap_add_blocks, probe, read, read_blocks, read_streams, resample, resample_blocks, write)
+from deepdemix.audio import (ChangedAudio, DamagedAudio, OverlapAdd, STFT, UserError, Writer, abandoned, amplitude_to_db, as_waveform, atomic_path, hidden_name,
+                             overlap_add, overlap_add_blocks, probe, read, read_blocks, read_streams, resample, resample_blocks, to_channels, write)
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 RATE = 44100
@@ -383,6 +383,193 @@ def test_a_wav_whose_writer_could_not_know_its_size(tmp_path):
         data[4:8] = data[40:44] = size
         (tmp_path/"a.wav").write_bytes(data)
         assert torch.equal(read(tmp_path/"a.wav")[0], whole)
+
+
+# ---- files as people have them
+
+def quietly(path, category=ChangedAudio, **kwargs):
+    "What a strict reader makes of a file, and its one warning."
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        x, rate = read(path, **kwargs)
+    assert [w.category for w in heard] == [category] and str(path) in str(heard[0].message)
+    return x, rate, str(heard[0].message)
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.wav", "a.mp4", "a.mka"])
+def test_tags_that_are_not_utf_8_are_no_damage(tmp_path, name):
+    path, x = tmp_path/name, melody(1.0)
+    if name == "a.wav":
+        with soundfile.SoundFile(path, "w", RATE, 2) as f:
+            f.title = "Caf\u00e9 Solo"
+            f.write(x.numpy().T)
+    elif name == "a.mp3": write(path, x, RATE)
+    else: encode(path, [x], {"a.mp4": "aac", "a.mka": "flac"}[name])
+    if name == "a.mp3": path.write_bytes(path.read_bytes() + b"TAG" + b"Caf\xe9 Solo".ljust(30, b"\0") + bytes(94) + b"\xff")
+    elif name in ("a.mp4", "a.mka"):
+        with av.open(str(tmp_path/f"tagged{path.suffix}"), "w") as out, av.open(str(path)) as plain:
+            out.metadata["title"] = "Caf\u00e9 Solo"
+            track = out.add_stream_from_template(plain.streams.audio[0])
+            for packet in plain.demux(audio=0):
+                if packet.dts is not None: packet.stream = track; out.mux(packet)
+        path = tmp_path/f"tagged{path.suffix}"
+    data = path.read_bytes()
+    path.write_bytes(data.replace("Caf\u00e9 Solo".encode(), b"Caf\xe9 Sol\xf3 "))
+    assert b"Caf\xe9" in path.read_bytes()
+    assert probe(path).tags["title"].startswith("Caf\u00e9 Sol")
+    y, rate = read(path)
+    assert rate == RATE and snr(x[:, 2048:RATE - 4096], y[:, 2048:RATE - 4096]) > 20
+    assert torch.equal(read_streams(path)[0][0], y)
+
+
+@pytest.mark.parametrize("name,subtype,rf64", [("a.wav", "PCM_16", False), ("a.wav", "FLOAT", False), ("a.wav", "IMA_ADPCM", False), ("a.wav", "PCM_24", True)])
+def test_a_whole_wav_is_whole_whatever_its_riff_size(tmp_path, name, subtype, rf64):
+    path = tmp_path/name
+    soundfile.write(path, melody(1.0).numpy().T, RATE, subtype=subtype, format="RF64" if rf64 else "WAV")
+    whole, data = read(path)[0], path.read_bytes()
+    at, wide = (20, 8) if rf64 else (4, 4)
+    size = int.from_bytes(data[at:at + wide], "little")
+    for said in (size + 8, size + 1000, size - 8, size - 40, 0):
+        path.write_bytes(data[:at] + said.to_bytes(wide, "little") + data[at + wide:])
+        assert torch.equal(read(path)[0], whole), said
+    path.write_bytes(data[:len(data) * 3 // 4])
+    assert "bytes are missing" in problem(path)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.w64", "a.aiff"])
+def test_what_is_cut_is_cut_whatever_its_riff_size(tmp_path, name):
+    path = tmp_path/name
+    soundfile.write(path, melody(1.0).numpy().T, RATE)
+    data = bytearray(path.read_bytes())
+    path.write_bytes(data[:-400])
+    assert "400 bytes are missing" in problem(path)
+    if name != "a.wav": return
+    data[4:8] = (len(data) - 2000).to_bytes(4, "little")
+    path.write_bytes(data[:-400])
+    assert "400 bytes are missing" in problem(path)
+    path.write_bytes(data[:20])
+    problem(path)
+
+
+def test_a_wav_as_long_as_its_header_says_is_whole_whatever_its_data_size(tmp_path):
+    write(tmp_path/"a.wav", melody(1.0), RATE)
+    whole, data = read(tmp_path/"a.wav")[0], bytearray((tmp_path/"a.wav").read_bytes())
+    for extra in (8, 36, 4000):
+        data[40:44] = (len(data) - 44 + extra).to_bytes(4, "little")
+        (tmp_path/"a.wav").write_bytes(data)
+        assert torch.equal(read(tmp_path/"a.wav")[0], whole)
+
+
+def tone(rate, channels, seconds=2.0):
+    "A tone of 441 Hz, a whole number of periods."
+    t = torch.arange(round(seconds * rate)).double() / rate
+    return (0.4 * torch.sin(2 * torch.pi * 441 * t)).float().repeat(channels, 1)
+
+
+def pitch(x, rate):
+    "Where the spectrum of a mono excerpt is highest, in Hz."
+    return int(torch.fft.rfft(x * torch.hann_window(len(x))).abs().argmax()) * rate / len(x)
+
+
+@pytest.mark.parametrize("suffix,parts", [("flac", ((44100, 2), (48000, 2))), ("mp3", ((44100, 2), (48000, 2))), ("mp3", ((44100, 2), (44100, 1))),
+                                          ("mp3", ((44100, 1), (44100, 2))), ("mp3", ((48000, 1), (32000, 2), (48000, 1)))])
+def test_a_stream_that_changes_goes_on_at_the_rate_and_channels_of_its_first_frame(tmp_path, suffix, parts):
+    data = b""
+    for k, (rate, channels) in enumerate(parts):
+        write(tmp_path/f"{k}.{suffix}", tone(rate, channels), rate)
+        data += (tmp_path/f"{k}.{suffix}").read_bytes()
+    path = tmp_path/f"joined.{suffix}"
+    path.write_bytes(data)
+    x, rate, said = quietly(path)
+    assert (rate, len(x)) == parts[0] and abs(x.shape[1] / rate - 2 * len(parts)) < 0.15 * len(parts)
+    assert (probe(path).sample_rate, probe(path).channels) == parts[0]
+    assert f"from {parts[0][0]} Hz, {parts[0][1]} channel" in said and f"to {parts[1][0]} Hz, {parts[1][1]} channel" in said
+    for k in range(len(parts)):
+        middle = x[:, round((2 * k + 0.6) * rate):round((2 * k + 1.6) * rate)]
+        for row in middle: assert abs(pitch(row, rate) - 441) < 1 and 0.39 < row.abs().max() < 0.42
+    blocks = torch.cat(list(read_blocks(path, 5000)), 1)
+    assert torch.equal(blocks, x)
+    assert quietly(path, sample_rate=16000, channels=1)[0].shape == (1, round(x.shape[1] * 16000 / rate))
+
+def test_a_stream_that_changes_again_and_again_is_said_once(tmp_path):
+    for channels in (1, 2): write(tmp_path/f"{channels}.mp3", tone(44100, channels, 0.3), 44100)
+    path = tmp_path/"a.mp3"
+    path.write_bytes(b"".join((tmp_path/f"{1 + k % 2}.mp3").read_bytes() for k in range(7)))
+    x, rate, said = quietly(path)
+    assert len(x) == 1 and x.shape[1] > 7 * 0.3 * rate and "5 more times later; all of it is read as 44100 Hz, 1 channel" in said
+
+
+def test_what_libsndfile_alone_can_read(tmp_path):
+    x = melody(1.0)
+    for name, subtype in (("a.mat", "FLOAT"), ("a.sd2", "PCM_24"), ("a.paf", "PCM_24")):
+        try: soundfile.write(tmp_path/name, x.numpy().T, RATE, subtype=subtype, format={"a.mat": "MAT5"}.get(name))
+        except soundfile.SoundFileError as e: pytest.skip(f"this libsndfile cannot write {name}: {e}")
+        y, rate = read(tmp_path/name)
+        assert rate == RATE and y.shape == x.shape and (y - x).abs().max() < 2**-18
+        assert torch.equal(torch.cat(list(read_blocks(tmp_path/name, 999)), 1), y) and torch.equal(read_streams(tmp_path/name)[0][0], y)
+        assert torch.equal(read(tmp_path/name, start=0.5, duration=0.25)[0], y[:, 22050:33075])
+        assert (probe(tmp_path/name).frames_estimate, probe(tmp_path/name).channels) == (RATE, 2)
+        with pytest.raises(UserError, match="not an audio file|no audio in it|there is no stream 1"): read(tmp_path/name, stream=1)
+
+
+# ---- arrays and rates as people have them
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 50), np.int16), torch.zeros(2, 50, dtype=torch.int32), np.zeros((2, 50), bool), np.zeros((2, 50), complex),
+                                   [[1, 2], [3, 4]], np.zeros((2, 3, 4)), [[0.5], [0.5, 0.5]], 0.5, "song"])
+def test_what_is_no_waveform_is_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match="a waveform (holds floats|has the shape)") as e: write(tmp_path/"a.wav", wrong, 8000)
+    assert str(tmp_path/"a.wav") in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(UserError), Writer(tmp_path/"b.wav", 8000, 2) as w: w.write(wrong)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, ::-1], lambda x: x[::-1], lambda x: x.astype(">f4"), lambda x: x.astype(np.float16), lambda x: x.astype(">f8")[:, ::2],
+                                    lambda x: np.asfortranarray(x), lambda x: x.tolist(), lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape), lambda x: x[:, :1], lambda x: x[0]])
+def test_any_array_of_floats_is_a_waveform(tmp_path, change):
+    x = change(np.ascontiguousarray(noise(2, 1000).numpy()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path/"a.wav", x, 8000, "float32")
+    expected = np.atleast_2d(np.asarray(x, np.float32))
+    assert np.array_equal(read(tmp_path/"a.wav")[0].numpy(), expected) and np.array_equal(as_waveform(x).float().numpy(), expected)
+
+
+@pytest.mark.parametrize("rate", [0, -1, "44100", 44100.5, float("nan"), float("inf"), True])
+def test_what_is_no_sample_rate_is_refused_everywhere(tmp_path, rate):
+    x = noise(1, 100)
+    write(tmp_path/"a.wav", x, 8000)
+    for call in (lambda: write(tmp_path/"b.wav", x, rate), lambda: resample(x, rate, 8000), lambda: resample(x, 8000, rate), lambda: next(resample_blocks([x], 8000, rate)),
+                 lambda: read(tmp_path/"a.wav", sample_rate=rate), lambda: next(read_blocks(tmp_path/"a.wav", sample_rate=rate))):
+        with pytest.raises(UserError, match="whole number of Hz"): call()
+    assert os.listdir(tmp_path) == ["a.wav"]
+    write(tmp_path/"c.wav", x, np.int64(8000))
+    assert read(tmp_path/"c.wav", sample_rate=8000.0)[1] == 8000
+
+
+def test_numbers_that_mean_nothing_are_refused(tmp_path):
+    write(tmp_path/"a.wav", noise(1, 100), 8000)
+    for start, duration in ((-1, None), (0, -1), (float("nan"), None), (0, float("inf"))):
+        with pytest.raises(UserError, match="is in seconds from 0 on"): read(tmp_path/"a.wav", start=start, duration=duration)
+    with pytest.raises(UserError, match="at least one sample"): next(read_blocks(tmp_path/"a.wav", block=0))
+    for channels in (0, -1):
+        with pytest.raises(UserError, match="at least one channel"): to_channels(noise(1, 10), channels)
+    with pytest.raises(UserError, match="divide by full scale"): resample(torch.zeros(1, 100, dtype=torch.int16), 8000, 16000)
+
+
+# ---- hidden files of several machines
+
+def test_hidden_names_tell_whose_they_are(tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = hidden_name("separating")
+    theirs = mine.replace(f"-{os.getpid()}-", f"-{ended.pid}-")
+    assert not abandoned(tmp_path/mine) and abandoned(tmp_path/theirs) and not abandoned(tmp_path/".separating-x1y2z3")
+    assert abandoned(tmp_path/f"{theirs}.part.wav") and hidden_name() != hidden_name()
+    monkeypatch.setattr("socket.gethostname", lambda: "another machine")
+    assert not abandoned(tmp_path/theirs)
+    with atomic_path(tmp_path/"a.wav") as part:
+        part.touch()
+        assert "another-machine" in part.name and f"-{os.getpid()}-" in part.name
 
 
 # ---- writing
