@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'SAMPLE_RATE', 'SOURCE_COLORS', 'UserError', 'DamagedAudio', 'ChangedAudio', 'check_finite', 'as_waveform',
-           'check_rate', 'hidden_name', 'abandoned', 'atomic_path', 'Writer', 'write', 'Decoder', 'AudioInfo', 'probe',
-           'to_mono', 'to_channels', 'resample', 'resample_blocks', 'read', 'read_streams', 'read_blocks',
-           'show_waveform', 'show_stems', 'player', 'STFT', 'amplitude_to_db', 'show_spectrogram', 'OverlapAdd',
-           'overlap_add_blocks', 'overlap_add']
+           'check_rate', 'hidden_name', 'abandoned', 'atomic_path', 'check_writable', 'Writer', 'write', 'Decoder',
+           'AudioInfo', 'probe', 'to_mono', 'to_channels', 'resample', 'resample_blocks', 'read', 'read_streams',
+           'read_blocks', 'show_waveform', 'show_stems', 'player', 'STFT', 'amplitude_to_db', 'show_spectrogram',
+           'OverlapAdd', 'overlap_add_blocks', 'overlap_add']
 
 # %% ../nbs/00_audio.ipynb #093b707e
 import hashlib, io, itertools, math, os, re, socket, uuid, warnings
@@ -132,6 +132,20 @@ def atomic_path(
         if _disk_reason(e): raise UserError(f"{path}: cannot write it: {_disk_reason(e)}") from e
         raise
     finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/00_audio.ipynb #5e31b0a2
+def check_writable(
+    path, # of a file that is to be written, or of a folder that is to be made
+    folder=False, # which of the two
+):
+    "`UserError` if the file or folder can't be written, as far as can be seen without trying."
+    path = Path(path)
+    if not folder and path.is_dir(): raise UserError(f"{path} is a folder: give the name of a file in it")
+    if folder and path.exists() and not path.is_dir(): raise UserError(f"{path} is a file: give the name of a folder")
+    above = path.absolute() if folder else path.absolute().parent
+    found = next(x for x in (above, *above.parents) if os.path.lexists(x))
+    if not found.is_dir(): raise UserError(f"{path}: cannot make this, for {found} is no folder")
+    if not os.access(found, os.W_OK | os.X_OK): raise UserError(f"{found}: cannot write in this folder (permission denied)")
 
 # %% ../nbs/00_audio.ipynb #0fda7621
 _FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", "MPEG_LAYER_III")}
