@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .audio import SAMPLE_RATE, SOURCES, UserError, to_channels
-from .baseline import fold_channels
+from .baseline import LSTM, fold_channels
 from .training import MODELS, PROFILES, register_network
 
 # %% ../nbs/06f_hybrid_demucs.ipynb #d5ab708f
@@ -41,7 +41,11 @@ def build_demucs(
     try: from demucs.hdemucs import HDemucs
     except ImportError as e: raise UserError(f"the network hybrid_demucs needs the package demucs ({e}): pip install 'demucs>=4.1'") from None
     deep = dict(norm_starts=depth - 2, dconv_attn=depth - 2, dconv_lstm=depth - 2)
-    return HDemucs(list(sources), audio_channels=channels, channels=width, depth=depth, nfft=window_length, **deep)
+    sizes = dict(audio_channels=channels, channels=width, depth=depth, nfft=window_length)
+    demucs = HDemucs(list(sources), **sizes, **deep)
+    for module in demucs.modules():
+        if type(module) is nn.LSTM: module.__class__ = LSTM
+    return demucs
 
 # %% ../nbs/06f_hybrid_demucs.ipynb #80534513
 def normalised(

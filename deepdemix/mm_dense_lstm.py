@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .audio import UserError
-from .baseline import MaskNetwork, fold_channels
+from .baseline import LSTM, MaskNetwork, fold_channels
 from .training import MODELS, PROFILES, register_network
 
 # %% ../nbs/06d_mm_dense_lstm.ipynb #f5320034
@@ -42,7 +42,7 @@ class LSTMBlock(nn.Module):
     ):
         super().__init__()
         self.squeeze = nn.Conv2d(n_in, 1, 1)
-        self.rnn = nn.LSTM(n_f, units // 2, batch_first=True, bidirectional=True)
+        self.rnn = LSTM(n_f, units // 2, batch_first=True, bidirectional=True)
         self.spread = nn.Linear(2 * (units // 2), n_f)
 
     def forward(self, x): return self.spread(self.rnn(self.squeeze(x)[:, 0])[0])[:, None]

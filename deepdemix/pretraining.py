@@ -796,6 +796,11 @@ def training_loss(self:ContrastTask, batch):
     loss = self.loss(z, labels, excerpts, world=self.share[1])
     return loss, {"train_loss": loss.detach() / self.share[1]} if self.share[1] > 1 else {}
 
+@patch
+def output(self:ContrastTask, network, waves):
+    "The embeddings, of any network."
+    return network.embed(waves)
+
 # %% ../nbs/05_pretraining.ipynb #54ca85cb
 @register_task("pretraining")
 class PretrainingTask(ContrastTask):

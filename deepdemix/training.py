@@ -6,17 +6,18 @@
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
            'HEADER_LIMIT', 'WEIGHTS', 'ORIGINS', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED',
-           'ALLOWED', 'LEAST', 'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks', 'build_network',
-           'Recipe', 'read_record', 'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude',
-           'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask',
-           'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest', 'comes_along',
-           'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start', 'recipe_from', 'write_state',
-           'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor', 'build_optimizer',
-           'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics',
-           'read_metrics', 'thawed', 'thaw', 'show_metrics', 'Reporter', 'fit']
+           'ALLOWED', 'LEAST', 'TRIAL', 'WORTH', 'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks',
+           'build_network', 'Recipe', 'read_record', 'read_settings', 'recipe_for', 'profile_table', 'register_loss',
+           'l1_magnitude', 'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms',
+           'SeparationTask', 'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest',
+           'comes_along', 'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start', 'recipe_from',
+           'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor',
+           'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop',
+           'write_metrics', 'read_metrics', 'pass_seconds', 'choose_precision', 'thawed', 'thaw', 'show_metrics',
+           'Reporter', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
-import contextlib, csv, ctypes, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
+import contextlib, copy, csv, ctypes, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
 import signal, subprocess, sys, threading, time, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -436,6 +437,7 @@ class Task:
         "The loss of a term: of its own batch, or of the mixes of separation."
         return self.training_loss(batch)
     def validate(self) -> dict: raise NotImplementedError
+    def output(self, network, inputs): return network(inputs) # inputs: the first part of a batch
 
 # %% ../nbs/03_training.ipynb #d3ba5306
 TASKS = {}
@@ -1174,6 +1176,7 @@ class Loop:
         self.step, self.rows, self.sums, self.pooled, self.best = 0, [], {}, {}, None
         self.seconds, self.began, self.saved, self.epoch_began = 0., self.now, time.monotonic(), 0.
         self.pending, self.stop, self.met, self.over = None, None, False, False
+        self.precision = recipe.precision
 
     @property
     def epoch(self): return self.step // self.recipe.steps_per_epoch
@@ -1196,7 +1199,9 @@ def _keep(self:Loop, cost, row):
 def write_record(self:Loop, status):
     "Write recipe.json with how far the run came; the first process does."
     if self.ranks.rank: return
-    self.record |= dict(status=status, finished=status == "finished", step=self.step, epoch=self.epoch, examples=self.step * self.recipe.examples_per_step, processes=self.ranks.world, hours=round(self.spent / 3600, 5))
+    self.record |= dict(status=status, finished=status == "finished", step=self.step, epoch=self.epoch,
+                        examples=self.step * self.recipe.examples_per_step, processes=self.ranks.world,
+                        precision=self.precision, hours=round(self.spent / 3600, 5))
     _write_json(self.out/"recipe.json", self.record)
 
 # %% ../nbs/03_training.ipynb #5d4ca898
@@ -1246,6 +1251,68 @@ def _stale(self:Loop):
     costs = self.costs if self.recipe.patience else []
     return bool(costs) and len(costs) - 1 - int(np.argmin(costs)) >= self.recipe.patience
 
+# %% ../nbs/03_training.ipynb #b1650002
+TRIAL, WORTH = 2, 1.25 # examples; how many times the time of single precision another one may take
+
+def pass_seconds(
+    output, # a function of the inputs, such as a network
+    inputs, # (n, channels, time)
+    precision:str, # "32" or "bf16-mixed"
+) -> float: # of all cores together
+    "Processor time of one forward and backward pass."
+    began = time.process_time()
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "32"):
+        output(inputs).float().abs().mean().backward()
+    return time.process_time() - began
+
+# %% ../nbs/03_training.ipynb #b1650004
+def choose_precision(
+    output, # a function of (network, inputs)
+    network, # stays as it is
+    inputs, # (n, channels, time)
+    precision:str, # what the recipe asks for
+    worth:float=WORTH, # times as long as in single precision it may take
+) -> tuple: # the precision to train with, and why it is another one: "" if it isn't
+    "Try a precision beside single precision; one that can't be compared is left as it is."
+    state, seconds = random_state(), {"32": math.inf, precision: math.inf}
+    try:
+        for name in ("32", precision) * 2:
+            twin = copy.deepcopy(network).train()
+            seconds[name] = min(seconds[name], pass_seconds(lambda x: output(twin, x), inputs, name))
+    except Exception as e:
+        if seconds["32"] == math.inf: return precision, ""
+        reason = " ".join(str(e).split())[:60]
+        return "32", f"this processor can't train with precision={precision} ({reason} …)"
+    finally: set_random_state(state)
+    times = seconds[precision] / max(seconds["32"], 1e-9)
+    if times <= worth: return precision, ""
+    return "32", f"precision={precision} takes {times:.1f} times as long as single precision here"
+
+# %% ../nbs/03_training.ipynb #b1650006
+@patch
+def settle_precision(self:Loop, trainer, state):
+    "Train in single precision where the recipe's is missing or no gain; a run keeps what it began with."
+    self.precision = self.recipe.precision
+    if self.precision == "32" or trainer.strategy.root_device.type != "cpu": return
+    self.precision, why = self.ranks.first(self._try_precision, state)
+    if why and getattr(self.report, "progress", False): _note(f"{why}, so single precision is used")
+    if self.precision != "32": return
+    from lightning.pytorch.plugins.precision import Precision
+    trainer.strategy.precision_plugin = Precision()
+
+def _note(text):
+    "A line for the user."
+    print(f"deepdemix: {text}", file=sys.stderr, flush=True)
+
+@patch
+def _try_precision(self:Loop, state):
+    "The precision of the run, and why."
+    if state and state.get("used") == "32": return "32", ""
+    try: inputs = self.task.train_batch(0)[0][:TRIAL]
+    except (TypeError, LookupError): return self.recipe.precision, ""
+    worth = math.inf if state else WORTH
+    return choose_precision(self.task.output, self.network, inputs, self.recipe.precision, worth)
+
 # %% ../nbs/03_training.ipynb #13f19c96
 @patch
 def meet(self:Loop,
@@ -1260,6 +1327,7 @@ def meet(self:Loop,
         self.ranks.first(_compare, notes)
         state = self.ranks.first(lambda: state)
     if state: self.load_state(state)
+    self.settle_precision(trainer, state)
     self.met, self.over = True, self.step >= self.recipe.steps or self._stale
     if not self.over: self.write_record("running")
 
@@ -1367,7 +1435,8 @@ def save_state(self:Loop, trainer):
     if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()): self._not_finite()
     self._pool()
     heads, (own, *others) = self.task.heads.state_dict() if self.task.heads else {}, self.ranks.collect(random_state())
-    state = dict(format=FORMAT, step=self.step, network=self.network.state_dict(), heads=heads, optimizer=self.optimizer.state_dict(), random=own, others=others,
+    state = dict(format=FORMAT, step=self.step, used=self.precision, network=self.network.state_dict(), heads=heads,
+                 optimizer=self.optimizer.state_dict(), random=own, others=others,
                  precision=trainer.precision_plugin.state_dict(), average=self.average.mean if self.average else [], rows=self.rows,
                  sums={k: torch.stack([x.cpu() for x in v]) for k, v in self.sums.items()}, seconds=self.spent, epoch_seconds=self.spent - self.epoch_began)
     self.ranks.first(write_state, self.out/"resume.safetensors", state)
@@ -1652,7 +1721,7 @@ def fit(
         from deepdemix.data import open_data
         store = open_data(store)
     record, state = _open_run(recipe, store, out, resume)
-    with seeded(recipe.seed), _quiet():
+    with seeded(recipe.seed), _quiet(), torch.autocast("cpu", enabled=False):
         if not isinstance(task, Task): task = build_task(recipe, store, task)
         return _run(recipe, store, out, task, record, state, logger, progress, _trainer(recipe, out, devices, nodes, strategy))
 

@@ -377,6 +377,72 @@ def test_lower_precision_trains(tmp_path):
     fit(recipe(epochs=1, precision="bf16-mixed"), STORE, tmp_path/"run", progress=False)
     assert load_network(tmp_path/"run").decoder.weight.dtype == torch.float32
 
+AVX2_ONLY = """
+import sys, torch
+from deepdemix.data import prepare_toy
+from deepdemix.training import build_network, fit, known_networks, load_network, read_record, recipe_for
+torch.set_num_threads(1)
+home = sys.argv[1]
+store = prepare_toy(8, home + "/toy", duration=1., valid=0.25, test=0.25, progress=False)
+short = ["precision=bf16-mixed", "epochs=1", "examples_per_epoch=2", "batch_size=2", "valid_examples=1", "validation=mixes", "device=cpu", "mixer.pitch=null", "mixer.stretch=null"]
+for name in known_networks():
+    if name == "ensemble": continue # it has the networks of others
+    r = recipe_for("pretraining" if name == "encoder" else name, "demo", network=name).override(short)
+    whole = hasattr(build_network(name, **r.network_args), "duration") # of excerpts of one length only
+    if not whole: r = r.override(["mixer.duration=0.2"])
+    network = load_network(fit(r, store, f"{home}/{name}"))
+    x = torch.randn(1, network.channels, 44100 if whole else 8820, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        plain = network(x)
+        with torch.autocast("cpu", torch.bfloat16): around = network(x)
+    assert (around.float() - plain).norm() < 0.05 * plain.norm(), name
+    print(name, read_record(f"{home}/{name}")["precision"])
+"""
+
+def test_every_network_trains_and_separates_on_processors_with_avx2_only(tmp_path):
+    env = os.environ | dict(ONEDNN_MAX_CPU_ISA="AVX2", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", AVX2_ONLY, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    used = dict(line.split() for line in done.stdout.splitlines())
+    assert {"compact", "ddm", "encoder", "recurrent"} <= set(used)
+    assert done.stderr.count("so single precision is used") == list(used.values()).count("32")
+
+def slow_or_missing(monkeypatch, seconds):
+    "Have a pass in bfloat16 take so many times as long as one in single precision; None: fail."
+    def passed(output, inputs, precision):
+        if precision == "32": return 1.
+        if seconds is None: raise RuntimeError("no such primitive")
+        return seconds
+    monkeypatch.setattr(T, "pass_seconds", passed)
+
+@pytest.mark.parametrize("seconds,used,line", [(None, "32", "can't train with precision=bf16-mixed"), (3.5, "32", "takes 3.5 times as long as single"), (0.9, "bf16-mixed", ""), (1.1, "bf16-mixed", "")])
+def test_a_precision_that_is_missing_or_no_gain_becomes_single_precision(tmp_path, monkeypatch, capsys, seconds, used, line):
+    slow_or_missing(monkeypatch, seconds)
+    runs = [fit(recipe(epochs=1, precision=p), STORE, tmp_path/name) for name, p in (("asked", "bf16-mixed"), ("single", "32"))]
+    said = [x for x in capsys.readouterr().err.splitlines() if "precision" in x]
+    assert len(said) == bool(line) and line in "".join(said)
+    assert (read_record(runs[0])["precision"], read_record(runs[0])["recipe"]["precision"]) == (used, "bf16-mixed")
+    first, second = (read_weights(r/"model.safetensors") for r in runs)
+    assert all(torch.equal(first[k], second[k]) for k in first) == (used == "32")
+
+def test_a_resumed_run_keeps_its_precision_while_the_processor_has_it(tmp_path, monkeypatch, capsys):
+    slow_or_missing(monkeypatch, 0.5)
+    stop = stopping_after(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    for name in ("same", "moved"):
+        with pytest.raises(Interrupted): fit(recipe(precision="bf16-mixed"), STORE, tmp_path/name, task=stop)
+    slow_or_missing(monkeypatch, 9.)
+    assert read_record(fit(recipe(precision="bf16-mixed"), STORE, tmp_path/"same", resume=True))["precision"] == "bf16-mixed"
+    assert "single precision" not in capsys.readouterr().err
+    slow_or_missing(monkeypatch, None)
+    assert read_record(fit(recipe(precision="bf16-mixed"), STORE, tmp_path/"moved", resume=True))["precision"] == "32"
+    assert "so single precision is used" in capsys.readouterr().err
+
+def test_a_callers_autocast_changes_no_run(tmp_path):
+    runs = [fit(recipe(epochs=1), STORE, tmp_path/"plain", progress=False)]
+    with torch.autocast("cpu", torch.bfloat16): runs.append(fit(recipe(epochs=1), STORE, tmp_path/"around", progress=False))
+    first, second = (read_weights(r/"model.safetensors") for r in runs)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
 @pytest.mark.cuda
 def test_trains_and_resumes_on_cuda(tmp_path):
     fields = dict(device="cuda", precision="16-mixed", ema=0.9)
