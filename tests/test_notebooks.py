@@ -1,4 +1,5 @@
 "What a saved notebook must and must not hold."
+import ast
 import base64
 import json
 import re
@@ -6,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = runpy.run_path(str(ROOT / "nbs/_site/listing.py"))["notebooks"]()
@@ -58,9 +60,67 @@ def test_no_sound_of_real_songs(path): check_audio(read(path))
 def test_small_and_whole(path):
     assert path.stat().st_size < LIMIT
     cells = read(path)["cells"]
+    for cell, pattern in zip(cells, (r"# [^\n]+\n\n> [^\n]+", r"(?!#)[^ ].+")):
+        assert cell["cell_type"] == "markdown" and re.fullmatch(pattern, "".join(cell["source"]), re.S), "title and promise, then a cell with the introduction"
     titles = [line for c in cells if c["cell_type"] == "markdown" for line in re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S).splitlines() if line.startswith("# ")]
-    assert len(titles) == 1 and "".join(cells[0]["source"]).startswith("# "), titles
-    assert "\n>" in "".join(cells[0]["source"]), "no promise under the title"
+    assert len(titles) == 1, titles
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_opens_in_jupyter(path):
+    "One kernel for all, named as `nbdev_clean` leaves it, and nothing beside it that another program put there."
+    notebook = read(path)
+    assert notebook["metadata"] == {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert not [c["id"] for c in notebook["cells"] if c["metadata"]]
+
+
+def code_of(path):
+    "(directives, code) of every code cell."
+    for cell in read(path)["cells"]:
+        if cell["cell_type"] != "code": continue
+        lines = "".join(cell["source"]).splitlines()
+        yield [line[2:].strip() for line in lines if line.startswith("#|")], "\n".join(line for line in lines if not line.startswith("#|"))
+
+
+def check_directives(directives):
+    "What Quarto reads as YAML is YAML: each line by itself, and the options of a cell together."
+    for line in directives: assert isinstance(yaml.safe_load(line), dict) == (": " in line), line
+    options = "\n".join(line for line in directives if ": " in line)
+    assert len(yaml.safe_load(options) or {}) == len(options.splitlines()), options
+
+
+def check_imports(directives, code):
+    "nbdev runs each cell that imports while it makes the docs: it computes nothing, unless it is exported."
+    if any(line.split()[0].startswith("export") for line in directives): return
+    tree = ast.parse(code)
+    imports = lambda node: isinstance(node, (ast.Import, ast.ImportFrom))
+    assert not any(map(imports, ast.walk(tree))) or all(map(imports, tree.body)), code
+
+
+def check_device(directives, code):
+    "A cell for a GPU asks whether there is one, so that Run All goes on without."
+    if "cuda" not in directives: return
+    for node in ast.parse(code).body: assert isinstance(node, ast.If) and ast.unparse(node.test) == "torch.cuda.is_available()", code
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_cells_for_nbdev_quarto_and_run_all(path):
+    for directives, code in code_of(path):
+        check_directives(directives)
+        check_imports(directives, code)
+        check_device(directives, code)
+
+
+def test_cells_that_would_stop_a_program_are_found():
+    for wrong in (["fig-alt: Two maps: before, and after"], ["echo: false", "echo: true"]):
+        with pytest.raises((AssertionError, yaml.YAMLError)): check_directives(wrong)
+    check_directives(["echo: false", 'fig-alt: "Two maps: before, and after"', "export"])
+    for wrong in ("import io\nx = io.StringIO()", "def f():\n    import io", "if True:\n    from io import StringIO"):
+        with pytest.raises(AssertionError): check_imports([], wrong)
+    for right in ((["export"], "def f():\n    import io"), ([], "import io\nfrom io import StringIO"), ([], "x = 1")): check_imports(*right)
+    for wrong in ("x.cuda()", "if torch.cuda.is_available():\n    x.cuda()\nx.cpu()"):
+        with pytest.raises(AssertionError): check_device(["cuda"], wrong)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
