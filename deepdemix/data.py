@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .audio import SAMPLE_RATE, SOURCES, Decoder, UserError, atomic_path, check_finite, probe, read, resample
+from .audio import (SAMPLE_RATE, SOURCES, Decoder, UserError, abandoned, atomic_path, check_finite, check_rate, hidden_name, probe, read,
+                             resample)
 
 # %% ../nbs/01_data.ipynb #0ec1d294
 _SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "dorian": (0, 2, 3, 5, 7, 9, 10), "mixolydian": (0, 2, 4, 5, 7, 9, 10)}
@@ -801,14 +802,15 @@ def _write_song(take, out, settings):
 # %% ../nbs/01_data.ipynb #d05d4677
 @contextmanager
 def _alone(out):
-    "Only one process at a time prepares a folder; another waits. Leftovers of killed ones are removed."
+    "Only one process at a time prepares a folder, and another waits, where the disk has locks. Leftovers of killed ones of this machine are removed."
     _new_folder(out / "songs")
     with (out / ".lock").open("w") as lock:
         try:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)
         except (ImportError, OSError): pass
-        for part in (*out.glob("songs/.*.part*"), *out.glob("part-*/songs/.*.part*")): part.unlink(missing_ok=True)
+        for part in (*out.glob("songs/.*.part*"), *out.glob("part-*/songs/.*.part*")):
+            if abandoned(part): part.unlink(missing_ok=True)
         yield
 
 def _new_folder(folder):
@@ -865,7 +867,7 @@ def _decode_all(takes, homes, out, settings, progress, repair, each):
     from tqdm import tqdm
     entries = {t.file: e for t in takes if (e := _finished(t, homes[t.file], settings, repair))}
     problems, waiting = {}, [t for t in takes if t.file not in entries]
-    if _indexed(out) & {t.file for t in waiting}: (out / "store.json").unlink()
+    if _indexed(out) & {t.file for t in waiting}: (out / "store.json").unlink(missing_ok=True)
     for t in waiting: (homes[t.file] / "songs" / f"{t.file}.json").unlink(missing_ok=True)
     if not waiting: return entries, problems
     jobs = [(t, homes[t.file]) for t in waiting]
@@ -902,10 +904,10 @@ def _check_out(takes, out, dtype):
 # %% ../nbs/01_data.ipynb #ee9ce2c3
 def _tidy(out, homes):
     "Remove the arrays of songs that the data set no longer has, or has in another part."
-    for path in (*out.glob("songs/*"), *out.glob("part-*/songs/*")):
-        if homes.get(path.name.split(".")[0]) != path.parent.parent: path.unlink()
+    for path in (*out.glob("songs/[!.]*"), *out.glob("part-*/songs/[!.]*")):
+        if homes.get(path.name.split(".")[0]) != path.parent.parent: path.unlink(missing_ok=True)
     for index in out.glob("part-*/store.json"):
-        if index.parent not in homes.values(): index.unlink()
+        if index.parent not in homes.values(): index.unlink(missing_ok=True)
 
 def _complaint(problems, kept):
     "One line about the songs that could not be prepared."

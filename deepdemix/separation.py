@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .audio import DamagedAudio, UserError, Writer, check_finite, overlap_add_blocks, probe, read, read_blocks, resample_blocks
+from .audio import (DamagedAudio, UserError, Writer, abandoned, check_finite, hidden_name, overlap_add_blocks, probe, read,
+                             read_blocks, resample_blocks)
 from .training import WEIGHTS, keep_memory, load_network, read_record
 
 # %% ../nbs/08_separation.ipynb #528f114a
@@ -563,25 +564,12 @@ def separate_file(self:Separator,
                 real_time_factor=seconds / max(duration, 1e-9), damage=damage[0] if damage else None, notes=notes)
 
 # %% ../nbs/08_separation.ipynb #4e8735d4
-def _lock(folder):
-    "A descriptor that holds the folder until it is closed; None if somebody holds it, or where folders can't be locked."
-    try:
-        import fcntl
-        held = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError): return None
-    try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: os.close(held); return None
-    return held
-
-
 def sweep(out, # a folder that stems are written to
           age=60): # seconds; younger leftovers stay
-    "Remove the hidden folders of processes that are no more."
+    "Remove the hidden folders of processes of this machine that are no more."
     for folder in out.glob(".separating-*"):
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime < age or (held := _lock(folder)) is None: continue
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(held)
+            if abandoned(folder) and time.time() - folder.stat().st_mtime >= age: shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -590,14 +578,11 @@ def _hidden_folder(out):
     with _disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
-        hidden = Path(tempfile.mkdtemp(prefix=".separating-", dir=out))
-        hidden.chmod(0o755)
-        held = _lock(hidden)
+        hidden = out / hidden_name("separating")
+        hidden.mkdir()
         try: yield hidden
         except UserError as e: raise UserError(str(e).replace(str(hidden), str(out))) from e
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
-            if held is not None: os.close(held)
+        finally: shutil.rmtree(hidden, ignore_errors=True)
 
 # %% ../nbs/08_separation.ipynb #613417f2
 def _finish(hidden, format, tags):
