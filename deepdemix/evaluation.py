@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['MASKS', 'GRIDS', 'PLAIN', 'REFERENCES', 'COLUMNS', 'OVERALL', 'PAPER_SOURCE', 'PAPER_TABLE', 'FORMAT', 'Windowed',
            'windowed', 'binary_mask', 'ratio_mask', 'real_mask', 'complex_mask', 'grid_mask', 'reference_estimates',
-           'score_song', 'Scores', 'reference_rows', 'evaluate', 'average_songs', 'draw_seeds', 'resample', 'interval',
-           'bootstrap', 'Table', 'with_interval', 'museval_song', 'Verdict', 'paired', 'compare', 'plot_scores',
-           'plot_songs', 'show_songs']
+           'score_song', 'Scores', 'reference_rows', 'evaluate', 'Table', 'with_interval', 'museval_song', 'Verdict',
+           'compare', 'plot_scores', 'plot_songs', 'show_songs']
 
 # %% ../nbs/07_evaluation.ipynb #4ffd4a4d
 import html
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .audio import SAMPLE_RATE, SOURCE_COLORS, SOURCES, STFT, UserError, atomic_path, check_finite, overlap_add, show_spectrogram, to_mono
+from .foundations.statistics import MARGIN, average_songs, detectable, nan_average, overall_interval, paired
 from .metrics import METRICS, isr_sir_sar, median_over_frames, scores as score_all
 
 # %% ../nbs/07_evaluation.ipynb #73b37fe2
@@ -345,23 +345,6 @@ def evaluate(
 OVERALL = "overall"
 
 
-def average_songs(
-    values: np.ndarray,  # dB (..., songs, sources), NaN where there is none
-    metric: str="SDR",   # uSDR takes the mean, all others the median
-) -> np.ndarray:         # (..., sources)
-    "One number per source from many songs."
-    if not np.isnan(values).any(): return values.mean(-2) if metric == "uSDR" else np.median(values, -2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(values, -2) if metric == "uSDR" else np.nanmedian(values, -2)
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    "Mean over the last axis of what there is."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(values, -1)
-
-
 def _one_split(a: Scores, b: Scores) -> str:
     "The split that both have; test if there are several."
     both = [s for s in a.rows.split.unique() if s in set(b.rows.split)]
@@ -393,49 +376,6 @@ def _single(self: Scores) -> str:
     "The one model's name."
     if len(self.models) != 1: raise UserError(f"name one of the models: {', '.join(self.models) or 'there is none'}")
     return self.models[0]
-
-# %% ../nbs/07_evaluation.ipynb #d296916f
-def draw_seeds(count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    "Which seeds each draw takes: (draws, count - 1), or the only one."
-    return rng.integers(0, count, (draws, max(1, count - 1)))
-
-
-def resample(
-    values: np.ndarray,    # (seeds, songs, sources) in dB
-    statistic: Callable,   # (draws, seeds drawn, songs, sources) -> (draws,) or (draws, …)
-    draws: int=2000,       # resampled sets of seeds and songs
-    seed: int=0,           # of the draws
-) -> np.ndarray:           # (draws,) or (draws, …)
-    "The statistic on seeds, then songs, drawn with replacement."
-    rng = np.random.default_rng(seed)
-    seeds = draw_seeds(len(values), draws, rng)
-    songs = rng.integers(0, values.shape[1], (draws, values.shape[1]))
-    parts = np.array_split(np.arange(draws), max(1, draws * values.size // 2 ** 20))
-    return np.concatenate([statistic(values[seeds[p][:, :, None], songs[p][:, None]]) for p in parts])
-
-# %% ../nbs/07_evaluation.ipynb #dea21119
-def interval(
-    samples: np.ndarray,  # the statistic, resampled
-    level: float=0.95,    # the part of the samples inside
-) -> tuple[float, float]: # low, high
-    "The middle of a bootstrap distribution; NaN if there is nothing to resample."
-    samples = samples[np.isfinite(samples)]
-    if not len(samples): return math.nan, math.nan
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-# %% ../nbs/07_evaluation.ipynb #bc4cac8a
-def bootstrap(
-    values: np.ndarray,   # (songs,), (songs, sources) or (seeds, songs, sources) in dB
-    metric: str="SDR",    # says how songs are averaged
-    level: float=0.95,    # of the interval
-    draws: int=2000,      # resampled sets of songs
-    seed: int=0,          # of the draws
-) -> tuple[float, float]: # low, high
-    "Interval of the overall score: averaged over songs, then seeds, then sources."
-    values = np.asarray(values, float)
-    values = values[None, :, None] if values.ndim == 1 else values[None] if values.ndim == 2 else values
-    return interval(resample(values, lambda x: _mean(average_songs(x, metric).mean(1)), draws, seed), level)
 
 # %% ../nbs/07_evaluation.ipynb #f42c71ba
 PAPER_SOURCE = "Villa-Renteria, DeepDeMix: Music Source Separation via Contrastive Pretraining (Stanford CS230, 2022), Table 1"
@@ -469,8 +409,8 @@ def _numbers(self: Scores, metric: str, model: str, split: str, intervals: bool)
     "Overall and per source of one model, split and metric."
     values, _ = self.array(metric, model, split)
     each = average_songs(values, metric).mean(0)
-    found = {(metric, OVERALL): float(_mean(each))}
-    if intervals: found |= dict(zip([(metric, "low"), (metric, "high")], bootstrap(values, metric)))
+    found = {(metric, OVERALL): float(nan_average(each))}
+    if intervals: found |= dict(zip([(metric, "low"), (metric, "high")], overall_interval(values, metric)))
     return found | {(metric, name): float(x) for name, x in zip(self.sources, each)}
 
 
@@ -478,7 +418,7 @@ def _numbers(self: Scores, metric: str, model: str, split: str, intervals: bool)
 def overall(self: Scores, metric: str="SDR", model: str=None, split: str=None) -> float:
     "The table's overall number of one model."
     values, _ = self.array(metric, model or self._single(), split)
-    return float(_mean(average_songs(values, metric).mean(0)))
+    return float(nan_average(average_songs(values, metric).mean(0)))
 
 # %% ../nbs/07_evaluation.ipynb #de8d63cd
 class Table:
@@ -557,8 +497,9 @@ def _notes(self: Scores, metrics: list) -> list[str]:
     songs = {s: g.song.nunique() for s, g in self.rows.groupby("split", sort=False)}
     counts = ", ".join(f"{n} {s} songs" if n != 1 else f"1 {s} song" for s, n in songs.items())
     how = f"{self.info.get('channels', '?')}, mixture: {self.info.get('mixture', '?')}"
+    runs = " and runs" if len(self.rows) and self.rows.groupby("model").seed.nunique().max() > 1 else ""
     average = "Median over songs" + (" (uSDR: mean)" if "uSDR" in metrics else "")
-    notes = [f"{counts}; {how}. {average}; overall is the mean over sources, in brackets its 95 % bootstrap interval over songs."]
+    notes = [f"{counts}; {how}. {average}; overall is the mean over sources, in brackets its 95 % interval over songs{runs}."]
     return notes + [f"no score: {f['song']} ({f['model']}): {f['reason']}" for f in self.failed]
 
 # %% ../nbs/07_evaluation.ipynb #dc1e4b00
@@ -686,7 +627,7 @@ class Verdict:
     difference: float    # B - A, the median (or mean) over songs
     low: float           # 95 % interval
     high: float          # 95 % interval
-    p: float             # Wilcoxon's signed-rank test over songs
+    p: float             # Wilcoxon's signed-rank test over the songs of these runs
     improved: int        # songs in which B is better
     songs: int           # songs compared
     seeds: tuple         # training runs of A, of B
@@ -696,20 +637,35 @@ class Verdict:
     name: str = ""       # of B in the sentence, if not its own
 
     @property
-    def settled(self) -> bool: return (self.low > 0 or self.high < 0) and self.p < .05 and abs(self.difference) >= .01
+    def significant(self) -> bool: return (self.low > 0 or self.high < 0) and abs(self.difference) >= .01
 
     @property
-    def sentence(self) -> str:
-        "The verdict in plain words."
-        change = f"{self.name or self.b} changes {self.metric} by {self.difference:+.2f} dB [{self.low:.2f}, {self.high:.2f}] against {self.a}; {self.improved} of {self.songs} songs improve."
-        if self.settled: return change
-        if abs(self.difference) < .01: return change + " That is less than 0.01 dB: no difference that matters."
-        if self.low <= 0 <= self.high: return change + " The interval includes zero: no difference is shown."
-        return change + f" Wilcoxon's test does not confirm it (p = {self.p:.2g}): no difference is shown."
+    def negligible(self) -> bool: return -MARGIN < self.low and self.high < MARGIN
+
+    @property
+    def detectable(self) -> float: return detectable(self.low, self.high)
 
     def to_dict(self) -> dict:
         "For JSON."
         return {**vars(self), "per_source": {k: v.to_dict() for k, v in self.per_source.items()}, "sentence": self.sentence}
+
+# %% ../nbs/07_evaluation.ipynb #5d1f3a02
+@patch
+def conclusion(self: Verdict) -> str:
+    "What follows from the interval, in one sentence."
+    if math.isnan(self.low): return "One song has no interval: no difference is shown."
+    seen = f"with these songs and runs a change of {self.detectable:.2f} dB would probably have been seen"
+    if self.significant: return f"That is shown, but within ±{MARGIN} dB: too little to matter." if self.negligible else ""
+    if self.negligible: return f"The whole interval lies within ±{MARGIN} dB: no difference that matters."
+    return f"The interval includes zero: no difference is shown; {seen}."
+
+
+@patch(as_prop=True)
+def sentence(self: Verdict) -> str:
+    "The verdict in plain words."
+    change = f"{self.name or self.b} changes {self.metric} by {self.difference:+.2f} dB [{self.low:.2f}, {self.high:.2f}] against {self.a}"
+    covers = "" if min(self.seeds) > 1 else " (one training run: the interval covers other songs only)"
+    return f"{change}{covers}; {self.improved} of {self.songs} songs improve. {self.conclusion()}".rstrip()
 
 # %% ../nbs/07_evaluation.ipynb #e78d0218
 @patch
@@ -738,41 +694,6 @@ def _repr_html_(self: Verdict) -> str:
     cells = ["".join(f"<{'td' if k else 'th'} style='text-align:{'right' if i else 'left'}'>{html.escape(c)}</{'td' if k else 'th'}>" for i, c in enumerate(r)) for k, r in enumerate(self._rows())]
     return f"<p><b>{html.escape(self.sentence)}</b></p><table>{''.join(f'<tr>{c}</tr>' for c in cells)}</table>" + "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
 
-# %% ../nbs/07_evaluation.ipynb #50e7cbe2
-def _location(x: np.ndarray, average: str) -> np.ndarray:
-    "Median or mean over the last axis of what there is."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        if average == "mean": return np.nanmean(x, -1)
-        return np.nanmedian(x, -1) if np.isnan(x).any() else np.median(x, -1)
-
-
-def _wilcoxon(x: np.ndarray) -> float:
-    "p of the signed-rank test that the differences are symmetric about zero."
-    from scipy.stats import wilcoxon
-    x = x[np.isfinite(x)]
-    return float(wilcoxon(x).pvalue) if np.any(x) else 1.
-
-# %% ../nbs/07_evaluation.ipynb #43013fa8
-def paired(
-    a: np.ndarray,          # model A (seeds, songs, sources) in dB
-    b: np.ndarray,          # model B, the same songs and sources, any number of seeds
-    average: str="median",  # or "mean", over songs
-    draws: int=4000,        # of the bootstrap
-    seed: int=0,            # of the draws
-    level: float=0.95,      # of the interval
-) -> dict:                  # difference, low, high, p, improved, songs
-    "Paired difference B - A over songs, with an interval over seeds, then songs."
-    rng, songs = np.random.default_rng(seed), a.shape[1]
-    of_song = _mean(b.mean(0) - a.mean(0))
-    picks = rng.integers(0, songs, (draws, songs))
-    seeds_a, seeds_b = draw_seeds(len(a), draws, rng), draw_seeds(len(b), draws, rng)
-    def once(p): return _location(_mean(b[seeds_b[p][:, :, None], picks[p][:, None]].mean(1) - a[seeds_a[p][:, :, None], picks[p][:, None]].mean(1)), average)
-    samples = np.concatenate([once(p) for p in np.array_split(np.arange(draws), max(1, draws * (a.size + b.size) // 2 ** 20))])
-    low, high = interval(samples, level)
-    return {"difference": float(_location(of_song, average)), "low": low, "high": high, "p": _wilcoxon(of_song),
-            "improved": int((of_song > 0).sum()), "songs": int(np.isfinite(of_song).sum())}
-
 # %% ../nbs/07_evaluation.ipynb #223930fe
 def _pick(scores, model: str | None) -> tuple[Scores, str]:
     "One `Scores` from one or several, and the model's name."
@@ -787,6 +708,42 @@ def _same_protocol(a: Scores, b: Scores) -> None:
         if x is not None and y is not None and x != y: raise UserError(f"the scores cannot be compared: {key} is {x} in one and {y} in the other")
 
 # %% ../nbs/07_evaluation.ipynb #9a36c983
+def _seeds(scores: Scores, metric: str, model: str, split: str) -> list:
+    "The seeds of a model, in the order of `Scores.array`."
+    rows = scores.rows
+    return list(rows[(rows.metric == metric) & (rows.model == model) & (rows.split == split)].seed.unique())
+
+
+def _match(
+    a: Scores,    # of model A
+    b: Scores,    # of model B
+    metric: str,  # which
+    models: tuple,# names of A and B
+    split: str,   # of the data
+) -> tuple:       # values of A and of B (runs, songs, sources), whether runs share their seeds, all titles of A and of B, sources
+    "Values of two models on the songs and sources that both have, runs in one order."
+    (x, titles), (y, others) = a.array(metric, models[0], split), b.array(metric, models[1], split)
+    common, sources = [s for s in titles if s in others], [s for s in a.sources if s in b.sources]
+    if not common: raise UserError("the two have no song in common")
+    seeds, theirs = _seeds(a, metric, models[0], split), _seeds(b, metric, models[1], split)
+    if same := sorted(seeds) == sorted(theirs): y = y[[theirs.index(s) for s in seeds]]
+    x = x[:, [titles.index(s) for s in common]][:, :, [a.sources.index(s) for s in sources]]
+    y = y[:, [others.index(s) for s in common]][:, :, [b.sources.index(s) for s in sources]]
+    return x, y, same, (titles, others), sources
+
+# %% ../nbs/07_evaluation.ipynb #2ff5d4db
+def _verdict_notes(x, y, titles, others, numbers, average, same_data, same_seeds) -> list[str]:
+    "What a reader of the verdict must know."
+    notes = [f"Table numbers: {numbers[0]:.2f} and {numbers[1]:.2f} dB. Differences are the {average} over songs of paired differences, "
+             "so they need not equal the difference of the table's numbers."]
+    if not same_data: notes.append("The scores come from different versions or selections of the data.")
+    left = len(set(titles) ^ set(others))
+    if left: notes.append(f"{left} songs have a score in only one of the two and were left out.")
+    runs, pairs = f"Seeds: {len(x)} and {len(y)}", "paired by seed" if same_seeds else "not paired, their seeds differ"
+    if min(len(x), len(y)) < 2: return [*notes, f"{runs}. With one training run of a model the interval covers other songs, not other runs."]
+    return [*notes, f"{runs}, {pairs}; the interval covers other songs and other training runs."]
+
+# %% ../nbs/07_evaluation.ipynb #5d1f3a07
 def compare(
     a,                      # `Scores` of model A, one or several seeds; or a list of them
     b,                      # of model B
@@ -796,32 +753,23 @@ def compare(
     split: str=None,        # needed only if several splits were scored
     average: str="median",  # or "mean", over songs
     name: str="",           # what changed, for the sentence: "pretraining"
-    seed: int=0,            # of the bootstrap
+    seed: int=0,            # of the songs' resampling
 ) -> Verdict:
     "The paired verdict on two models, over the songs that both have."
     (a, model_a), (b, model_b) = _pick(a, model_a), _pick(b, model_b)
     _same_protocol(a, b)
-    split = split or _one_split(a, b)
-    (x, titles), (y, others) = a.array(metric, model_a, split), b.array(metric, model_b, split)
-    common, sources = [s for s in titles if s in others], [s for s in a.sources if s in b.sources]
-    if not common: raise UserError("the two have no song in common")
-    x = x[:, [titles.index(s) for s in common]][:, :, [a.sources.index(s) for s in sources]]
-    y = y[:, [others.index(s) for s in common]][:, :, [b.sources.index(s) for s in sources]]
-    numbers = tuple(float(_mean(average_songs(v, metric).mean(0))) for v in (x, y))
+    x, y, same, titles, sources = _match(a, b, metric, (model_a, model_b), split or _one_split(a, b))
     head = dict(a=model_a, b=model_b, metric=metric, seeds=(len(x), len(y)), name=name)
-    each = {s: Verdict(**head, **paired(x[..., [k]], y[..., [k]], average, seed=seed), overall=tuple(float(average_songs(v, metric).mean(0)[k]) for v in (x, y))) for k, s in enumerate(sources)}
-    return Verdict(**head, **paired(x, y, average, seed=seed), overall=numbers, per_source=each, notes=_verdict_notes(x, y, titles, others, numbers, average, a.info.get("data") == b.info.get("data")))
+    numbers = np.stack([average_songs(v, metric).mean(0) for v in (x, y)])
 
-# %% ../nbs/07_evaluation.ipynb #2ff5d4db
-def _verdict_notes(x, y, titles, others, numbers, average, same) -> list[str]:
-    "What a reader of the verdict must know."
-    notes = [f"Table numbers: {numbers[0]:.2f} and {numbers[1]:.2f} dB. Differences are the {average} over songs of paired differences, so they need not equal the difference of the table's numbers."]
-    if not same: notes.append("The scores come from different versions or selections of the data.")
-    left = len(set(titles) ^ set(others))
-    if left: notes.append(f"{left} songs have a score in only one of the two and were left out.")
-    if min(len(x), len(y)) < 2: notes.append(f"Seeds: {len(x)} and {len(y)}. With one training run of a model the interval covers other songs, not other runs.")
-    else: notes.append(f"Seeds: {len(x)} and {len(y)}; the interval covers other songs and other training runs.")
-    return notes
+    def verdict(part, numbers, **more):
+        found = paired(x[..., part], y[..., part], average, same, seed=seed)
+        return Verdict(**head, **found, overall=tuple(map(float, numbers)), **more)
+
+    each = {s: verdict([k], numbers[:, k]) for k, s in enumerate(sources)}
+    overall = nan_average(numbers)
+    same_data = a.info.get("data") == b.info.get("data")
+    return verdict(slice(None), overall, per_source=each, notes=_verdict_notes(x, y, *titles, overall, average, same_data, same))
 
 # %% ../nbs/07_evaluation.ipynb #1bc0d77b
 @contextmanager

@@ -636,7 +636,7 @@ def plot_efficiency(
     metric:str="SNR", # or "SDR"
     ax=None, # matplotlib axes
 ): # the axes
-    "A line for each start: the mean over seeds, with its 95 % bootstrap interval, on a logarithmic axis of songs."
+    "A line for each start: the mean over seeds, with its 95 % interval, on a logarithmic axis of songs."
     import matplotlib.pyplot as plt, seaborn as sns
     ax = ax or plt.subplots(figsize=(5, 3.2), dpi=90, layout="constrained")[1]
     sns.lineplot(table, x="songs", y=metric, hue="start", style="start", markers=True, dashes=False, errorbar=("ci", 95), seed=0, palette="colorblind", ax=ax)
