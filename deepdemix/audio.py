@@ -422,7 +422,7 @@ class Decoder:
         path, # any audio or video file
         streams=(0,), # the audio streams to decode, or None for all of them
         strict=True, # raise `UserError` when the file is damaged; otherwise warn with `DamagedAudio` and keep what decodes
-        report=None, # called with the line about damage, in place of the warning
+        report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
     ):
         self.path, self.strict, self.report, self.problems, self.count = Path(path), False, report, [], []
         self.container = self.sound = None
@@ -619,11 +619,10 @@ def _counts_bytes(self: Decoder):
 @patch
 def warn(self: Decoder):
     "Say once what was wrong, if anything was, and that the stream has changed, if it has."
-    if self.problems:
-        line = f"{self.path} is damaged or cut off: {'; '.join(self.problems)}"
-        if self.report: self.report(line)
-        else: warnings.warn(line, DamagedAudio, stacklevel=4)
-    if self.changes: warnings.warn(f"{self.path} {self.change()}", ChangedAudio, stacklevel=4)
+    found = []
+    if self.problems: found.append(DamagedAudio(f"{self.path} is damaged or cut off: {'; '.join(self.problems)}"))
+    if self.changes: found.append(ChangedAudio(f"{self.path} {self.change()}"))
+    for warning in found: self.report(warning) if self.report else warnings.warn(warning, stacklevel=4)
 
 @patch
 def change(self: Decoder):
@@ -755,7 +754,7 @@ def read(
     duration=None, # seconds to read at most, or to the end
     stream=0, # which audio stream
     strict=True, # raise for a damaged file, or warn with `DamagedAudio` and return what decodes
-    report=None, # called with the line about damage, in place of the warning
+    report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
 ):
     "Decode one audio stream: (float32 tensor (channels, time), sample rate in Hz). `UserError` that names the file if it cannot be read."
     for name, x in (("start", start), ("duration", duration)):
@@ -797,7 +796,7 @@ def read_blocks(
     sample_rate=None, # resample to this rate in Hz, or leave it
     stream=0, # which audio stream
     strict=True, # raise for a damaged file, or warn with `DamagedAudio` after the last block that decodes
-    report=None, # called with the line about damage, in place of the warning
+    report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
 ):
     "Yield the file as float32 tensors (channels, block), the last one shorter, in bounded memory. `UserError` for unreadable files."
     if sample_rate is not None: check_rate(sample_rate)

@@ -34,7 +34,7 @@ from fastcore.basics import patch
 
 import deepdemix
 from .audio import UserError, atomic_path, read_blocks
-from .separation import Separator, find_model, find_songs, output_weights, pretrained_names, sweep, _checked
+from .separation import Separator, find_model, find_songs, folder_name, output_weights, pretrained_names, sweep, _checked
 from .training import file_digest
 
 # %% ../nbs/08a_catalogue.ipynb #bbf9c5a7
@@ -47,7 +47,7 @@ class Job:
     parent: str # the folder in which it gets a folder of its own
 
     @property
-    def folder(self): return Path(self.parent) / Path(self.path).stem
+    def folder(self): return Path(self.parent) / folder_name(self.path)
 
 def read_list(
     path, # a text file: a song a line, relative to the list's folder or absolute; lines that begin with # are passed over

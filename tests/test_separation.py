@@ -24,7 +24,7 @@ from deepdemix.data import toy_song
 from deepdemix.deepdemix import DeepDeMix
 from deepdemix.metrics import framewise_sdr
 from deepdemix.recurrent import Recurrent
-from deepdemix.separation import Cancelled, Separator, by_groups, describe_pretrained, pretrained_names, push_to_hub
+from deepdemix.separation import Cancelled, Separator, by_groups, describe_pretrained, find_songs, pretrained_names, push_to_hub
 from deepdemix.serving.export import export
 from deepdemix.training import build_network, known_networks, recipe_for, Recipe, save_network
 
@@ -399,7 +399,7 @@ def test_terminated_half_way(tmp_path):
     process.terminate()
     error = process.communicate()[1]
     assert process.returncode == 143 and "stopped" in error and "Traceback" not in error
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [x.name for x in tmp_path.iterdir()] == ["song.wav"]
 
 
 def memory(tmp_path, seconds, kind):
@@ -764,3 +764,112 @@ def test_what_is_no_rate(shares, song, rate):
 @pytest.mark.parametrize("x", [np.ones(9, int), np.ones(9, bool), np.ones((2, 9), complex), [[1.], [1., 2.]], np.ones((1, 2, 3)), None, "no such file.wav"])
 def test_what_is_no_waveform(shares, x):
     with pytest.raises(UserError): shares.separate(x, RATE)
+
+
+def test_a_changing_stream_is_mentioned(shares, song):
+    "A song that turns mono on the way is whole, and no process-wide warning says so."
+    first, second = (song.parent / f"{n}.mp3" for n in ("stereo", "mono"))
+    write(first, noise(2, 30_000), 44_100), write(second, noise(1, 30_000), 44_100)
+    joined = song.parent / "joined.mp3"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = shares.separate_files([joined], song.parent / "out", format="wav")
+    assert done["failed"] == [] and any("channel" in note for note in done["songs"][0]["notes"])
+
+
+# Sound tracks
+
+def test_the_second_sound_track(shares, tmp_path):
+    import av
+    path, tracks = tmp_path / "film.mkv", [chord(2, 16000, 48000), chord(1, 16000, 48000) / 2]
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("pcm_s16le", rate=48000, layout=layout) for layout in ("stereo", "mono")]
+        for stream, x in zip(streams, tracks):
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray((x.T * 32767).short().numpy().reshape(1, -1)), format="s16", layout=stream.layout.name)
+            frame.sample_rate = 48000
+            for packet in [*stream.encode(frame), *stream.encode(None)]: container.mux(packet)
+    for track, x in enumerate(tracks, 1):
+        stems = shares.separate(path, track=track)
+        assert (sum(stems.values()) - x).abs().max() < 1e-3
+        summary = shares.separate_file(path, tmp_path / "out", track=track, subtype="float")
+        assert summary["channels"] == len(x) and torch.allclose(read(summary["outputs"]["bass"])[0], stems["bass"])
+    for track in (0, 3, -1):
+        with pytest.raises(UserError, match="has 2 sound track"): shares.separate_file(path, tmp_path / "no", track=track)
+    assert not (tmp_path / "no").exists()
+
+
+# Folders of songs
+
+def test_stems_of_an_earlier_run_are_no_songs(shares, tmp_path):
+    "The output may be the album's own folder, or lie in it."
+    album = tmp_path / "album"
+    for name in ("a.wav", "cd 2/b.wav", "cd 2/drums.wav"): write(album / name, noise(1, 1000), RATE)
+    for out in (album, album / "stems", tmp_path / "elsewhere"):
+        for options in {}, dict(two_stems="vocals"):
+            done = shares.separate_files([album], out, overwrite=True, **options)
+            assert sorted(Path(x["input"]).relative_to(album).as_posix() for x in done["songs"]) == ["a.wav", "cd 2/b.wav", "cd 2/drums.wav"], out
+    assert "stems of an earlier run" in done["passed_over"][0]
+    named = shares.separate_files([album / "a" / "bass.wav"], tmp_path / "named")
+    assert named["failed"] == [] and len(named["songs"]) == 1
+
+
+@pytest.mark.parametrize("suffix", "m4b wmv flv 3gp mpg mpeg mts m2ts vob ogv 3g2 asf spx MP3 Wav".split())
+def test_endings_of_sound(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(b"x")
+    assert [x.name for x in find_songs([tmp_path], tmp_path / "out")] == [f"a.{suffix}"]
+
+
+def test_what_is_passed_over_is_counted(shares, tmp_path):
+    for name in ("a.wav", "@eaDir/a.wav", "__MACOSX/._a.wav", ".hidden/b.wav", ".c.wav"): write(tmp_path / "in" / name, noise(1, 100), RATE)
+    for name in ("cover.jpg", "back.JPG", "notes"): (tmp_path / "in" / name).write_text("")
+    done = shares.separate_files([tmp_path / "in"], tmp_path / "out")
+    assert len(done["songs"]) == 1 and done["passed_over"] == [f"{tmp_path / 'in'}: not taken: 2 .jpg, 1 without an ending"]
+
+
+def test_skip_existing(shares, tmp_path):
+    for i, name in enumerate(("a/song.wav", "b/song.wav", "b/other.wav")): write(tmp_path / name, noise(1, 8000 * (i + 1)), RATE)
+    folders, seen = [tmp_path / "a", tmp_path / "b"], shares.network.seen
+    first = shares.separate_files(folders, tmp_path / "out", skip_existing=True)
+    before = {x: (tmp_path / "out" / x).stat().st_mtime_ns for x in files_in(tmp_path / "out")}
+    seen.clear()
+    again = shares.separate_files(folders, tmp_path / "out", skip_existing=True)
+    assert seen == [] and [x["folder"] for x in again["songs"]] == [x["folder"] for x in first["songs"]] and all(x["skipped"] for x in again["songs"])
+    assert {x: (tmp_path / "out" / x).stat().st_mtime_ns for x in files_in(tmp_path / "out")} == before
+    (tmp_path / "out" / "other" / "bass.wav").unlink()
+    third = shares.separate_files(folders, tmp_path / "out", skip_existing=True)
+    assert [x.get("skipped", False) for x in third["songs"]] == [True, False, True]
+    write(tmp_path / "aa" / "song.wav", noise(1, 40000), RATE)
+    new = shares.separate_files([tmp_path / "aa"], tmp_path / "out", skip_existing=True)
+    assert Path(new["songs"][0]["folder"]).name == "song-3", "a longer song of the same name is another"
+    assert shares.separate_files([tmp_path / "a"], tmp_path / "out", skip_existing=True, format="flac")["songs"][0].get("skipped") is None
+    with pytest.raises(UserError, match="choose one"): shares.separate_files(folders, tmp_path / "out", skip_existing=True, overwrite=True)
+
+
+# Before the work, and after it
+
+@pytest.mark.parametrize("options", [dict(subtype="99bit"), dict(subtype="ADPCM"), dict(subtype="IMA_ADPCM"), dict(format="flac", subtype="float"), dict(format="mp3", subtype="24"), dict(format="opus")])
+def test_what_cannot_be_written_leaves_no_folder(shares, tmp_path, options):
+    write(tmp_path / "song.wav", noise(2, 1000), 44100)
+    with pytest.raises(UserError) as error: shares.separate_file(tmp_path / "song.wav", tmp_path / "new" / "out", **options)
+    assert "ADPCM," not in str(error.value) and [x.name for x in tmp_path.iterdir()] == ["song.wav"]
+
+
+def test_depths_by_any_name(shares, song):
+    for subtype, codec in (("24bit", "pcm_s24le"), ("24-bit", "pcm_s24le"), ("PCM_24", "pcm_s24le"), ("16 bits", "pcm_s16le"), ("FLOAT", "pcm_f32le"), (64, "pcm_f64le")):
+        assert probe(shares.separate_file(song, song.parent / "out", subtype=subtype, stems="bass")["outputs"]["bass"]).codec == codec
+
+
+def test_an_output_that_is_a_file_is_refused_once(shares, song):
+    with pytest.raises(UserError, match="is a file"): shares.separate_files([song], song)
+
+
+# Models
+
+def test_a_model_by_one_of_its_files(tmp_path, song):
+    network = Baseline(hidden_size=3, window_length=256, hop_length=64)
+    save_network(network, Recipe(network="baseline", network_args=network.args), tmp_path / "run")
+    whole = Separator.from_pretrained(tmp_path / "run")
+    for name in ("model.safetensors", "recipe.json"):
+        separator = Separator.from_pretrained(tmp_path / "run" / name)
+        assert separator.name == "run" and torch.equal(separator.separate(song)["bass"], whole.separate(song)["bass"])
