@@ -67,9 +67,9 @@ def out_of_reach():
 def fresh(tmp_path_factory):
     "The Python of a new environment that holds the package, from a wheel that was built of the source archive, and a kernel; DEEPDEMIX_FRESH names one that is there already."
     if os.environ.get("DEEPDEMIX_FRESH"): return Path(os.environ["DEEPDEMIX_FRESH"])
-    folder = tmp_path_factory.mktemp("fresh")
+    folder, alone = tmp_path_factory.mktemp("fresh"), {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
     python = folder / "env/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", next(folder.glob("*.whl")), "ipykernel", "nbclient"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", next(folder.glob("*.whl")), "ipykernel", "nbclient"], env=alone, check=True)
     return python
