@@ -158,5 +158,5 @@ def bundle(
     halve(run, folder, network_args or {})
     if (curve := Path(run) / "metrics.csv").exists(): shutil.copyfile(curve, kept / "metrics.csv")
     text = card(run, name, sentence, folder, score_splits(folder, store, kept), kept, network_args)
-    with atomic_path(folder / "README.md") as part: Path(part).write_text(text)
+    with atomic_path(folder / "README.md") as part: Path(part).write_text(text, encoding="utf-8")
     return folder

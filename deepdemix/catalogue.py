@@ -20,7 +20,6 @@ import platform
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -34,6 +33,7 @@ from fastcore.basics import patch
 
 import deepdemix
 from .audio import UserError, atomic_path, read_blocks
+from .foundations.console import say
 from .separation import Separator, find_model, find_songs, folder_name, output_weights, pretrained_names, sweep, _checked
 from .training import file_digest
 
@@ -284,7 +284,7 @@ class Tally:
         self.counts[what] += 1
         if self.show and (now - self.last >= self.every or sum(self.counts.values()) == self.total):
             self.last = now
-            print(self.line(now - self.start), file=sys.stderr, flush=True)
+            say(self.line(now - self.start))
 
     def line(self, elapsed): # seconds
         "Songs that were finished before took no time, and say nothing about the rest."

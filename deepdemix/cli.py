@@ -14,6 +14,8 @@ import signal
 import sys
 import threading
 
+from .foundations.console import streams
+
 # %% ../nbs/11_cli.ipynb #279bd20b
 PROFILE_NAMES = ("demo", "laptop", "author", "paper")
 
@@ -441,7 +443,10 @@ def main(
     argv:list|None=None, # the words after `deepdemix`; the shell's own if None
 ) -> int: # exit status: 0 success, 1 done but not all is well, 2 bad use, 130 interrupted, 143 terminated
     "Run one command."
-    args = make_parser().parse_args(argv)
+    with streams(): return _main(make_parser().parse_args(argv))
+
+def _main(args):
+    "The exit status of a command."
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _terminate)
     try: return args.run(args) or 0

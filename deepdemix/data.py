@@ -22,6 +22,7 @@ from fastcore.basics import patch
 
 from .audio import (SAMPLE_RATE, SOURCES, Decoder, UserError, abandoned, atomic_path, check_finite, check_rate, hidden_name, probe, read,
                              resample)
+from .foundations.console import progress_bar
 
 # %% ../nbs/01_data.ipynb #0ec1d294
 _SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "dorian": (0, 2, 3, 5, 7, 9, 10), "mixolydian": (0, 2, 4, 5, 7, 9, 10)}
@@ -864,7 +865,6 @@ def _prepare_one(job, settings):
 
 def _decode_all(takes, homes, out, settings, progress, repair, each):
     "Prepare what is not finished: (entries by file, problems by title). On Ctrl-C songs in work are finished, those that wait are dropped."
-    from tqdm import tqdm
     entries = {t.file: e for t in takes if (e := _finished(t, homes[t.file], settings, repair))}
     problems, waiting = {}, [t for t in takes if t.file not in entries]
     if _indexed(out) & {t.file for t in waiting}: (out / "store.json").unlink(missing_ok=True)
@@ -872,7 +872,7 @@ def _decode_all(takes, homes, out, settings, progress, repair, each):
     if not waiting: return entries, problems
     jobs = [(t, homes[t.file]) for t in waiting]
     with closing(each(partial(_prepare_one, settings=settings), jobs, out / ".attempts", _some_inputs(waiting))) as work:
-        bar = tqdm(work, "preparing", total=len(waiting), unit="song", disable=not progress)
+        bar = progress_bar(work, "preparing", total=len(waiting), unit="song", progress=progress)
         for k, result in bar:
             if isinstance(result, Exception) and _no_space(result): raise result
             if isinstance(result, Exception): problems[waiting[k].title] = str(result)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .audio import SAMPLE_RATE, SOURCE_COLORS, SOURCES, STFT, UserError, atomic_path, check_finite, overlap_add, show_spectrogram, to_mono
+from .foundations.console import progress_bar
 from .foundations.statistics import MARGIN, average_songs, detectable, nan_average, overall_interval, paired
 from .metrics import METRICS, isr_sir_sar, median_over_frames, scores as score_all
 
@@ -275,9 +276,8 @@ def _protocol(separate, store, channels: str, mixture: str | None) -> str:
 # %% ../nbs/07_evaluation.ipynb #64ff76af
 def _each_song(store, estimate: Callable, channels: str, mixture: str, metrics, bss: bool, seed: int, progress: bool) -> tuple[list, list]:
     "Entries of scores.json and failures, over all songs; `estimate` gives {model: estimates}."
-    from tqdm.auto import tqdm
     records, failed = [], []
-    for i, song in enumerate(tqdm(store.songs, desc="songs", disable=not progress)):
+    for i, song in enumerate(progress_bar(store.songs, desc="songs", progress=progress)):
         try:
             stems, mix = _song(store, i, channels, mixture)
             for name, estimates in estimate(stems, mix).items():

@@ -14,7 +14,6 @@ import importlib.util
 import json
 import math
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from .audio import SAMPLE_RATE, SOURCES, STFT, UserError, atomic_path, read, rea
 from .augmentation import Triplets
 from .data import Store, prepare_toy, toy_song
 from .evaluation import Scores, average_songs, compare, evaluate, plot_scores, reference_rows, windowed
+from .foundations.console import say
 from .metrics import sdr, si_sdr
 from .pretraining import draw_excerpts, embed_excerpts, neighbour_accuracy, probe, project, random_twin, show_embedding
 from .separation import Separator, find_model
@@ -100,7 +100,7 @@ def train_steps(
     root = Path(out) / f"seed{seed}"
     for step in steps:
         if finished(root / step.name): continue
-        if progress: print(f"seed {seed}: training {step.label or step.name}", file=sys.stderr, flush=True)
+        if progress: say(f"seed {seed}: training {step.label or step.name}")
         fit(step_recipe(step, profile, seed, root, settings), store, root / step.name, resume=True, logger=logger, progress=progress)
 
 # %% ../nbs/09_experiment.ipynb #c67462bb
@@ -143,7 +143,7 @@ def score_steps(
         songs = store.split(split)
         if not _known(scores, "mixture / 4", 0, split): scores = _add(scores, reference_rows(songs, "mono", "sum", STFT()), path)
         for step in (s for s in steps if s.label and not _known(scores, s.label, seed, split)):
-            if progress: print(f"seed {seed}: scoring {step.label} on {len(songs)} {split} songs", file=sys.stderr, flush=True)
+            if progress: say(f"seed {seed}: scoring {step.label} on {len(songs)} {split} songs")
             network = load_network(Path(out) / f"seed{seed}" / step.name)
             scores = _add(scores, evaluate(network, songs, name=step.label, seed=seed, references=False), path)
     return scores

@@ -29,6 +29,7 @@ from torch import nn
 
 import deepdemix
 from .audio import STFT, SOURCES, UserError, atomic_path, overlap_add, to_mono
+from .foundations.console import on_terminal, progress_bar, say
 
 # %% ../nbs/03_training.ipynb #428904d7
 NETWORKS = {}
@@ -1156,7 +1157,9 @@ class _Watch(logging.Handler):
     "Lightning's note that a process has died, as one line."
     def emit(self, record):
         if "terminated with code" in record.getMessage():
-            print(f"deepdemix: another process of this training has ended ({record.getMessage().split(' terminated with ')[1].split('.')[0]}), so all are ended; resume to go on", file=sys.stderr, flush=True)
+            how = record.getMessage().split(" terminated with ")[1].split(".")[0]
+            ended = f"another process of this training has ended ({how}), so all are ended"
+            say(f"deepdemix: {ended}; resume to go on")
 
 # %% ../nbs/03_training.ipynb #9bc5b527
 class Interrupted(UserError):
@@ -1295,14 +1298,10 @@ def settle_precision(self:Loop, trainer, state):
     self.precision = self.recipe.precision
     if self.precision == "32" or trainer.strategy.root_device.type != "cpu": return
     self.precision, why = self.ranks.first(self._try_precision, state)
-    if why and getattr(self.report, "progress", False): _note(f"{why}, so single precision is used")
+    if why and getattr(self.report, "progress", False): say(f"deepdemix: {why}, so single precision is used")
     if self.precision != "32": return
     from lightning.pytorch.plugins.precision import Precision
     trainer.strategy.precision_plugin = Precision()
-
-def _note(text):
-    "A line for the user."
-    print(f"deepdemix: {text}", file=sys.stderr, flush=True)
 
 @patch
 def _try_precision(self:Loop, state):
@@ -1632,7 +1631,7 @@ class Reporter:
         if logger not in ("csv", "tensorboard"): raise _no_such("logger", logger, ("csv", "tensorboard"))
         self.recipe, self.progress, self.bar, self.epoch = recipe, progress, None, 0
         self.board = _tensorboard(out) if logger == "tensorboard" else None
-        self.name, self.on_terminal = Path(out).name, progress and sys.stderr.isatty()
+        self.name, self.on_terminal = Path(out).name, progress and on_terminal()
 
 def _tensorboard(out):
     "A TensorBoard writer in the run folder."
@@ -1650,15 +1649,18 @@ def __call__(self:Reporter, loop):
     self.epoch = row["epoch"]
     figures = {k: v for k, v in row.items() if k == "train_loss" or k in ("valid_loss", loop.monitor)}
     if self.bar is not None: self.bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
-    elif self.progress: print(f"epoch {row['epoch']}/{self.recipe.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) + f"  {row['seconds']:.0f} s", file=sys.stderr, flush=True)
+    elif self.progress:
+        told = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        say(f"epoch {row['epoch']}/{self.recipe.epochs}  {told}  {row['seconds']:.0f} s")
     if self.board:
         for k, v in row.items(): self.board.add_scalar(k, v, row["step"])
 
 @patch
 def _advance(self:Reporter, step):
     "Move the bar; a resumed run begins where it stopped."
-    from tqdm import tqdm
-    if self.bar is None: self.bar = tqdm(total=self.recipe.steps, initial=step - 1, desc=self.name, unit="step", dynamic_ncols=True)
+    if self.bar is None:
+        steps = dict(total=self.recipe.steps, initial=step - 1, unit="step")
+        self.bar = progress_bar(desc=self.name, dynamic_ncols=True, **steps)
     self.bar.update(step - self.bar.n)
 
 @patch

@@ -372,3 +372,48 @@ def test_fuzzed_models(run):
         try: Separator.from_pretrained(run); seen["loaded"] += 1
         except UserError as e: seen["refused"] += 1; assert str(e)
     assert min(seen.values()) > 0, seen
+
+
+# -- nobody listens -----------------------------------------------------------
+
+COMMANDS = """
+import sys
+import torch
+from deepdemix.cli import main
+torch.set_num_threads(1)
+home, odd = sys.argv[1:]
+small = ["--set", "epochs=1", "--set", "examples_per_epoch=4", "--set", "valid_examples=2", "--set", "mixer.pitch=null", "--set", "mixer.stretch=null"]
+statuses = [main(words) for words in (
+    ["prepare", "--toy", "6", "--out", f"{home}/store"],
+    ["train", "--model", "baseline", "--profile", "demo", "--data", f"{home}/store", "--out", f"{home}/run", *small],
+    ["evaluate", "--model", f"{home}/run", "--data", f"{home}/store", "--split", "valid", "--out", f"{home}/scores.json"],
+    ["separate", odd, "--model", f"{home}/run", "--out", f"{home}/stems"])]
+open(f"{home}/statuses", "w").write(str(statuses))
+"""
+
+
+def test_commands_without_standard_error_and_with_a_plain_standard_output(tmp_path):
+    "As under `2>&-`, in a service, or with an old code page; the name of the song has characters that no code page has."
+    odd = tmp_path / "Déjà – 🎵.wav"
+    write(odd, noise(1, 44100), 44100)
+    command = 'exec "$0" -c "$1" "$2" "$3" 2>&-'
+    env = os.environ | dict(PYTHONIOENCODING="ascii")
+    done = subprocess.run(["sh", "-c", command, sys.executable, COMMANDS, str(tmp_path), str(odd)], env=env, stdout=subprocess.PIPE)
+    assert (tmp_path / "statuses").read_text() == "[0, 0, 0, 0]", done.stdout.decode()
+    shown = done.stdout.decode("ascii")
+    assert next(line for line in shown.splitlines() if line.startswith("silence")).split()[1] == "-"
+    assert "4 stems in" in shown and "\\U0001f3b5" in shown
+
+
+def test_progress_is_shown_where_somebody_sees_it(tmp_path, monkeypatch):
+    "From Python, too, a missing or closed standard error costs no result."
+    from deepdemix.data import prepare_toy
+    from deepdemix.evaluation import evaluate
+    from deepdemix.training import fit, load_network, recipe_for
+    closed = open(os.devnull, "w"); closed.close()
+    for name, stream in dict(none=None, closed=closed).items():
+        monkeypatch.setattr(sys, "stderr", stream)
+        store = prepare_toy(6, tmp_path / name / "store", duration=1.0, progress=True)
+        recipe = recipe_for("baseline", "demo", epochs=1, examples_per_epoch=4, valid_examples=2, mixer=dict(duration=0.5, pitch=None, stretch=None))
+        run = fit(recipe, store, tmp_path / name / "run", progress=True)
+        assert evaluate(Separator(load_network(run)), store.split("valid"), progress=True).rows.size
