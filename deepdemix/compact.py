@@ -122,13 +122,13 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads: raise UserError(f"{heads} heads do not share {width} features evenly: choose a divisor")
         self.heads, self.norm, self.dropout = heads, nn.LayerNorm(width), nn.Dropout(dropout)
-        self.ask, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        asked = self.ask(self.norm(x)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = asked.permute(3, 0, 4, 1, 2, 5).flatten(-2)
+        joint = self.project(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = joint.permute(3, 0, 4, 1, 2, 5).flatten(-2)
         found = F.scaled_dot_product_attention(query, key, value)
         found = found.unflatten(-1, (x.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(-2)
         return x + self.dropout(self.out(found))
