@@ -1,7 +1,13 @@
 "The command, run as a user runs it: every step from a toy store to a verdict."
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from deepdemix.cli import main
 
@@ -194,3 +200,269 @@ def test_the_examples_at_the_top_of_the_page():
     for example in examples: make_parser().parse_args(shlex.split(example))
     commands = next(action.choices for action in make_parser()._actions if action.metavar == "COMMAND")
     assert sorted(example.split()[0] for example in examples) == sorted(commands)
+
+
+# Habits: names, streams, words
+
+COMMAND = [sys.executable, "-c", "import torch; torch.set_num_threads(1); import sys; from deepdemix.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A run folder with a small separator at 8 kHz."
+    from deepdemix.baseline import Baseline
+    from deepdemix.training import Recipe, save_network
+    network = Baseline(hidden_size=3, window_length=256, hop_length=64, sample_rate=8000)
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    save_network(network, Recipe(network="baseline", network_args=network.args), folder)
+    return folder
+
+
+@pytest.fixture
+def desk(tiny, tmp_path, monkeypatch):
+    "A working folder with a song in it, and `separate` with the small model there."
+    from deepdemix.audio import write
+    monkeypatch.chdir(tmp_path)
+    write("song.wav", torch.rand(2, 8000, generator=torch.Generator().manual_seed(0)) / 2, 8000)
+    return lambda *words: main(["separate", *map(str, words), "--model", str(tiny)])
+
+
+def stems_in(folder): return sorted(x.relative_to(folder).as_posix() for x in Path(folder).rglob("*.*") if x.is_file())
+
+
+FOUR = ["song/bass.wav", "song/drums.wav", "song/other.wav", "song/vocals.wav"]
+
+
+def test_a_default_folder_and_a_short_option(desk):
+    assert desk("song.wav") == 0 and stems_in("separated") == FOUR
+    assert desk("song.wav", "-o", "short") == 0 and stems_in("short") == FOUR
+
+
+def test_every_out_has_its_short_option():
+    from deepdemix.cli import make_parser
+    commands = next(action.choices for action in make_parser()._actions if action.metavar == "COMMAND")
+    outs = [a.option_strings for p in commands.values() for a in p._actions if a.dest == "out"]
+    assert len(outs) > 10 and all(x == ["-o", "--out"] for x in outs)
+
+
+def test_the_shell_s_home_folder(desk, tiny, tmp_path, monkeypatch):
+    "`--out=~/x` and quoted names come with their `~`."
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    os.rename("song.wav", "home/song.wav")
+    os.symlink(tiny, "home/run")
+    assert main(["separate", "~/song.wav", "--out=~/x", "--model=~/run"]) == 0
+    assert stems_in("home/x") == FOUR and sorted(os.listdir()) == ["home"]
+
+
+@pytest.mark.parametrize("name", ["-dash.wav", "--dash.wav", "-o.wav", "-", "~song.wav"])
+def test_names_that_look_like_something_else(desk, name, capsys, monkeypatch):
+    if name == "-": monkeypatch.setattr(sys, "stdin", open("song.wav"))
+    os.rename("song.wav", f"./{name}") if name != "-" else None
+    assert desk(name, "-o", "out") == 0, capsys.readouterr().err
+    folder = {"-": "stdin", "--dash.wav": "--dash", "-dash.wav": "-dash", "-o.wav": "-o", "~song.wav": "~song"}[name]
+    assert stems_in("out") == [x.replace("song", folder) for x in FOUR]
+
+
+def test_a_name_with_a_dash_that_is_not_there(desk, capsys):
+    with pytest.raises(SystemExit) as stop: desk("-dsh.wav", "-o", "out")
+    assert stop.value.code == 2 and "-dsh.wav: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--stems vocals song.mp3", "--stems vocals drums song.mp3", "--stems vocals,drums song.mp3", "song.mp3 --stems vocals,drums", "--stems drums vocals ./vocals --two"])
+def test_songs_behind_the_names_of_stems(desk, words, capsys):
+    "A folder may have a stem's name too: the stem is meant."
+    from deepdemix.audio import read, write
+    write("song.mp3", *read("song.wav"))
+    if "--two" in words:
+        Path("vocals").mkdir()
+        os.rename("song.wav", "vocals/song.wav")
+    words = words.removesuffix(" --two").split()
+    assert desk(*words, "-o", "out") == 0, capsys.readouterr().err
+    expected = {"vocals"} | ({"drums"} if any("drums" in w for w in words) else set())
+    assert {Path(x).stem for x in stems_in("out")} == expected and {Path(x).parent.name for x in stems_in("out")} == {"song"}
+
+
+def test_a_stem_that_is_misspelt_is_no_song(desk, capsys):
+    assert desk("--stems", "voclas", "song.wav") == 2
+    assert "no stem 'voclas'; it has drums" in capsys.readouterr().err and not Path("separated").exists()
+
+
+def test_nothing_to_separate(desk, capsys):
+    for words in ([], ["--stems", "vocals"]):
+        assert desk(*words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_address_is_no_file(desk, capsys):
+    assert desk("https://example.org/song.mp3") == 2
+    error = capsys.readouterr().err
+    assert "download" in error and error.count("\n") == 1 and not Path("separated").exists()
+
+
+def test_standard_input(desk, tiny):
+    run = lambda *words, **kwargs: subprocess.run([*COMMAND, "separate", *words, "--model", str(tiny)], capture_output=True, **kwargs)
+    done = run("-", "-o", "out", "--json", input=Path("song.wav").read_bytes())
+    summary = json.loads(done.stdout)
+    assert done.returncode == 0 and stems_in("out") == [x.replace("song", "stdin") for x in FOUR] and summary["songs"][0]["input"] == "standard input"
+    done = run("-", "-o", "no", input=b"not a song at all")
+    assert done.returncode == 2 and done.stderr.startswith(b"deepdemix: standard input is not an audio file") and not Path("no").exists()
+    done = run("-", "-o", "no", stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and done.stderr == b"deepdemix: standard input is empty (0 bytes)\n"
+
+
+def test_skip_existing_needs_no_cluster(desk, capsys):
+    Path("copy.wav").write_bytes(Path("song.wav").read_bytes())
+    assert desk("song.wav") == 0
+    before = os.stat("separated/song/bass.wav").st_mtime_ns
+    capsys.readouterr()
+    assert desk("song.wav", "copy.wav", "--skip-existing") == 0
+    out = capsys.readouterr().out
+    assert "song.wav: finished before, in separated/song\n" in out and "copy.wav: 4 stems" in out
+    assert os.stat("separated/song/bass.wav").st_mtime_ns == before and sorted(os.listdir("separated")) == ["copy", "song"]
+    assert desk("song.wav", "--skip-existing", "--overwrite") == 2
+
+
+def test_an_album_that_is_its_own_output(desk, capsys):
+    Path("album").mkdir()
+    os.rename("song.wav", "album/song.wav")
+    for _ in range(2):
+        assert desk("album", "-o", "album", "--overwrite") == 0
+        assert stems_in("album") == sorted([*FOUR, "song.wav"])
+    assert "stems of an earlier run" in capsys.readouterr().err
+
+
+def test_what_a_folder_holds_beside_songs_is_said(desk, capsys):
+    Path("album").mkdir()
+    os.rename("song.wav", "album/song.m4b"), Path("album/cover.jpg").write_text("")
+    assert desk("album") == 0
+    assert "album: not taken: 1 .jpg\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "recipe.json"])
+def test_a_model_may_be_named_by_its_file(desk, tiny, name):
+    assert main(["separate", "song.wav", "--model", str(tiny / name)]) == 0 and stems_in("separated") == FOUR
+
+
+def test_a_track_that_is_not_there(desk, capsys):
+    assert desk("song.wav", "--track", "2") == 2
+    assert "has 1 sound track" in capsys.readouterr().err
+
+
+def test_a_depth_by_a_wrong_name(desk, capsys):
+    assert desk("song.wav", "--subtype", "25bit") == 2
+    error = capsys.readouterr().err
+    assert "PCM_24" in error and "ADPCM" not in error and os.listdir() == ["song.wav"]
+    assert desk("song.wav", "--subtype", "24bit") == 0
+
+
+# Streams
+
+def test_without_standard_error(desk, tiny):
+    "Closed by the shell: the work is done, and no file of ours gets the number that libraries complain to."
+    out = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *COMMAND, "separate", "song.wav", "song.wav", "missing.wav", "--model", str(tiny)], stdout=subprocess.PIPE)
+    assert out.returncode == 1 and stems_in("separated") == FOUR
+    assert out.stdout.decode() == "song.wav: 4 stems in separated/song\n"
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_the_numbers_of_closed_streams_stay_free(tmp_path, closed):
+    code = """
+import os, sys
+import deepdemix.cli as cli
+def work(args):
+    with open(sys.argv[1], "w") as file: print(file.fileno(), file=file); os.write(2, b"a library complains")
+cli.models = work
+os.environ["TORCH_CPP_LOG_LEVEL"] = "x"
+sys.exit(cli.main(["models"]))
+"""
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", code, str(tmp_path / "file")])
+    assert done.returncode == 0 and int((tmp_path / "file").read_text()) > 2
+
+
+def test_standard_error_is_none(desk, monkeypatch, capsys):
+    "As under pythonw. What belongs there does not go to standard output instead."
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        assert desk("song.wav", "missing.wav") == 1
+        assert sys.stderr is None
+    assert capsys.readouterr().out == "song.wav: 4 stems in separated/song\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "utf-8"])
+def test_characters_that_the_output_does_not_know(desk, tiny, encoding):
+    "An emoji, and a name that is no text at all."
+    names = ["song \U0001f600.wav", os.fsdecode(b"latin \xe9.wav")]
+    for name in names: Path(name).write_bytes(Path("song.wav").read_bytes())
+    run = lambda *words: subprocess.run([*COMMAND, "separate", *names, "--model", str(tiny), *words], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
+    done = run("-o", "out")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.count(b"4 stems in out") == 2
+    assert sorted(os.listdir("out")) == sorted(x.removesuffix(".wav") for x in names)
+    summary = json.loads(run("-o", "json", "--json").stdout)
+    assert [x["input"] for x in summary["songs"]] == names
+    assert run("-o", "song.wav").stderr.count(b"\n") == 1
+
+
+def test_main_leaves_streams_and_signals_as_they_were(capsys):
+    before = sys.stdout, sys.stdout.errors, sys.stderr, sys.stderr.errors, signal.getsignal(signal.SIGTERM)
+    assert main(["models"]) == 0 and main(["compare", "nothing.json"]) == 2
+    assert (sys.stdout, sys.stdout.errors, sys.stderr, sys.stderr.errors, signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_had_enough(unbuffered):
+    done = subprocess.run(["bash", "-c", 'set -o pipefail; "$@" | true', "bash", *COMMAND, "models"], capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_cannot_be_written():
+    with open("/dev/full", "w") as full: done = subprocess.run([*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "deepdemix: [Errno 28] No space left on device\n"
+
+
+# Before the work
+
+def write_scores(path, **models):
+    import pandas as pd
+    from deepdemix.evaluation import Scores
+    rows = [dict(model=m, seed=0, split="test", song=f"song {i}", source=s, metric="SDR", value=value + i) for m, value in models.items() for i in range(8) for s in ("drums", "bass")]
+    Scores(pd.DataFrame(rows), dict(channels="mono", mixture="sum")).save(path)
+    return str(path)
+
+
+def test_a_model_is_not_compared_with_itself(tmp_path, capsys):
+    one = write_scores(tmp_path / "one.json", **{"ddm": 1., "mixture / 4": 0.})
+    two = write_scores(tmp_path / "two.json", early=1., late=2.)
+    for words in ([one], [one, one], [one, str(tmp_path / "." / "one.json"), "--model-a", "ddm"], [two, "--model-a", "late", "--model-b", "late"]):
+        assert main(["compare", *words]) == 2
+        captured = capsys.readouterr()
+        assert "with itself" in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert main(["compare", one, "--model-b", "mixture / 4"]) == 0 and "mixture / 4 changes SDR by -1.00 dB" in capsys.readouterr().out
+    again = write_scores(tmp_path / "again.json", ddm=1.5)
+    assert main(["compare", one, again]) == 0, "two runs of one name are two"
+
+
+def test_scores_have_a_place_before_songs_are_scored(folder, tmp_path, monkeypatch, capsys):
+    from deepdemix import experiment
+    monkeypatch.setattr(experiment, "score_model", lambda *args, **kwargs: pytest.fail("the songs were scored first"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file" / "scores.json"):
+        assert main(["evaluate", "--model", str(folder / "baseline"), "--data", str(folder / "toy"), "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert str(out) in error and error.count("\n") == 1
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("command", ["download --musdb7", "prepare --toy 2", "train --model baseline", "pretrain", "experiment", "label-efficiency", "contest", "demo", "join default default", "separate song.wav"])
+def test_a_file_where_a_folder_shall_be(command, tmp_path, monkeypatch, capsys):
+    import deepdemix.cli
+    monkeypatch.setattr(deepdemix.cli, command.split()[0].replace("-", "_"), lambda args: pytest.fail("the work was begun"))
+    (tmp_path / "file").write_text("mine")
+    assert main([*command.split(), "--out", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_port_out_of_range(capsys):
+    with pytest.raises(SystemExit): main(["listen", "--port", "70000"])
+    assert "no port" in capsys.readouterr().err
