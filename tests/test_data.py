@@ -1,5 +1,5 @@
 "The data room where a notebook cell is the wrong place: faults, processes, giant stores, real songs."
-import json, os, pickle, shutil, signal, subprocess, sys, threading, time
+import json, os, pickle, shutil, signal, subprocess, sys, threading, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdemix.audio import SOURCES, UserError, write
-from deepdemix.data import (FORMAT, Store, assign_splits, compose, download_musdb7, find_musdb, is_musdb, open_data, prepare_musdb, prepare_stems,
+from deepdemix.data import (FORMAT, DataNote, Store, assign_splits, compose, download_musdb7, find_musdb, is_musdb, open_data, prepare_musdb, prepare_stems,
                             prepare_toy, toy_song, validation_titles)
 
 RATE = 8000
@@ -435,6 +435,229 @@ def test_musdb_hq_is_recognised_and_split_by_its_list(tmp_path):
     store = prepare_musdb(tmp_path / "hq", tmp_path / "out", sample_rate=RATE, dtype="auto", progress=False)
     assert {s.title: s.split for s in store.songs} == {titles[0]: "train", titles[1]: "valid", "Else - Where": "test"}
     assert {(s.mixture, s.dtype) for s in store.songs} == {("stream", "int16")} and all(s.mixture_snr > 60 for s in store.songs)
+
+
+# ---- folders as people have them
+
+def notes(prepare, *args, **kw):
+    "A store, and the notes that its making gave."
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        store = prepare(*args, **kw)
+    return store, " | ".join(str(w.message) for w in heard if issubclass(w.category, DataNote))
+
+
+def splits_of(store): return {s.title: s.split for s in store.songs}
+
+
+def test_songs_beside_a_folder_of_a_split_are_songs_too(tmp_path):
+    for name in ("test/e", "test/f", "a", "b", "c", "d"): make_song(tmp_path / "in" / name, .1)
+    (tmp_path / "in" / "artwork" / "old").mkdir(parents=True)
+    (tmp_path / "in" / "artwork" / "cover.png").write_bytes(b"x")
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
+    assert store.splits == {"train": 3, "valid": 1, "test": 2} and {t for t, s in splits_of(store).items() if s == "test"} == {"e", "f"}
+    assert "4 songs beside the folders test taken for training: a, b, c, d" in said and "1 folder not taken: artwork (no drums, bass, other, vocals in it)" in said
+
+
+@pytest.mark.parametrize("name", ["test", "Train", "dev", "valid"])
+def test_a_folder_that_holds_stems_is_a_song_whatever_its_name(tmp_path, name):
+    for song in (name, "a", "b"): make_song(tmp_path / "in" / song, .1)
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
+    assert set(splits_of(store)) == {name, "a", "b"} and not said
+
+
+def test_an_empty_folder_of_a_split_is_none(tmp_path):
+    for k in range(4): make_song(tmp_path / "in" / f"s{k}", .1)
+    (tmp_path / "in" / "test").mkdir()
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
+    assert store.splits == {"train": 2, "valid": 1, "test": 1} and "1 folder not taken: test" in said
+
+
+@pytest.mark.parametrize("clutter", ["@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information", ".Trashes"])
+@pytest.mark.parametrize("split", [False, True])
+def test_what_systems_put_among_songs_is_passed_over(tmp_path, clutter, split):
+    for k in range(3): make_song(tmp_path / "in" / ("train" if split else "") / f"s{k}", .1)
+    for place in ("", "train" if split else "s0", "train/s0" if split else "s1"): make_song(tmp_path / "in" / place / clutter / "drums.wav", .1)
+    (tmp_path / "in" / ("train" if split else "") / "s0" / "._drums.wav").write_bytes(b"AppleDouble")
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
+    assert set(splits_of(store)) == {"s0", "s1", "s2"} and not said and not any(s.flags for s in store.songs)
+
+
+def test_a_folder_that_may_not_be_read_is_left_with_the_reason(tmp_path, monkeypatch):
+    for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1)
+    (tmp_path / "in" / "private").mkdir()
+    names = Path.iterdir
+    def refuse(path):
+        if path.name == "private": raise PermissionError(13, "Permission denied")
+        return names(path)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
+    assert len(store) == 3 and "private (permission denied)" in said
+    with pytest.raises(UserError, match="private: cannot be read"): prepared(tmp_path / "in" / "private", tmp_path / "out2")
+
+
+def test_a_ds_store_that_comes_later_decodes_nothing_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
+    for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1, rate=44100, seed=k)
+    first = open_data(tmp_path / "in", progress=False)
+    for name in (".DS_Store", "s0/.DS_Store", "s1/Thumbs.db", "s2/notes.txt", "list.csv", "@eaDir/s0/x.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    assert open_data(tmp_path / "in", progress=False).path == first.path
+    os.utime(tmp_path / "in" / "s0" / "bass.wav", (1, 1))
+    assert open_data(tmp_path / "in", progress=False).path != first.path
+
+
+def hq(root, train="train", test="test"):
+    "MUSDB18-HQ in small, under other names."
+    for split, title in ((train, "A - B"), (train, validation_titles()[0]), (test, "C - D")): make_song(root / split / title, .1)
+    return {"A - B": "train", validation_titles()[0]: "valid", "C - D": "test"}
+
+
+@pytest.mark.parametrize("where, names", [("", ("Train", "Test")), ("musdb18", ("train", "test")), ("MUSDB18/musdb18hq", ("TRAIN", "TEST"))])
+def test_musdb_nested_or_spelt_otherwise_is_musdb(tmp_path, monkeypatch, where, names):
+    monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
+    truth = hq(tmp_path / "in" / where, *names)
+    (tmp_path / "in" / "__MACOSX").mkdir()
+    (tmp_path / "in" / "README.txt").touch()
+    if where.count("/"): assert not is_musdb(tmp_path / "in")
+    root = tmp_path / "in" / where.rpartition("/")[0]
+    assert is_musdb(root) and splits_of(prepare_musdb(root, tmp_path / "out", sample_rate=RATE, progress=False)) == truth
+    assert splits_of(open_data(root, progress=False)) == truth
+
+
+def test_musdb_says_what_it_leaves_out(tmp_path):
+    truth = hq(tmp_path / "in")
+    (tmp_path / "in" / "train" / "lyrics").mkdir()
+    make_song(tmp_path / "in" / "separated" / "C - D", .1)
+    store, said = notes(prepare_musdb, tmp_path / "in", tmp_path / "out", sample_rate=RATE, progress=False)
+    assert splits_of(store) == truth and "2 folders not taken" in said
+    assert "train/lyrics (no drums" in said and "separated (its songs lie a level deeper than the others)" in said
+
+
+def test_folders_of_artists(tmp_path):
+    for name in ("Ann/Intro", "Ann/Song", "Bob/Intro", "Bob/extras/demo"): make_song(tmp_path / "in" / name, .1)
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
+    assert set(splits_of(store)) == {"Ann - Intro", "Ann - Song", "Bob - Intro"} and "Bob/extras (its songs lie a level deeper" in said
+    for name in ("train/Ann/Song", "test/Bob/Song"): make_song(tmp_path / "split" / name, .1)
+    assert splits_of(prepared(tmp_path / "split", tmp_path / "out2")) == {"Ann - Song": "train", "Bob - Song": "test"}
+
+
+def test_stems_that_are_called_otherwise_are_an_error_that_names_the_folder(tmp_path):
+    for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1)
+    make_song(tmp_path / "in" / "odd", .1, names=("Schlagzeug", "Stimme"))
+    with pytest.raises(UserError, match="1 of 4 songs cannot be prepared: odd: none of drums, bass, other, vocals"): prepared(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_stem_that_is_shorter_can_be_trimmed_to(tmp_path):
+    short = dict(bass=torch.rand(2, 2400) - .5)
+    truth = make_song(tmp_path / "in" / "a", **short)
+    write(tmp_path / "in" / "a" / "mixture.wav", sum(x[:, :2400] for x in truth.values()), RATE, subtype="float32")
+    for k in range(2): make_song(tmp_path / "in" / f"s{k}", seed=k)
+    with pytest.raises(UserError, match=r"bass lasts 0.30 s .*trim=True, or --trim"): prepared(tmp_path / "in", tmp_path / "out")
+    receipts = {p: p.read_text() for p in (tmp_path / "out" / "songs").glob("s*.json")}
+    store = prepared(tmp_path / "in", tmp_path / "out", trim=True)
+    song = store.songs[0]
+    assert song.frames == 2400 and {f"{n} cut by 1600 samples" for n in ("drums", "other", "vocals")} == set(song.flags)
+    assert torch.equal(store.stems(0), torch.stack([truth[n][:, :2400] for n in SOURCES])) and song.mixture_snr > 100 and store.verify() == []
+    assert [s.flags for s in store.songs[1:]] == [(), ()] and len(receipts) == 2
+    prepared(tmp_path / "in", tmp_path / "fresh", skip_bad=True)
+    assert all("trim" not in json.loads(p.read_text())["settings"] for p in (tmp_path / "fresh" / "songs").glob("*.json"))
+
+
+def test_sound_that_is_no_stem_is_said(tmp_path):
+    for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1, names=(*SOURCES, "guitar") if k < 2 else SOURCES)
+    (tmp_path / "in" / "s0" / "drums.reapeaks").write_bytes(b"x")
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
+    assert "sound files not used, for they are not called drums, bass, other, vocals: guitar.wav in 2 songs" in said
+    assert [s.flags for s in store.songs] == [("guitar.wav not used",)] * 2 + [()]
+    five, said = notes(prepared, tmp_path / "in", tmp_path / "five", sources=(*SOURCES, "guitar"), allow_missing=True)
+    assert not said and five.sources == (*SOURCES, "guitar") and five.songs[0].present == five.sources
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_songs_say_how_to_split_them(tmp_path, count):
+    for k in range(count): make_song(tmp_path / "in" / f"s{k}", .1)
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
+    assert store.splits == {"train": count} and "cannot be split" in said and "folders train, valid and test" in said
+    for split in ("valid", "test"):
+        with pytest.raises(UserError, match=f"no songs in the split '{split}'; it has {count} train. Put songs into folders train, valid and test"): store.split(split)
+    make_song(tmp_path / "in" / "s2", .1)
+    assert notes(prepared, tmp_path / "in", tmp_path / "out2", valid=0)[1] == "" and len(splits_of(prepared(tmp_path / "in", tmp_path / "out3"))) == count + 1
+
+
+def test_a_store_inside_its_own_data_folder_is_no_song(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "in" / "cache"))
+    for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1, rate=44100, seed=k)
+    stores = [notes(prepare_stems, tmp_path / "in", tmp_path / "in" / "store", progress=False) for _ in range(2)]
+    assert {s.digest for s, _ in stores} == {stores[0][0].digest} and {said for _, said in stores} == {""}
+    (tmp_path / "in" / "stopped" / "songs").mkdir(parents=True)
+    (tmp_path / "in" / "stopped" / ".lock").touch()
+    assert {len(open_data(tmp_path / "in", progress=False)) for _ in range(2)} == {3}
+    with pytest.raises(UserError, match="this is a store; there is nothing to prepare"): prepared(tmp_path / "in" / "store", tmp_path / "out")
+
+
+def test_a_stem_that_changes_on_the_way_is_flagged(tmp_path):
+    make_song(tmp_path / "in" / "a", 2., 44100, suffix=".mp3")
+    other = tmp_path / "in" / "a" / "other.mp3"
+    for name, rate, seconds in (("x", 44100, 1.), ("y", 48000, .98)): write(tmp_path / f"{name}.mp3", torch.rand(2, int(seconds * rate)) - .5, rate)
+    other.write_bytes((tmp_path / "x.mp3").read_bytes() + (tmp_path / "y.mp3").read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        store = prepare_stems(tmp_path / "in", tmp_path / "out", progress=False)
+    assert len(store.songs[0].flags) >= 1 and any(f.startswith("other changes at 1.") for f in store.songs[0].flags), store.songs[0].flags
+
+
+@pytest.mark.parametrize("settings", [dict(sample_rate=0), dict(sample_rate="44100"), dict(sample_rate=-8000), dict(valid=-.1), dict(test=2), dict(valid=.6, test=.6)])
+def test_settings_that_mean_nothing_are_refused_before_anything_is_made(tmp_path, settings):
+    make_song(tmp_path / "in" / "a", .1)
+    with pytest.raises(UserError, match="whole number of Hz|shares of the songs"): prepare_stems(tmp_path / "in", tmp_path / "out", progress=False, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- stores of strangers
+
+def told(path, change):
+    "A copy of an index with something changed."
+    index = json.loads((path / "store.json").read_text())
+    (path / "store.json").write_text(json.dumps(change(index)))
+
+
+def song_with(**fields): return lambda index: dict(index, songs=[dict(s, **fields) for s in index["songs"]])
+
+
+@pytest.mark.parametrize("change", [song_with(file="../../x"), song_with(file="/etc/x"), song_with(part=".."), song_with(part="../../elsewhere"), song_with(file=".."), song_with(file=""),
+                                    song_with(file="a/b"), song_with(file="a\\b"), song_with(file=7), lambda index: [index], lambda index: {"format": FORMAT},
+                                    lambda index: dict(index, songs=[{"title": "x"}]), lambda index: dict(index, songs=7), lambda index: dict(index, sources=None)])
+def test_an_index_that_leads_out_of_its_store_or_is_none_is_refused(tmp_path, store, change, monkeypatch):
+    monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
+    fsspec = pytest.importorskip("fsspec")
+    copy = tmp_path / "copy"
+    shutil.copytree(store.path, copy)
+    told(copy, change)
+    fsspec.filesystem("memory").put(str(copy), f"/strange/{tmp_path.name}", recursive=True)
+    for place in (copy, f"memory://strange/{tmp_path.name}"):
+        with pytest.raises(UserError, match="is no index of a store") as e: Store.open(place)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("arrives", [b"", b"not an array", "other", "scalar", "pickle"])
+def test_what_arrives_must_have_the_digest_of_the_index(tmp_path, store, monkeypatch, arrives):
+    import io
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
+    buffer = io.BytesIO()
+    arrays = dict(other=np.zeros((4, 2, 4000), np.float32), scalar=np.float32(1), pickle=np.array([{}], object))
+    if arrives in arrays: np.save(buffer, arrays[arrives], allow_pickle=True)
+    url = f"memory://fetched/{tmp_path.name}"
+    fs = fsspec.filesystem("memory")
+    fs.put(str(store.path), f"/fetched/{tmp_path.name}", recursive=True)
+    fs.pipe(f"/fetched/{tmp_path.name}/songs/{store.songs[0].file}.npy", buffer.getvalue() or arrives)
+    far = Store.open(url)
+    with pytest.raises(UserError, match="is not what the index of the store says"): far.stems(0)
+    assert not list(far.path.rglob("*.npy")) and torch.equal(far.stems(1), store.stems(1))
+    fs.put(str(store.path / "songs" / f"{store.songs[0].file}.npy"), f"/fetched/{tmp_path.name}/songs/{store.songs[0].file}.npy")
+    assert torch.equal(far.stems(0), store.stems(0)) and far.select([0, 1]).verify() == []
 
 
 # ---- the toy band
