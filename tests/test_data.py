@@ -615,6 +615,19 @@ def test_settings_that_mean_nothing_are_refused_before_anything_is_made(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_says_in_single_lines_what_it_leaves_out(tmp_path):
+    for name in ("test/e", "a", "b", "c"): make_song(tmp_path / "in" / name, .1, 44100)
+    (tmp_path / "in" / "artwork").mkdir()
+    make_song(tmp_path / "in" / "a", .5, 44100, bass=torch.zeros(2, 13230))
+    code = "from deepdemix.cli import main; sys.exit(main())"
+    process = script(code, "prepare", "--stems", tmp_path / "in", "--out", tmp_path / "out", "--trim")
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("preparing")]
+    assert out.strip().endswith("4 songs") and all(line.startswith(f"deepdemix: {tmp_path / 'in'}: ") for line in lines) and len(lines) == 2
+    assert "1 folder not taken: artwork" in err and "3 songs beside the folders test taken for training: a, b, c" in err
+
+
 # ---- stores of strangers
 
 def told(path, change):
