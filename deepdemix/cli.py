@@ -121,7 +121,7 @@ def prepare(
 ):
     "Decode songs once into a store."
     from deepdemix import data
-    options = dict(allow_missing=args.allow_missing, skip_bad=args.skip_bad, repair=args.repair, dtype=args.dtype, parts=args.parts, each=_on_ray(args))
+    options = {name: getattr(args, name) for name in ("allow_missing", "trim", "skip_bad", "repair", "dtype", "parts")} | {"each": _on_ray(args)}
     if args.musdb: store = data.prepare_musdb(args.musdb, args.out, **options)
     elif args.stems: store = data.prepare_stems(args.stems, args.out, **options)
     else: store = data.prepare_toy(args.toy, args.out, seed=args.seed, **options)
@@ -409,6 +409,7 @@ def _add_data_commands(
     p.add_argument("--seed", type=_seed, default=0, help="the toy band's seed (default: 0)")
     p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32", help="int16: half the size; auto: only where nothing is lost (default: float32)")
     p.add_argument("--allow-missing", action="store_true", help="a song may lack stems: they become silence")
+    p.add_argument("--trim", action="store_true", help="cut stems of unequal length to the shortest one of their song")
     p.add_argument("--skip-bad", action="store_true", help="leave out songs that can't be prepared")
     p.add_argument("--repair", action="store_true", help="check every digest, and decode anew what no longer fits")
     p.add_argument("--parts", type=_positive, metavar="N", help="keep the store in N folders, for stores that are copied or fetched in pieces"); _ray_options(p); p.set_defaults(run=prepare)
