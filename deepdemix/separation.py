@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -30,6 +29,7 @@ from fastcore.basics import patch
 from .audio import (
     SOURCES, DamagedAudio, UserError, Writer, abandoned, as_waveform, check_finite, check_rate, check_writable,
     hidden_name, overlap_add_blocks, probe, read, read_blocks, resample_blocks)
+from .foundations.console import on_terminal, say
 from .training import WEIGHTS, keep_memory, load_network, read_record
 
 # %% ../nbs/08_separation.ipynb #528f114a
@@ -298,16 +298,10 @@ class _Lines:
         part = min(done / max(self.total, 1e-9), 1.0)
         if part < self.next: return
         left = (time.monotonic() - self.start) * (1 - part) / part
-        with contextlib.suppress(OSError, ValueError): print(f"{self.name}: {part:4.0%} of {self.total:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+        say(f"{self.name}: {part:4.0%} of {self.total:.0f} s, {left:.0f} s left")
         self.next = math.floor(part * 10 + 1e-6) / 10 + 0.1
 
 # %% ../nbs/08_separation.ipynb #53939275
-def _terminal():
-    "Whether standard error is a terminal; None for a program that has no standard error, such as a service or one without a window."
-    try: return sys.stderr.isatty()
-    except (AttributeError, ValueError): return None
-
-
 @contextlib.contextmanager
 def _report(progress, # False, True or a function (seconds done, seconds in all)
             name, # of the song
@@ -317,8 +311,8 @@ def _report(progress, # False, True or a function (seconds done, seconds in all)
         def report(done):
             if progress(done, total) is False: raise Cancelled(f"{name}: cancelled at {done:.1f} s")
         yield report
-    elif not progress or _terminal() is None: yield lambda done: None
-    elif not _terminal(): yield _Lines(name, total)
+    elif not progress: yield lambda done: None
+    elif not on_terminal(): yield _Lines(name, total)
     else:
         from tqdm import tqdm
         with tqdm(total=round(total), desc=Path(name).name[:30], unit="s", dynamic_ncols=True) as bar: yield lambda done: bar.update(round(min(done, total)) - bar.n)
