@@ -19,6 +19,8 @@ import sys
 import tempfile
 import threading
 
+from .foundations.console import say, streams
+
 
 # %% ../nbs/11_cli.ipynb #279bd20b
 PROFILE_NAMES = ("demo", "laptop", "author", "paper")
@@ -43,14 +45,6 @@ def _port(text):
     if not 0 <= int(text) < 65536: raise argparse.ArgumentTypeError(f"{text} is no port: 1 to 65535, or 0 for any that is free")
     return int(text)
 
-
-# %% ../nbs/11_cli.ipynb #c0de1a09
-def _say(
-    line:str, # without its end
-):
-    "Print a line on standard error; that nobody can read it stops no work."
-    if sys.stderr is None: return
-    with contextlib.suppress(OSError, ValueError): print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/11_cli.ipynb #51958a00
 def _data_option(
@@ -329,10 +323,10 @@ def _told(
     if as_json:
         import json
         print(json.dumps(summary, indent=1))
-    for line in () if as_json else summary["passed_over"]: _say(line)
+    for line in () if as_json else summary["passed_over"]: say(line)
     for song in () if as_json else summary["songs"]:
-        for note in song.get("notes", ()): _say(note if song["input"] in note else f"{song['input']}: {note}")
-        if song.get("error"): _say(f"deepdemix: {song['error']}")
+        for note in song.get("notes", ()): say(note if song["input"] in note else f"{song['input']}: {note}")
+        if song.get("error"): say(f"deepdemix: {song['error']}")
         elif song.get("skipped"): print(f"{song['input']}: finished before, in {song['folder']}")
         else: print(f"{song['input']}: {len(song['outputs'])} stems in {song['folder']}")
     failed = [song for song in summary["songs"] if song.get("error")]
@@ -353,7 +347,7 @@ def _separate_on_ray(
     loading = dict(device=device, threads=args.threads or 1) | _chosen(args, "overlap", "batch_size")
     options = {k: getattr(args, k) for k in ("two_stems", "stems", "format", "subtype", "clip", "residual_to")} | _chosen(args, "track")
     summary = separate_catalogue(args.files, args.out, args.model, _on_ray(args, args.threads or 1, int(device == "cuda")), args.overwrite, not args.json, loading, **options)
-    for line in () if args.json else summary["reasons"]: _say(f"deepdemix: {line}")
+    for line in () if args.json else summary["reasons"]: say(f"deepdemix: {line}")
     print(json.dumps(summary, indent=1) if args.json else f"{summary['done']} songs done, {summary['skipped']} were finished before, {summary['failed']} failed: {summary['manifest']}")
     return 0 if not summary["reasons"] else 1 if summary["failed"] < summary["songs"] else 2
 
@@ -555,28 +549,6 @@ def _at_home(value):
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 # %% ../nbs/11_cli.ipynb #c0de1a15
-def _occupy():
-    "Give the numbers of standard streams that are closed to nothing, before a file of ours gets one."
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2: pass
-    os.close(number)
-
-@contextlib.contextmanager
-def _streams():
-    "Standard output and error are there and take every character, if need be as `\\N`; afterwards they are as they were."
-    _occupy()
-    kept = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    errors = {name: stream.errors for name, stream in kept.items() if hasattr(stream, "reconfigure")}
-    null = open(os.devnull, "w", encoding="utf-8")
-    for name, stream in kept.items():
-        if stream is None: setattr(sys, name, null)
-    for name in errors: kept[name].reconfigure(errors="backslashreplace")
-    try: yield
-    finally:
-        for name, stream in kept.items(): setattr(sys, name, stream)
-        with contextlib.suppress(OSError, ValueError):
-            for name, how in errors.items(): kept[name].reconfigure(errors=how)
-        null.close()
-
 def _all_taken() -> bool:
     "Whether standard output has taken all; what it doesn't take is dropped, or Python would complain at the very end."
     try: sys.stdout.flush()
@@ -637,7 +609,7 @@ def _failed(
     if not isinstance(error, (UserError, OSError)): raise error
     if getattr(error, "quiet", False): return 0
     if not _all_taken() and isinstance(error, BrokenPipeError): return 141
-    _say(f"deepdemix: {_reason(error)}")
+    say(f"deepdemix: {_reason(error)}")
     return _stopped(error) or 2
 
 def main(
@@ -645,12 +617,12 @@ def main(
 ) -> int: # exit status: 0 success, 1 done but not all is well, 2 bad use, 130 interrupted, 141 nobody reads the output, 143 terminated
     "Run one command."
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with _streams(), _polite():
+    with streams(), _polite():
         parser = make_parser()
         args = parser.parse_args(_marked(sys.argv[1:] if argv is None else list(argv), parser))
         for name, value in vars(args).items(): setattr(args, name, _at_home(value))
         try: return _run_command(args)
         except KeyboardInterrupt as stop:
-            _say("deepdemix: stopped; what is finished is kept")
+            say("deepdemix: stopped; what is finished is kept")
             return 143 if isinstance(stop, Terminated) else 130
         except (ValueError, OSError) as error: return _failed(error)
