@@ -380,11 +380,11 @@ def export(
     print(export(Separator.from_pretrained(args.model).network, args.out))
 
 def listen(
-    args:argparse.Namespace, # file, model, voila, port, no_browser
+    args:argparse.Namespace, # file, model, voila, port, no_browser, track
 ):
     "Open the listening desk in a browser."
     from deepdemix.listening import serve, serve_voila
-    return (serve_voila if args.voila else serve)(args.file, args.model, args.port, not args.no_browser)
+    return (serve_voila if args.voila else serve)(args.file, args.model, args.port, not args.no_browser, args.track)
 
 # %% ../nbs/11_cli.ipynb #e996707b
 def _add_data_commands(
@@ -483,6 +483,7 @@ def _add_model_commands(
     p = commands.add_parser("listen", help="the listening desk, in a browser")
     p.add_argument("file", nargs="?", metavar="FILE", help="a song, a stem file or a folder of stems; without it the page asks for one")
     p.add_argument("--model", default="default", metavar="RUN|NAME", help="a run folder or a bundled model (default: default)")
+    p.add_argument("--track", type=_positive, default=1, metavar="N", help="the sound track to take, where a video has several (default: 1)")
     p.add_argument("--voila", action="store_true", help="the notebook's widgets as a page, through Voila, which must be installed")
     p.add_argument("--port", type=_port, default=0, metavar="N", help="where the page is served (default: any free port)")
     p.add_argument("--no-browser", action="store_true", help="print the address and open nothing"); p.set_defaults(run=listen)

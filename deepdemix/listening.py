@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLAC_LIMIT', 'RATES', 'STYLE', 'PAGE', 'RULES', 'SOUND', 'PICTURES', 'CONTROLS', 'KEYS', 'FRONT', 'as_sets', 'encode',
-           'prepare_sets', 'desk_html', 'embed', 'open_song', 'as_separators', 'score_notes', 'build_desk', 'Desk',
-           'listen', 'Job', 'DeskServer', 'DeskHandler', 'serve', 'voila_notebook', 'serve_voila']
+           'prepare_sets', 'desk_html', 'embed', 'open_song', 'as_separators', 'score_notes', 'build_desk', 'Upload',
+           'Desk', 'listen', 'Job', 'DeskServer', 'DeskHandler', 'serve', 'voila_notebook', 'serve_voila']
 
 # %% ../nbs/10_listening.ipynb #d63b3f7c
 import html
@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,9 +29,9 @@ from urllib.parse import parse_qs, urlsplit
 import torch
 from fastcore.basics import patch
 
-from .audio import SOURCE_COLORS, SOURCES, UserError, check_finite, probe, read, read_streams, resample
+from .audio import SOURCE_COLORS, SOURCES, UserError, as_waveform, check_finite, check_rate, probe, read, read_streams, resample
 from .metrics import sdr
-from .separation import AUDIO, Separator, find_model, pretrained_names
+from .separation import AUDIO, Separator, find_model, pretrained_names, stream_of
 
 # %% ../nbs/10_listening.ipynb #233ca623
 def as_sets(
@@ -40,8 +41,8 @@ def as_sets(
     result = {}
     for name, stems in sets.items():
         stems = stems if isinstance(stems, Mapping) else {"mixture": stems}
-        stems = {stem: torch.as_tensor(x).detach().cpu().float() for stem, x in stems.items()}
-        stems = {stem: check_finite(x if x.ndim == 2 else x[None], f"{stem} of {name}") for stem, x in stems.items()}
+        titles = {stem: f"{stem} of {name}" for stem in stems}
+        stems = {stem: check_finite(as_waveform(x, titles[stem]).float(), titles[stem]) for stem, x in stems.items()}
         result[str(name)] = {stem: stems[stem] for stem in sorted(stems, key=lambda x: SOURCES.index(x) if x in SOURCES else len(SOURCES))}
     lengths = {x.shape[-1] for stems in result.values() for x in stems.values()}
     if not lengths or not all(result.values()) or 0 in lengths: raise UserError("there is nothing to listen to: every set needs at least one stem, and sound in it")
@@ -75,7 +76,7 @@ def prepare_sets(
     format="auto", # flac, mp3, or auto: flac up to `FLAC_LIMIT` samples in all
 ) -> dict: # what the page's script reads; JSON can hold it
     "Sets of stems as the page wants them: one level, one rate that browsers play, each stem encoded."
-    rate = sample_rate if sample_rate in RATES else 44100
+    rate = sample_rate if check_rate(sample_rate) in RATES else 44100
     loudest = max(max(float(x.abs().max()) for x in [*stems.values(), sum(x.mean(0) for x in stems.values())[None]]) for stems in sets.values())
     gain = min(1.0, 0.99 / max(loudest, 1e-9))
     count = sum(x.numel() for stems in sets.values() for x in stems.values())
@@ -445,6 +446,7 @@ def desk_html(
     format="auto", # flac, mp3, or auto: flac for short songs
 ) -> str: # a complete page of its own; write it to a file, or open it in any browser
     "A page with a listening desk, the sound included. `UserError` for sets that don't fit together."
+    title = str(title).encode("utf-8", "replace").decode()
     data = prepare_sets(as_sets(sets), sample_rate, format) | dict(title=title, colors=SOURCE_COLORS)
     for track in data["sets"]:
         for stem in track["stems"]: stem["note"] = str((notes or {}).get(track["name"], {}).get(stem["name"], ""))
@@ -465,17 +467,19 @@ def embed(
 def open_song(
     song, # a file, a folder of stems, a waveform (channels, time), {stem: waveform}, or a musdb track
     sample_rate=None, # Hz, of a waveform or stems
+    track=1, # of a file: which sound track, where a video has several
 ):
     "(title, mixture (channels, time), sample rate, true stems or None). `UserError` for what can't be read."
     if isinstance(song, (str, os.PathLike)):
         path = Path(song).expanduser()
         if path.is_dir(): return _from_folder(path)
         if path.name.endswith(".stem.mp4"): return _from_streams(path)
-        return (path.stem, *read(path), None)
+        return (path.stem, *read(path, stream=stream_of(path, track)), None)
     if hasattr(song, "audio") and hasattr(song, "targets"):
         stems = {name: torch.as_tensor(song.targets[name].audio.T.copy()).float() for name in SOURCES if name in song.targets}
         return song.name, torch.as_tensor(song.audio.T.copy()).float(), int(song.rate), stems
     if sample_rate is None: raise UserError("say what the sample_rate of the waveform is, in Hz")
+    sample_rate = check_rate(sample_rate)
     if not isinstance(song, Mapping): return "Song", as_sets({"song": song})["song"]["mixture"], sample_rate, None
     stems = as_sets({"song": song})["song"]
     mixture = stems.pop("mixture", None)
@@ -534,9 +538,10 @@ def build_desk(
     progress=None, # called with (seconds done, seconds in all), of all models together; may return False to stop
     title=None, # instead of the song's own
     format="auto", # flac, mp3 or auto
+    track=1, # of a file: which sound track, where a video has several
 ) -> str: # a page
     "The desk of a song: a set for each model, one of true stems with scores if there are any, and the original."
-    name, mixture, rate, true = open_song(song, sample_rate)
+    name, mixture, rate, true = open_song(song, sample_rate, track)
     sets, notes, seconds = {}, {}, mixture.shape[-1] / rate
     for i, (label, separator) in enumerate(separators.items()):
         report = (lambda done, total: progress(i * seconds + done, seconds * len(separators))) if progress else False
@@ -546,15 +551,37 @@ def build_desk(
     return desk_html(sets | {"original": mixture}, rate, title or name, notes, format)
 
 # %% ../nbs/10_listening.ipynb #9041bc52
-@contextmanager
-def _uploaded(name, content):
-    "A file with these bytes, for as long as it is read; its name keeps the suffix, and nothing else that could do harm."
-    with tempfile.TemporaryDirectory(prefix="deepdemix-") as folder:
-        path = Path(folder) / (Path(name.replace("\\", "/")).name.replace("\0", "") or "song")
-        path.write_bytes(content)
-        yield path
+class Upload:
+    "A song that was sent: a file of its own, called `song` and not by a name from outside, until the block ends."
+    def __init__(self,
+                 name): # as the sender calls it
+        self.name = Path(str(name).replace("\\", "/")).name.replace("\0", "") or "song"
+        found = re.search(r"(\.stem)?\.\w{1,9}$", self.name, re.ASCII)
+        self.file, self.title = f"song{found[0] if found else ''}", self.name.removesuffix(".stem.mp4")
+        if self.title == self.name: self.title = Path(self.name).stem
 
+    def keep(self,
+             pieces): # bytes, from beginning to end
+        "Write the song; returns itself. `UserError` if it can't be written here."
+        try:
+            self.folder = tempfile.TemporaryDirectory(prefix="deepdemix-")
+            self.path = Path(self.folder.name) / self.file
+            with self.path.open("wb") as file:
+                for piece in pieces: file.write(piece)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, OSError) or isinstance(error, (ConnectionError, TimeoutError)): raise
+            raise UserError(f"{self.name} can't be kept here: {error.strerror or error}") from error
+        return self
 
+    def close(self):
+        if hasattr(self, "folder"): self.folder.cleanup()
+
+    def named(self, text): return text.replace(str(self.path), self.name)
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
+
+# %% ../nbs/10_listening.ipynb #0de5c003
 class Desk:
     "The widgets of `listen`: `box` shows them, `page` is the desk as a page of its own."
     def __init__(self,
@@ -571,7 +598,11 @@ class Desk:
 
     def _on_upload(self, change):
         for file in change["new"]:
-            with _uploaded(file["name"], bytes(file["content"])) as path: self.show(path, [self.choice.value])
+            upload = Upload(file["name"])
+            try:
+                with upload.keep([bytes(file["content"])]): self.show(upload.path, [self.choice.value], title=upload.title)
+                self.message.value = upload.named(self.message.value)
+            except UserError as error: self.message.value = str(error)
 
 # %% ../nbs/10_listening.ipynb #5344ee24
 @patch
@@ -580,6 +611,8 @@ def show(self: Desk,
     labels=None, # which of the models; None: all
     sample_rate=None, # Hz, of a waveform or stems
     raises=False, # pass a `UserError` on instead of showing it
+    title=None, # instead of the song's own
+    track=1, # of a file: which sound track, where a video has several
 ):
     "Separate a song and put it on the desk, with progress; a `UserError` is shown as a line of text."
     self.bar.layout.visibility, self.bar.value, self.message.value = "visible", 0, "separating"
@@ -587,7 +620,7 @@ def show(self: Desk,
     try:
         chosen = as_separators({label: self.models[label] for label in labels or self.models})
         self.models |= chosen
-        self.page = build_desk(song, chosen, sample_rate, progress)
+        self.page = build_desk(song, chosen, sample_rate, progress, title, track=track)
         self.view.value, self.message.value = embed(self.page, self.height), ""
     except UserError as error:
         self.message.value = str(error)
@@ -600,6 +633,7 @@ def listen(
     model="default", # a name, run folder or `Separator`, a list of them to switch between, {label: model}, or None: only the stems that there are
     sample_rate=None, # Hz, of a waveform or stems
     height=760, # pixels
+    track=1, # of a file: which sound track, where a video has several
 ):
     "A listening desk in a notebook, as a widget. `UserError` for songs that can't be read and models that don't exist."
     models = [] if model is None else [model] if isinstance(model, (str, os.PathLike, Separator)) else model
@@ -612,7 +646,7 @@ def listen(
     if song is None: return desk.box
     from IPython.display import display
     display(desk.box)
-    desk.show(song, list(models), sample_rate, raises=True)
+    desk.show(song, list(models), sample_rate, raises=True, track=track)
 
 # %% ../nbs/10_listening.ipynb #8456b1c0
 FRONT = PAGE.split("<body>")[0].replace("img-src data:", "img-src data:; connect-src 'self'") + r"""<body><main>
@@ -633,8 +667,12 @@ async function watch() {
 async function send(e) {
   e.preventDefault(); const file = $("file").files[0]; $("go").disabled = true; $("status").textContent = "reading " + file.name;
   const query = new URLSearchParams({ name: file.name, model: $("model").value });
-  const answer = await fetch("separate?" + query, { method: "POST", body: file, headers: { "X-Desk": "1" } });
-  if (answer.ok) watch(); else { $("status").textContent = await answer.text(); $("go").disabled = false; }
+  try {
+    const answer = await fetch("separate?" + query, { method: "POST", body: file, headers: { "X-Desk": "1" } });
+    if (answer.ok) return watch();
+    $("status").textContent = await answer.text();
+  } catch { $("status").textContent = file.name + " could not be sent"; }
+  $("go").disabled = false;
 }
 $("form").onsubmit = send; watch().catch(() => { $("status").textContent = "the program that made this page has ended"; });
 </script></body></html>
@@ -643,31 +681,47 @@ $("form").onsubmit = send; watch().catch(() => { $("status").textContent = "the 
 # %% ../nbs/10_listening.ipynb #2cdca86c
 class Job:
     "A song on its way to the desk: how far it is, what went wrong, and the page when it is there."
-    def __init__(self): self.lock, self.name, self.done, self.total, self.busy, self.error, self.page = threading.Lock(), "", 0.0, 0.0, False, None, None
+    def __init__(self):
+        self.lock, self.busy = threading.Lock(), False
+        self._begin("")
+
+    def _begin(self, name):
+        self.name, self.done, self.total = name, 0.0, 0.0
+        self.error = self.page = None
 
     def claim(self, name):
         "True if nothing was under way; now this song is."
         with self.lock:
             if self.busy: return False
-            self.name, self.done, self.total, self.busy, self.error, self.page = name, 0.0, 0.0, True, None, None
+            self._begin(name)
+            self.busy = True
             return True
 
     def run(self,
-            song, # whatever `open_song` takes
-            model): # a name, folder or `Separator`
+            song, # whatever `open_song` takes, or an `Upload`
+            model, # a name, folder or `Separator`
+            track=1): # of a file: which sound track
         "Separate a claimed song; never raises."
         def progress(done, total): self.done, self.total = done, total
-        try: self.page = build_desk(song, as_separators(model), progress=progress, title=self.name).encode()
+        upload = song if isinstance(song, Upload) else None
+        try:
+            page = build_desk(upload.path if upload else song, as_separators(model), progress=progress, title=self.name, track=track)
+            self.page = page.encode("utf-8", "replace")
         except UserError as error: self.error = str(error)
         except Exception as error: self.error = f"{self.name}: {type(error).__name__}: {error}"
-        finally: self.busy = False
+        finally:
+            if upload:
+                self.error = self.error and upload.named(self.error)
+                upload.close()
+            self.busy = False
 
-    def state(self): return dict(name=self.name, done=self.done, total=self.total, busy=self.busy, ready=self.page is not None, error=self.error)
+    def state(self):
+        return dict(name=self.name, done=self.done, total=self.total, busy=self.busy, ready=self.page is not None, error=self.error)
 
 # %% ../nbs/10_listening.ipynb #d3e39f79
 class DeskServer(ThreadingHTTPServer):
     "The desk on this machine's own address; `address` is where. Port 0 takes a free one."
-    daemon_threads = True
+    daemon_threads, patience = True, 30.
 
     def __init__(self,
                  models, # {label: Separator, name or folder} to choose from
@@ -675,23 +729,38 @@ class DeskServer(ThreadingHTTPServer):
         self.models, self.job = models, Job()
         super().__init__(("127.0.0.1", port), DeskHandler)
         self.address = f"http://127.0.0.1:{self.server_port}/"
-        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 
     def begin(self,
-              song, # whatever `open_song` takes
+              song, # whatever `open_song` takes, or an `Upload`
               label, # of a model
-              name): # what to call the song
+              name, # what to call the song
+              track=1): # of a file: which sound track
         "Start to separate in a thread; False if another song is under way."
-        return self.job.claim(name) and not threading.Thread(target=self.job.run, args=(song, {label: self.models[label]}), daemon=True).start()
+        if not self.job.claim(name): return False
+        thread = threading.Thread(target=self.job.run, args=(song, {label: self.models[label]}, track), daemon=True)
+        try: thread.start()
+        except RuntimeError:
+            self.job.busy = False
+            raise
+        return True
+
+    def handle_error(self, request, client_address):
+        "A browser that has gone away is no error; others are printed, where there is somebody to read them."
+        if sys.stderr and not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
     def front(self):
         options = "".join(f"<option>{html.escape(label)}</option>" for label in self.models)
-        return FRONT.replace("{style}", STYLE).replace("{options}", options).replace("{title}", "Listening desk").encode()
+        return FRONT.replace("{style}", STYLE).replace("{options}", options).replace("{title}", "Listening desk").encode("utf-8", "replace")
 
 # %% ../nbs/10_listening.ipynb #a8e29983
 class DeskHandler(BaseHTTPRequestHandler):
     "Answers for `DeskServer`."
     def log_message(self, *args): pass
+
+    def is_ours(self):
+        "Whether the request names this machine, at whatever port."
+        return re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\])\.?(:\d+)?", self.headers.get("Host", ""), re.IGNORECASE) is not None
 
     def answer(self, status, content, kind="text/html"):
         self.send_response(status)
@@ -705,7 +774,7 @@ class DeskHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path, job = urlsplit(self.path).path, self.server.job
-        if self.headers.get("Host") not in self.server.hosts: return self.refuse(403, "this desk is for this machine alone")
+        if not self.is_ours(): return self.refuse(403, "this desk is for this machine alone")
         if path == "/": return self.answer(200, self.server.front())
         if path == "/progress": return self.answer(200, json.dumps(job.state()).encode(), "application/json")
         if path == "/desk" and job.page: return self.answer(200, job.page)
@@ -713,39 +782,58 @@ class DeskHandler(BaseHTTPRequestHandler):
 
 # %% ../nbs/10_listening.ipynb #554e4388
 @patch
+def body(self: DeskHandler,
+    length, # bytes
+):
+    "Yield what is sent, piece by piece. `ConnectionError` if it breaks off, `TimeoutError` if nothing comes for `patience` seconds."
+    self.connection.settimeout(self.server.patience)
+    while length:
+        piece = self.rfile.read1(min(length, 1 << 20))
+        if not piece: raise ConnectionError
+        length -= len(piece)
+        yield piece
+    self.connection.settimeout(None)
+
+
+@patch
 def do_POST(self: DeskHandler):
     "Take a song: its bytes are the body."
     url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
     query = {k: v[0] for k, v in parse_qs(url.query).items()}
-    if self.headers.get("Host") not in self.server.hosts or not self.headers.get("X-Desk"): return self.refuse(403, "this desk is for this machine alone")
+    if not self.is_ours() or not self.headers.get("X-Desk"): return self.refuse(403, "this desk is for this machine alone")
     if url.path != "/separate" or query.get("model") not in self.server.models: return self.refuse(404, "there is no such model")
     if not length.isdigit() or not 0 < int(length) <= 2 ** 31: return self.refuse(400, "send a song of up to 2 GB")
-    if not self.server.job.claim(Path(query.get("name", "song")).stem): return self.refuse(409, "another song is under way")
-    label = query["model"]
-    try: content = self.rfile.read(int(length))
-    except OSError: content = b""
-    threading.Thread(target=_run_upload, args=(self.server, query.get("name", "song"), content, label), daemon=True).start()
-    self.answer(202, b"{}", "application/json")
-
-
-def _run_upload(server, name, content, label):
-    "Separate an uploaded song."
-    with _uploaded(name, content) as path: server.job.run(path, {label: server.models[label]})
+    if self.server.job.busy: return self.refuse(409, "another song is under way")
+    upload = Upload(query.get("name", "song"))
+    try: upload.keep(self.body(int(length)))
+    except UserError as error: return self.refuse(507, str(error))
+    except (ConnectionError, TimeoutError): return self.refuse(408, f"{upload.name} has not come in whole: send it again")
+    if self.server.begin(upload, query["model"], upload.title): return self.answer(202, b"{}", "application/json")
+    upload.close()
+    self.refuse(409, "another song is under way")
 
 # %% ../nbs/10_listening.ipynb #d6abafad
+def _check_song(file, track):
+    "`UserError` for a song that can't be opened, before anything is served."
+    if file is None or (path := Path(file).expanduser()).is_dir(): return
+    probe(path, stream_of(path, track))
+
+
 def serve(
     file=None, # a song, stem file or folder of stems; None: choose one on the page
     model="default", # a bundled model, a run folder or a `Separator`
     port=0, # 0 for any free one
     open_browser=True, # show the page
+    track=1, # of a file: which sound track, where a video has several
 ):
     "Serve the listening desk on this machine until Ctrl-C. `UserError`, before anything is served, for a song or model that can't be read."
     models = as_separators(model)
     models |= {name: name for name in pretrained_names() if name not in models}
-    if file is not None and not Path(file).expanduser().is_dir(): probe(Path(file).expanduser())
+    _check_song(file, track)
     try: server = DeskServer(models, port)
-    except OSError as error: raise UserError(f"port {port} can't be used ({error.strerror}): leave it out to take a free one") from error
-    if file is not None: server.begin(file, next(iter(models)), Path(file).name.removesuffix(".stem.mp4"))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"port {port} can't be used ({getattr(error, 'strerror', None) or error}): leave it out to take a free one") from error
+    if file is not None: server.begin(file, next(iter(models)), Path(file).name.removesuffix(".stem.mp4"), track)
     print(f"The listening desk is at {server.address} (Ctrl-C ends it)", flush=True)
     if open_browser:
         import webbrowser
@@ -758,10 +846,12 @@ def serve(
 def voila_notebook(
     file=None, # as for `serve`
     model="default", # a bundled model or a run folder
+    track=1, # as for `serve`
 ) -> str: # a notebook as JSON
     "A notebook whose only cell is a desk."
     words = [repr(str(Path(file).expanduser().resolve()))] if file is not None else []
     words.append(f"model={str(Path(model).resolve() if Path(model).is_dir() else model)!r}")
+    if track != 1: words.append(f"track={track}")
     cell = dict(cell_type="code", metadata={}, execution_count=None, outputs=[], source=f"from deepdemix.listening import listen\nlisten({', '.join(words)})")
     kernel = dict(name="python3", display_name="Python 3", language="python")
     return json.dumps(dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=4))
@@ -771,13 +861,14 @@ def serve_voila(
     model="default", # a bundled model or a run folder
     port=0, # 0 for Voila's own
     open_browser=True, # show the page
+    track=1, # of a file: which sound track, where a video has several
 ):
     "The desk of `listen` as a page without code, through Voila, until Ctrl-C. `UserError` if that is missing, and for a song or model that can't be read."
     if importlib.util.find_spec("voila") is None: raise UserError("the page of widgets needs Voila: pip install voila; the desk itself, without --voila, needs nothing")
     find_model(model)
-    if file is not None and not Path(file).expanduser().is_dir(): probe(Path(file).expanduser())
+    _check_song(file, track)
     options = ["--Voila.ip=127.0.0.1", *([f"--port={port}"] if port else []), *([] if open_browser else ["--no-browser"])]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "desk.ipynb").write_text(voila_notebook(file, model))
+        (Path(folder) / "desk.ipynb").write_text(voila_notebook(file, model, track), encoding="utf-8")
         try: return subprocess.run([sys.executable, "-m", "voila", str(Path(folder) / "desk.ipynb"), *options]).returncode
         except KeyboardInterrupt: print("The listening desk is closed.")

@@ -237,7 +237,7 @@ def test_one_song_at_a_time():
 def test_serve_ends_with_ctrl_c(tmp_path, monkeypatch, capsys):
     def interrupted(self): raise KeyboardInterrupt
     monkeypatch.setattr(DeskServer, "serve_forever", interrupted)
-    monkeypatch.setattr(DeskServer, "begin", lambda self, song, label, name: begun.append((label, name)))
+    monkeypatch.setattr(DeskServer, "begin", lambda self, song, label, name, track: begun.append((label, name)))
     begun = []
     write(tmp_path / "song.wav", tone(440, .5), RATE)
     serve(tmp_path / "song.wav", untrained(), open_browser=False)
@@ -247,6 +247,146 @@ def test_serve_ends_with_ctrl_c(tmp_path, monkeypatch, capsys):
 def test_serve_on_a_port_that_is_taken():
     with serving({"untrained": untrained()}) as server:
         with pytest.raises(UserError, match="port"): serve(None, untrained(), server.server_port, open_browser=False)
+
+
+@pytest.mark.parametrize("host,status", [("localhost", 200), ("127.0.0.1", 200), ("LocalHost:9000", 200), ("127.0.0.1:1", 200), ("[::1]:80", 200), ("localhost.:80", 200),
+                                         ("localhost.evil.example", 403), ("evil.example:80", 403), ("evil.example", 403), ("127.0.0.1.evil.example", 403), ("evil.example#localhost", 403), ("localhost:80@evil.example", 403), ("", 403)])
+def test_the_name_of_the_host_counts_and_not_its_port(host, status):
+    "Browsers leave port 80 out; a forwarded port has another number."
+    with serving({"untrained": untrained()}) as server:
+        assert ask(server, "GET", "/", Host=host)[0] == status
+        answer = ask(server, "POST", "/separate?name=a.wav&model=untrained", b"x", X_Desk="1", Host=host)[0]
+        assert answer == (202 if status == 200 else 403)
+        finished(server)
+
+
+def test_an_upload_that_cannot_be_written_is_over(tmp_path, monkeypatch):
+    import tempfile
+    with serving({"untrained": untrained()}) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+            status, text = ask(server, "POST", "/separate?name=a.wav&model=untrained", b"x" * 1000, X_Desk="1")
+        assert status == 507 and text.startswith("a.wav can't be kept here: ") and "gone" not in text
+        assert not finished(server)["busy"]
+        assert ask(server, "POST", "/separate?name=a.wav&model=untrained", b"x", X_Desk="1")[0] == 202
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "x" * 5000 + ".wav", "a%00b.wav", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "C%3A%5Csongs%5Ca.wav", "%F0%9F%98%80.wav"])
+def test_an_upload_of_any_name(name):
+    with serving({"untrained": untrained()}) as server:
+        for _ in range(2):
+            assert ask(server, "POST", f"/separate?name={name}&model=untrained", b"no sound", X_Desk="1")[0] == 202
+            job = finished(server)
+            assert not job["ready"] and "is not an audio file" in job["error"]
+
+
+def test_a_stalled_upload_blocks_nobody(tmp_path):
+    "One that never goes on, one that breaks off, and a third that is whole."
+    head = b"POST /separate?name=slow.wav&model=untrained HTTP/1.1\r\nHost: localhost\r\nX-Desk: 1\r\nContent-Length: 100000\r\n\r\nten bytes "
+    write(tmp_path / "song.wav", tone(440, .5), RATE)
+    with serving({"untrained": untrained()}) as server:
+        server.patience = 1.
+        stalled, broken = (socket.create_connection(("127.0.0.1", server.server_port), 20) for _ in range(2))
+        for connection in (stalled, broken): connection.sendall(head)
+        broken.shutdown(socket.SHUT_WR)
+        assert ask(server, "POST", "/separate?name=song.wav&model=untrained", (tmp_path / "song.wav").read_bytes(), X_Desk="1")[0] == 202
+        assert finished(server)["ready"]
+        for connection in (stalled, broken):
+            answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+            assert " 408 " in answer.splitlines()[0] and answer.endswith("slow.wav has not come in whole: send it again")
+            connection.close()
+        assert finished(server)["ready"], "the desk that is there stays"
+
+
+def test_nothing_is_left_of_uploads(tmp_path, monkeypatch):
+    import tempfile
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with serving({"untrained": untrained()}) as server:
+        server.patience = .2
+        for body in (b"no sound", None):
+            if body: ask(server, "POST", "/separate?name=a.wav&model=untrained", body, X_Desk="1")
+            else: ask(server, "POST", "/separate?name=a.wav&model=untrained", b"", X_Desk="1", Content_Length="50")
+            finished(server)
+        deadline = time.monotonic() + 10
+        while list(tmp_path.iterdir()) and time.monotonic() < deadline: time.sleep(.05)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_speak_of_the_song_and_not_of_a_temporary_file():
+    import tempfile
+    import deepdemix.listening as listening
+    with serving({"untrained": untrained()}) as server:
+        for patch, kind in ((None, "is not an audio file"), (lambda path, **_: 1 / 0, "ZeroDivisionError"), (lambda path, **_: open(f"{path}x"), "No such file")):
+            with pytest.MonkeyPatch.context() as m:
+                if patch: m.setattr(listening, "read", patch)
+                ask(server, "POST", "/separate?name=my%20notes.txt&model=untrained", b"no sound", X_Desk="1")
+                error = finished(server)["error"]
+            assert error.startswith("my notes") and kind in error and tempfile.gettempdir() not in error
+
+
+def test_a_thread_that_cannot_start_leaves_the_desk_free(monkeypatch):
+    server = DeskServer({"untrained": untrained()})
+    with monkeypatch.context() as patch:
+        def start(self): raise RuntimeError("can't start new thread")
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError): server.begin("song.wav", "untrained", "song")
+    server.server_close()
+    assert not server.job.busy
+
+
+def test_a_browser_that_goes_away_is_no_error(capfd):
+    with serving({"untrained": untrained()}) as server:
+        server.job.page = b"x" * 20_000_000
+        with socket.create_connection(("127.0.0.1", server.server_port), 20) as connection:
+            connection.sendall(b"GET /desk HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            connection.recv(10)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        assert ask(server, "GET", "/")[0] == 200
+        time.sleep(.3)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_port_that_is_none():
+    with pytest.raises(UserError, match="port 70000"): serve(None, untrained(), 70000, open_browser=False)
+
+
+def test_the_desk_opens_without_standard_streams(tmp_path, monkeypatch):
+    monkeypatch.setattr(DeskServer, "serve_forever", lambda self: None)
+    for name in ("stdout", "stderr"): monkeypatch.setattr(sys, name, None)
+    serve(None, untrained(), open_browser=False)
+
+
+def test_names_that_are_no_text(tmp_path):
+    "A file whose name is no UTF-8: the page shows what can be shown of it."
+    path = tmp_path / os.fsdecode(b"latin \xe9.wav")
+    write(path, tone(440, .5, 1.), RATE)
+    job = Job()
+    job.claim(path.name)
+    job.run(path, untrained())
+    assert job.error is None and b"<h1>latin ?.wav</h1>" in job.page
+
+
+def test_the_second_track_of_a_film(tmp_path):
+    import av
+    with av.open(str(tmp_path / "film.mkv"), "w") as container:
+        for stream in [container.add_stream("pcm_s16le", rate=RATE, layout=layout) for layout in ("stereo", "mono")]:
+            frame = av.AudioFrame.from_ndarray(torch.zeros(1, 8000 * stream.layout.nb_channels).short().numpy(), format="s16", layout=stream.layout.name)
+            frame.sample_rate = RATE
+            for packet in [*stream.encode(frame), *stream.encode(None)]: container.mux(packet)
+    assert [len(open_song(tmp_path / "film.mkv", track=n)[1]) for n in (1, 2)] == [2, 1]
+    with pytest.raises(UserError, match="has 2 sound track"): serve(tmp_path / "film.mkv", untrained(), open_browser=False, track=3)
+
+
+@pytest.mark.parametrize("rate", [0, -1, "44100", None])
+def test_rates_of_songs_in_memory(rate):
+    for call in (lambda: open_song(tone(440, .5), rate), lambda: desk_html({"a": tone(440, .5)}, rate)):
+        with pytest.raises(UserError): call()
+
+
+def test_arrays_of_songs_in_memory():
+    x = tone(440, .5)[0].numpy()
+    assert torch.equal(open_song(x[::-1], RATE)[1][0], torch.from_numpy(x[::-1].copy()))
+    with pytest.raises(UserError, match="floats"): open_song((x * 32767).astype("int16"), RATE)
 
 
 @pytest.fixture(scope="module")
