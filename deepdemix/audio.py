@@ -807,7 +807,7 @@ def read_blocks(
         yield from _reblock(parts, block)
 
 # %% ../nbs/00_audio.ipynb #c08b6b10
-def _axes(ax, width=7, height=1.6):
+def _axes(ax, width=4.9, height=1.6):
     "The given axes, or new ones."
     if ax is not None: return ax
     import matplotlib.pyplot as plt
@@ -840,7 +840,7 @@ def show_stems(
     "Draw the waveforms of all stems below each other, on one scale and in their colours; return the figure."
     import matplotlib.pyplot as plt
     stems = torch.as_tensor(stems).detach().cpu()
-    fig, axes = plt.subplots(len(stems), 1, figsize=(7, 0.9 * len(stems) + 0.4), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(stems), 1, figsize=(4.9, 0.9 * len(stems) + 0.4), sharex=True, sharey=True, layout="constrained", squeeze=False)
     for ax, x, name in zip(axes[:, 0], stems, names):
         show_waveform(x, sample_rate, ax, color=SOURCE_COLORS.get(name, SOURCE_COLORS["mixture"]))
         ax.set(ylabel=name, xlabel="")

@@ -349,11 +349,11 @@ def _draw_box(ax, box, x, y, width, height, share):
     ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", fc=colour + "33", ec=colour, lw=1.4))
     if share: ax.add_patch(Rectangle((x + 0.08, y + 0.06), max(0.015, (width - 0.16) * share), 0.07, fc=colour, lw=0))
     middle = x + width / 2
-    ax.text(middle, y + height - 0.2, box.kind, ha="center", va="center", fontsize=8.5, weight="bold")
-    ax.text(middle, y + height - 0.33, box.detail.replace(", both", ",\nboth"), ha="center", va="top", fontsize=7.5, linespacing=1.05)
-    ax.text(middle, y + 0.43, ", ".join(box.glue), ha="center", va="center", fontsize=7, style="italic", color="#444444")
-    if box.parameters: ax.text(middle, y + 0.23, f"{box.parameters:,}", ha="center", va="center", fontsize=7)
-    ax.text(middle, y - 0.13, " × ".join(f"{n:,}" for n in box.shape), ha="center", va="center", fontsize=7.5, color="#333333")
+    ax.text(middle, y + height - 0.2, box.kind, ha="center", va="center", fontsize=10, weight="bold")
+    ax.text(middle, y + height - 0.35, box.detail.replace(", both", ",\nboth"), ha="center", va="top", fontsize=9, linespacing=1.05)
+    ax.text(middle, y + 0.43, ", ".join(box.glue), ha="center", va="center", fontsize=9, style="italic", color="#444444")
+    if box.parameters: ax.text(middle, y + 0.23, f"{box.parameters:,}", ha="center", va="center", fontsize=9)
+    ax.text(middle, y - 0.13, " × ".join(f"{n:,}" for n in box.shape), ha="center", va="center", fontsize=9, color="#333333")
 
 # %% ../nbs/04_baseline.ipynb #3a961e89
 def _draw_arrows(ax, places, width, height):
@@ -367,6 +367,16 @@ def _draw_arrows(ax, places, width, height):
                     [y + half, y + half, turn, turn, y2 + half], color="#555555", lw=1.1, solid_joinstyle="round")
             ax.annotate("", (x2, y2 + half), (x2 - 0.16, y2 + half), arrowprops=arrow)
 
+def _draw_ends(ax, start, end, first, last, top):
+    "What goes in, above the first box, and what comes out, below the shape of the last; an arrow from and to each."
+    arrow, words = dict(arrowstyle="-|>", color="#555555", lw=1.1, shrinkA=0, shrinkB=0), dict(ha="center", va="center", fontsize=9)
+    if start:
+        ax.text(first, top + 0.32, start.replace("\n", " "), **words)
+        ax.annotate("", (first, top), (first, top + 0.22), arrowprops=arrow)
+    if end:
+        ax.text(last[0], last[1] - 0.55, end.replace("\n", " "), **words)
+        ax.annotate("", (last[0], last[1] - 0.45), (last[0], last[1] - 0.22), arrowprops=arrow)
+
 # %% ../nbs/04_baseline.ipynb #5376abe1
 def box_rows(boxes, per_row):
     "Boxes in rows of equal length, at most `per_row` to a row."
@@ -376,24 +386,22 @@ def box_rows(boxes, per_row):
 # %% ../nbs/04_baseline.ipynb #d7ef3f7c
 def draw_network(boxes, # from `trace_shapes`
                  title="", # above the drawing
-                 start="", # what goes in, left of the first box
-                 end="", # what comes out, right of the last box
-                 per_row=5): # boxes in a row, at most
+                 start="", # what goes in, above the first box
+                 end="", # what comes out, below the last box
+                 per_row=2): # boxes in a row, at most; two can be read on a phone
     "A drawing of the traced network: kind, sizes, parameters and output shape of every box. Returns the matplotlib axes."
     import matplotlib.pyplot as plt
-    rows, width, height, gap, step = box_rows(boxes, per_row), 1.5, 1.0, 0.34, 1.7
-    first = 0.3 + 0.85 * bool(start)
-    places = [(first + column * (width + gap), -row * step) for row, part in enumerate(rows) for column in range(len(part))]
+    rows, width, height, gap, step = box_rows(boxes, per_row), 1.95, 1.15, 0.34, 1.85
+    places = [(0.3 + column * (width + gap), -row * step) for row, part in enumerate(rows) for column in range(len(part))]
     total = sum(box.parameters for box in boxes) or 1
-    right, bottom = max(x for x, _ in places) + width + 0.3 + 0.75 * bool(end), places[-1][1] - 0.3
-    fig, ax = plt.subplots(figsize=(right, height + 0.45 - bottom), dpi=72)
+    right = max(x for x, _ in places) + width + 0.3
+    top, bottom = height + 0.45 + 0.4 * bool(start), places[-1][1] - 0.3 - 0.45 * bool(end)
+    fig, ax = plt.subplots(figsize=(right, top - bottom), dpi=72)
     fig.subplots_adjust(0, 0, 1, 1)
     for box, (x, y) in zip(boxes, places): _draw_box(ax, box, x, y, width, height, box.parameters / total)
-    before, after = (first - width - gap, 0), (places[-1][0] + width + gap, places[-1][1])
-    _draw_arrows(ax, [before] * bool(start) + places + [after] * bool(end), width, height)
-    ax.text(0.06, height / 2, start, ha="left", va="center", fontsize=8)
-    ax.text(after[0] + 0.06, after[1] + height / 2, end, ha="left", va="center", fontsize=8)
-    ax.set(xlim=(0, right), ylim=(bottom, height + 0.45))
-    ax.text(first, height + 0.22, title, fontsize=10)
+    _draw_arrows(ax, places, width, height)
+    _draw_ends(ax, start, end, places[0][0] + width / 2, (places[-1][0] + width / 2, places[-1][1]), height)
+    ax.set(xlim=(0, right), ylim=(bottom, top))
+    ax.text(0.3, top - 0.2, title, fontsize=10)
     ax.axis("off")
     return ax

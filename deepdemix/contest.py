@@ -318,7 +318,7 @@ def plot_training(self:Contest,
 ):
     "The validation SDR of every separator over its share of the budget: a colour for each network, dashes once pretrained."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6.5, 3.4), dpi=80)[1]
+    ax = ax or plt.subplots(figsize=(4.9, 4.4), dpi=80, layout="constrained")[1]
     for colour, entry in enumerate(self.entries):
         for start, words in STARTS.items():
             runs = sorted(self.out.glob(f"{entry.folder}/{start}/seed*/separator/metrics.csv"))
@@ -326,7 +326,7 @@ def plot_training(self:Contest,
                 found, spent = read_metrics(path.parent), SHARE if start == "pretrained" else 0.
                 share = spent + (1 - spent) * found.epoch / read_record(path.parent)["recipe"]["epochs"]
                 ax.plot(share, found.valid_sdr, f"C{colour}{'--' if words else '-'}", lw=1.3, label=entry.name + words if not k else None)
-    ax.set_xlabel("share of the budget"); ax.set_ylabel("SDR on the validation songs (dB)"); ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.set_xlabel("share of the budget"); ax.set_ylabel("SDR on the validation songs (dB)"); ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9, frameon=False)
     return ax
 
 # %% ../nbs/09a_contest.ipynb #6e682089

@@ -792,7 +792,7 @@ def plot_scores(
 ):
     "Box and strip plot of songs per source, with reference rows as lines."
     import matplotlib.pyplot as plt, seaborn as sns
-    ax = ax or plt.subplots(figsize=(7, 3.2), dpi=75, layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(4.9, 3.8), dpi=75, layout="constrained")[1]
     rows = scores.rows[(scores.rows.metric == metric) & (scores.rows.split == (split or _one_split(scores, scores)))]
     own = rows[rows.model.isin(scores.models)].groupby(["model", "source", "song"], sort=False).value.mean().reset_index()
     style = dict(data=own, x="source", y="value", hue="model", order=scores.sources, ax=ax, palette="colorblind")
@@ -803,7 +803,7 @@ def plot_scores(
         xs = [k for k, s in enumerate(scores.sources) if np.isfinite(medians.get(s, np.nan))]
         ax.hlines([medians[scores.sources[k]] for k in xs], [k - .45 for k in xs], [k + .45 for k in xs], colors="black", linestyles=dash, lw=1, label=name)
     ax.set(xlabel="", ylabel=f"{metric} (dB)")
-    ax.legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
+    ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     return ax
 
 # %% ../nbs/07_evaluation.ipynb #ce5f3b14
@@ -827,7 +827,7 @@ def plot_songs(
     ends = np.nanpercentile(np.concatenate([x.to_numpy().ravel(), y.to_numpy().ravel()]), [0, 100])
     ax.plot(ends, ends, color="grey", lw=1)
     ax.set(xlabel=f"{model_a}: {metric} (dB)", ylabel=f"{model_b}: {metric} (dB)")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=9)
     return ax
 
 # %% ../nbs/07_evaluation.ipynb #aa8ee44c
@@ -872,9 +872,9 @@ def show_songs(
     if isinstance(separate, nn.Module): separate = Windowed(separate)
     at, split = {(s.split, s.title): i for i, s in enumerate(store.songs)}, store.songs[0].split
     picks, table = scores.extremes(n, metric, model, split, source), scores.by_song(metric, model, split)[source]
-    fig, axes = plt.subplots(len(picks), 3, figsize=(6.5, 1.2 * len(picks) + .2), dpi=60, layout="constrained", squeeze=False, sharey=True)
+    fig, axes = plt.subplots(len(picks), 3, figsize=(4.9, 1.5 * len(picks) + .2), dpi=60, layout="constrained", squeeze=False, sharey=True)
     for row, song in zip(axes, picks):
         _spectrograms(separate, store, at[split, song], source, scores.info, row)
-        row[0].set_ylabel(f"{song[:20]}\n{table[song]:.1f} dB", fontsize=8)
+        row[0].set_ylabel(f"{song[:20]}\n{table[song]:.1f} dB", fontsize=9)
     for ax, name in zip(axes[0], ("mixture", f"{source}, true", f"{source}, estimated")): ax.set_title(name, fontsize=9)
     return fig

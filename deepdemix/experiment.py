@@ -277,7 +277,7 @@ def plot_table(self:Experiment,
 ): # a figure
     "Every song as a dot, for each source, beside the reference rows."
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 3.4), dpi=80, layout="constrained")
+    fig, ax = plt.subplots(figsize=(4.9, 4.2), dpi=80, layout="constrained")
     plot_scores(self.scores.only(split=split), metric, ax=ax)
     ax.set_title(f"{metric}, {split} songs", fontsize=10)
     return fig
@@ -292,12 +292,12 @@ def plot_embedding(self:Experiment,
     import matplotlib.pyplot as plt
     after = load_network(self.out / f"seed{seed}" / "encoder")
     excerpts = draw_excerpts(store.split("valid"), after.duration)
-    fig, axes = plt.subplots(1, 2, figsize=(7, 3.3), dpi=75, layout="constrained")
+    fig, axes = plt.subplots(2, 1, figsize=(4.9, 7.6), dpi=75, layout="constrained")
     for ax, network, when in zip(axes, (random_twin(after, seed), after), ("before", "after")):
         z = embed_excerpts(network, excerpts)
         named = neighbour_accuracy(z, excerpts.labels, excerpts.songs)
         show_embedding(project(z), excerpts, ax=ax).set_title(f"{when}: {named:.0%} named rightly by their neighbours", fontsize=9)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=9)
     return fig
 
 # %% ../nbs/09_experiment.ipynb #e8dea31e
@@ -326,7 +326,7 @@ def plot_changes(self:Experiment,
     songs, change, labels = store.split("test"), self.changes(a=a, b=b).dropna(), {s.label: s.name for s in self.steps}
     n, nets = max(1, min(n, len(change) // 2)), [windowed(load_network(self.out / f"seed{seed}" / labels[x])) for x in (a, b)]
     rows = [*change.index[:n], *change.index[-n:]]
-    fig, axes = plt.subplots(len(rows), 4, figsize=(7.5, 1.05 * len(rows) + .3), dpi=60, layout="constrained", sharex=True, sharey=True)
+    fig, axes = plt.subplots(len(rows), 4, figsize=(4.9, 1.3 * len(rows) + .3), dpi=60, layout="constrained", sharex=True, sharey=True)
     for title, line in zip(rows, axes): _change_row(songs, title, change.loc[title], nets, line)
     for ax, name in zip(axes[0], ("mixture", "true source", a, b)): ax.set_title(name, fontsize=9)
     return fig
@@ -346,7 +346,7 @@ def _change_row(
     for ax, x in zip(axes, (stems.sum(0), stems[k], *found)):
         show_spectrogram(stft(x), songs.sample_rate, stft, ax=ax)
         ax.set(xlabel="", ylabel="", ylim=(0, 5))
-    axes[0].set_ylabel(f"{title.split(' - ')[-1][:16]}\n{source} {change[source]:+.1f} dB", fontsize=7)
+    axes[0].set_ylabel(f"{title.split(' - ')[-1][:16]}\n{source} {change[source]:+.1f} dB", fontsize=9)
 
 # %% ../nbs/09_experiment.ipynb #676a4b0e
 def run_experiment(
@@ -397,7 +397,7 @@ def save_report(
     with atomic_path(out / "table.txt") as part: Path(part).write_text(experiment.text() + "\n")
     numbers = {" ".join(row): {" ".join(column): None if x != x else x for column, x in cells.items()} for row, cells in experiment.scores.summary().T.to_dict().items()}
     with atomic_path(out / "table.json") as part: Path(part).write_text(json.dumps(numbers, indent=1))
-    figures = {"table.png": experiment.plot_table(), "loss_curve.png": plt.subplots(1, 2, figsize=(9, 3), dpi=90, layout="constrained")[0]}
+    figures = {"table.png": experiment.plot_table(), "loss_curve.png": plt.subplots(2, 1, figsize=(4.9, 6), dpi=90, layout="constrained")[0]}
     experiment.plot_pretraining(figures["loss_curve.png"].axes[0])
     experiment.plot_training(figures["loss_curve.png"].axes[1])
     if store is not None: figures |= {"embedding.png": experiment.plot_embedding(store), **({"songs.jpg": experiment.plot_changes(store)} if "test" in experiment.splits else {})}
@@ -638,7 +638,7 @@ def plot_efficiency(
 ): # the axes
     "A line for each start: the mean over seeds, with its 95 % interval, on a logarithmic axis of songs."
     import matplotlib.pyplot as plt, seaborn as sns
-    ax = ax or plt.subplots(figsize=(5, 3.2), dpi=90, layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(4.9, 3.2), dpi=90, layout="constrained")[1]
     sns.lineplot(table, x="songs", y=metric, hue="start", style="start", markers=True, dashes=False, errorbar=("ci", 95), seed=0, palette="colorblind", ax=ax)
     counts = sorted(table.songs.unique())
     ax.set_xscale("log")

@@ -59,7 +59,7 @@ def show_masks(
     "Draw masks over seconds and kHz, one row a source, from black (nothing) to white (all); returns the figure."
     import matplotlib.pyplot as plt
     shades = plt.get_cmap("gray", 16)
-    fig, axes = plt.subplots(len(names), len(masks), figsize=(1 + 3.2 * len(masks), 0.5 + 1.25 * len(names)), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(names), len(masks), figsize=(min(4.9, 1.7 + 1.6 * len(masks)), 0.5 + 1.25 * len(names)), sharex=True, sharey=True, layout="constrained", squeeze=False)
     for column, (words, found) in zip(axes.T, masks.items()):
         extent = (0, seconds or found.shape[1] * 512 / sample_rate, 0, sample_rate / 2000)
         for ax, mask, name in zip(column, found, names):

@@ -874,7 +874,7 @@ def show_pretraining(
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     runs = run if isinstance(run, dict) else {"": run}
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.6), dpi=75, layout="constrained")
+    fig, (left, right) = plt.subplots(2, 1, figsize=(4.9, 5), dpi=75, layout="constrained")
     for i, (label, folder) in enumerate(runs.items()):
         table = read_metrics(folder)
         left.plot(table.epoch, table.train_loss, "--", color=f"C{i}", lw=1)
@@ -882,10 +882,10 @@ def show_pretraining(
         left.axhline(table.collapse_value.iloc[-1], color=f"C{i}", lw=0.8, ls=":")
         right.plot(table.epoch, table.valid_knn, color=f"C{i}", marker=".")
     left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="nearest-neighbour accuracy", ylim=(0, 1.02))
+    right.set(xlabel="epoch", ylabel="nearest-neighbour\naccuracy", ylim=(0, 1.02))
     lines = [Line2D([], [], color="gray", ls=style, label=what) for what, style in (("training batches", "--"), ("validation songs", "-"), ("all one point", ":"))]
     names = [Line2D([], [], color=f"C{i}", marker=".", label=label) for i, label in enumerate(runs) if label]
-    fig.legend(handles=names + lines, loc="outside right upper", frameon=False, fontsize=8)
+    fig.legend(handles=names + lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return fig
 
 # %% ../nbs/05_pretraining.ipynb #8feab766
@@ -985,10 +985,10 @@ def show_confusion(
 ): # the axes
     "The confusion matrix as a picture."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(3, 2.6), dpi=75)[1]
+    ax = ax or plt.subplots(figsize=(3.2, 2.8), dpi=75)[1]
     ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(table.values):
-        for j, v in enumerate(row): ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=8, color="white" if v > 0.5 else "black")
+        for j, v in enumerate(row): ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=9, color="white" if v > 0.5 else "black")
     ax.set(xticks=range(len(table.columns)), yticks=range(len(table)), xticklabels=table.columns, yticklabels=table.index, xlabel="said", ylabel="true")
     return ax
 
@@ -1038,16 +1038,16 @@ def show_maps(
 ): # the figure
     "For every encoder a map of the validation songs, by instrument and by song, above its confusion of instruments."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(3, len(networks), figsize=(2.4 * len(networks), 7), dpi=75, squeeze=False, layout="constrained")
-    for (top, middle, bottom), (name, network) in zip(axes.T, networks.items()):
+    fig, axes = plt.subplots(len(networks), 3, figsize=(4.9, 0.6 + 1.9 * len(networks)), dpi=75, squeeze=False, layout="constrained")
+    for (left, middle, right), (name, network) in zip(axes, networks.items()):
         held = draw_excerpts(store.split("valid"), getattr(network, "duration", 5.), per_song)
         points = project(embed_excerpts(network, held))
-        show_embedding(points, held, ax=top, title=name)
+        show_embedding(points, held, ax=left).set_ylabel(name)
         show_embedding(points, held, by="song", ax=middle)
-        show_confusion(confusion(network, store.split("train"), store.split("valid"), per_song), ax=bottom)
-    axes[0, 0].set(ylabel="by instrument"); axes[1, 0].set(ylabel="by song")
-    top, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(top, labels, loc="outside upper center", ncol=len(labels), frameon=False, fontsize=8)
+        show_confusion(confusion(network, store.split("train"), store.split("valid"), per_song), ax=right)
+    for ax, title in zip(axes[0], ("by instrument", "by song", "confusion")): ax.set_title(title, fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncol=len(labels), frameon=False, fontsize=9)
     return fig
 
 # %% ../nbs/05_pretraining.ipynb #71057eaf
@@ -1085,7 +1085,7 @@ def show(self:Explorer):
     i, e = self.point.value, self.excerpts
     self.ax.clear()
     show_embedding(self.points, e, self.by.value, self.ax)
-    if self.by.value == "instrument": self.ax.legend(frameon=False, fontsize=8)
+    if self.by.value == "instrument": self.ax.legend(frameon=False, fontsize=9)
     self.ax.plot(*self.points[i], "o", ms=14, mfc="none", mec="black")
     self.text.value, self.sound.value = self.title(i), bytes(player(e.waveforms[i], e.sample_rate).data)
     if self.live: return self.ax.figure.canvas.draw_idle()

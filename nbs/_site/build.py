@@ -160,7 +160,9 @@ def describe(cell, words: str) -> None:
     "Words for those who don't see a cell's pictures or players: its fig-alt, or the sentence above it."
     own = re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, re.M)
     words = own[1].strip("\"' ") if own else words
-    if any("image/png" in o.get("data", {}) for o in cell.outputs): cell.metadata["mystnb"] = {"image": {"alt": words}}
+    if pictures := [(o, kind) for o in cell.outputs for kind in o.get("data", {}) if kind.startswith("image/")]:
+        about = {k: v for o, kind in pictures for k, v in o.get("metadata", {}).get(kind, {}).items()}
+        cell.metadata["mystnb"] = {"image": {"alt": words} | ({"width": f"{about['width']}px", "classes": f"letters-{10 * about['letters']:.0f}"} if "letters" in about else {})}
     for output in cell.outputs:
         found = output.get("data", {}).get("text/html")
         if found: output["data"]["text/html"] = re.sub(r"<audio(?![^>]*aria-label)", f'<audio aria-label="{html.escape(words)}"', "".join(found))
@@ -222,7 +224,7 @@ class Processors(FilterDefaults):
 def executed(path: Path):
     "A notebook with the outputs of this moment, without its hidden cells."
     notebook = nbformat.read(path, as_version=4)
-    Client(notebook, timeout=600, kernel_name="python3", extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(path.parent)}}).execute()
+    Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or not directives(c.source) & {"hide"}]
     for cell in notebook.cells: fill_cell(cell, path.parent)
     return notebook

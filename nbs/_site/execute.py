@@ -21,7 +21,11 @@ def flags() -> list[str]:
 
 
 class Client(NotebookClient):
-    "A notebook client that passes over the cells that are not run by default."
+    "A notebook client that passes over the cells that are not run by default, and whose figures are sharp."
+    before = f"import sys; sys.path.append({str(root / 'nbs/_site')!r}); __import__('figures').install(); del sys.path[-1], sys"
+
+    def __init__(self, notebook, **settings):
+        super().__init__(notebook, extra_arguments=[f"--IPKernelApp.exec_lines={self.before}", "--log-level=40"], **settings)
 
     def passed_over(self, source: str) -> bool:
         directives = re.findall(r"^#\|\s*(.+?)\s*$", source, re.M)
@@ -32,11 +36,15 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
-def lighter(picture: str) -> str:
-    "A PNG in base64 with 256 colours, which is all that a plot needs and less than half the bytes; as it was, if it is small already."
-    out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "png", optimize=True)
-    return min(picture, base64.b64encode(out.getvalue()).decode(), key=len)
+def lighter(picture: str, large: int = 40_000) -> str:
+    "A PNG in base64 with 256 colours, which is all that a plot needs and less than half the bytes, or with 24 if it is still large (a spectrogram); as it was, if it is small already."
+    found = [picture]
+    for colours in (256, 24):
+        out = io.BytesIO()
+        Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+        found.append(base64.b64encode(out.getvalue()).decode())
+        if min(map(len, found)) < large: break
+    return min(found, key=len)
 
 
 def settled(html: str, name: str) -> str:
