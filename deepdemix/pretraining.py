@@ -812,6 +812,13 @@ class PretrainingTask(ContrastTask):
         self.stuck, self._kept, self._held = 0, {}, None
         if recipe.freeze_encoder: raise UserError("freeze_encoder leaves pretraining nothing to train: it is for what comes after")
 
+@patch(as_prop=True)
+def figures(self:PretrainingTask):
+    "Of contrast, and of how the embeddings lie."
+    cloud = [f"valid_{k}" for k in ("loss", "knn", "alignment", "uniformity", "effective_rank", "spread")]
+    triplets = ["active", "valid_active"] if self.triplets else []
+    return ["train_loss", "grad_norm", *cloud, "collapse_value", "collapsed", *triplets]
+
 @patch
 def validate(self:PretrainingTask):
     "valid_loss, valid_knn, collapse and the figures of `cloud`; all on songs never trained on."

@@ -6,15 +6,15 @@
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
            'HEADER_LIMIT', 'WEIGHTS', 'ORIGINS', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED',
-           'ALLOWED', 'LEAST', 'TRIAL', 'WORTH', 'MEASURED', 'MAY_CHANGE', 'register_network', 'known_networks',
-           'build_network', 'Recipe', 'read_record', 'read_settings', 'recipe_for', 'profile_table', 'register_loss',
-           'l1_magnitude', 'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms',
-           'SeparationTask', 'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network', 'file_digest',
-           'comes_along', 'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start', 'recipe_from',
-           'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor',
-           'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop',
-           'write_metrics', 'read_metrics', 'pass_seconds', 'choose_precision', 'thawed', 'thaw', 'show_metrics',
-           'Reporter', 'fit']
+           'ALLOWED', 'LEAST', 'TRIAL', 'WORTH', 'NO_GRADIENT', 'MEASURED', 'MAY_CHANGE', 'KEPT', 'register_network',
+           'known_networks', 'build_network', 'Recipe', 'read_record', 'read_settings', 'recipe_for', 'profile_table',
+           'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term',
+           'build_terms', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network',
+           'file_digest', 'comes_along', 'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start',
+           'recipe_from', 'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory',
+           'lr_factor', 'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first',
+           'Interrupted', 'Loop', 'write_metrics', 'read_metrics', 'pass_seconds', 'choose_precision', 'thawed', 'thaw',
+           'show_metrics', 'Reporter', 'check_monitor', 'sole_writer', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, copy, csv, ctypes, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 from torch import nn
 
 import deepdemix
-from .audio import STFT, SOURCES, UserError, atomic_path, overlap_add, to_mono
+from .audio import STFT, SOURCES, UserError, atomic_path, check_writable, overlap_add, to_mono
 from .foundations.console import on_terminal, progress_bar, say
 
 # %% ../nbs/03_training.ipynb #428904d7
@@ -93,12 +94,12 @@ def _check_settings(
 def build_network(
     name:str, # a registered name
     **args, # the network's own settings
-) -> nn.Module: # with fresh weights, drawn from torch's generator
+) -> nn.Module: # in single precision, with fresh weights, drawn from torch's generator
     "Build a network by name. An unknown name or setting raises a `UserError`; an unknown name lists the known ones."
     if name not in NETWORKS: _import_rooms()
     if name not in NETWORKS: raise UserError(f"no network is called '{name}'; known: {', '.join(sorted(NETWORKS))}")
     _check_settings(f"setting of the network '{name}'", args, NETWORKS[name])
-    return NETWORKS[name](**args)
+    return NETWORKS[name](**args).float()
 
 # %% ../nbs/03_training.ipynb #f9188520
 @dataclass
@@ -419,6 +420,7 @@ class Task:
     "What a step of training is. `train_batch` must depend on its argument and the recipe only: that makes a run resumable and independent of workers."
     monitor = "valid_loss" # the figure that decides which weights are best
     heads = None # an optional `nn.Module` that is trained along, but is no part of the model
+    figures = None # names of the figures in the run's table, where they are known beforehand
     logs_gradient = False # whether the table of the run has the gradient's norm as `grad_norm`
     share = 0, 1 # number of this process, and of all that train together
     def __init__(self,
@@ -488,6 +490,24 @@ def build_terms(
         if weight: terms[name] = weight, TERMS[name](task, settings)
     return terms
 
+# %% ../nbs/03_training.ipynb #b6000001
+def _check_data(
+    network, # with `duration` if it takes excerpts of one length only
+    recipe, # its mixer's duration, in seconds
+    store, # the data
+):
+    "Raise a `UserError` where a network and its data differ in length, rate or sources."
+    takes, gets = getattr(network, "duration", None), recipe.mixer.get("duration", 5.)
+    if takes is not None and gets != takes:
+        wrong = f"the recipe's mixer.duration is {gets:g} s, the network '{recipe.network}' takes {takes:g} s"
+        raise UserError(f"{wrong}: make them equal, or set network_args.duration={gets:g}")
+    for name in ("sample_rate", "sources"):
+        there, own = (json.loads(json.dumps(getattr(x, name, None))) for x in (store, network))
+        if None not in (there, own) and there != own:
+            wrong = f"the data has {name} {there}, the network '{recipe.network}' {own}"
+            raise UserError(f"{wrong}: set network_args.{name}, or prepare other data")
+
+
 # %% ../nbs/03_training.ipynb #88e06a80
 VALID_SEED = 300
 
@@ -499,6 +519,7 @@ class SeparationTask(Task):
         if recipe.loss not in LOSSES: _import_rooms()
         if recipe.loss not in LOSSES: raise _no_such("loss", recipe.loss, LOSSES)
         self.loss = LOSSES[recipe.loss]
+        _check_data(network, recipe, store)
         self.mixer = self._mixer("train", recipe.seed, recipe.examples_per_epoch)
         self.valid = self._mixer("valid", VALID_SEED, recipe.valid_examples)
         if recipe.validation == "songs": self.monitor = "valid_sdr"
@@ -512,7 +533,7 @@ class SeparationTask(Task):
 
     def training_loss(self, batch):
         mixture, sources, *more = batch
-        loss, logs = self.loss(self.network, mixture, sources), {}
+        loss, logs = self._loss(mixture, sources), {}
         if self.terms: logs = dict(separation=loss.detach(), train_loss=loss.detach())
         for name, (weight, term) in self.terms.items():
             value, figures = term.beside(more[0][name], mixture, sources)
@@ -537,6 +558,16 @@ def _mixer(self:SeparationTask, split, seed, size):
     _check_settings("setting of the mixer", self.recipe.mixer, Mixer)
     return Mixer(songs, **{"channels": self.network.channels, **self.recipe.mixer, "seed": seed, "size": size})
 
+@patch
+def _loss(self:SeparationTask, mixture, sources):
+    "The loss of a batch; one that is made for other networks raises a `UserError`."
+    try: return self.loss(self.network, mixture, sources)
+    except AttributeError as e:
+        if e.obj is not self.network: raise
+        loss, network = self.recipe.loss, self.recipe.network
+        wrong = f"the loss '{loss}' needs {e.name}, which the network '{network}' has not"
+        raise UserError(f"{wrong}: choose another") from None
+
 # %% ../nbs/03_training.ipynb #6920ffd3
 @patch
 def _valid_batch(self:SeparationTask, start, n):
@@ -555,9 +586,17 @@ def validate(self:SeparationTask):
     for start in range(0, n, self.recipe.batch_size):
         count = min(self.recipe.batch_size, n - start)
         mixture, sources = (x.to(self.device) for x in self._valid_batch(start, count))
-        total += float(self.loss(self.network, mixture, sources)) * count
+        total += float(self._loss(mixture, sources)) * count
     logs = dict(valid_loss=total / n)
     return logs | song_sdr(self.network, self.store.split("valid"), self._duration) if self.recipe.validation == "songs" else logs
+
+# %% ../nbs/03_training.ipynb #b6000003
+@patch(as_prop=True)
+def figures(self:SeparationTask):
+    "Of the mixes, of whole songs where they are separated, and of the terms."
+    songs = ["valid_sdr", *(f"valid_sdr_{s}" for s in self.network.sources)]
+    terms = ["separation", *self.terms] if self.terms else []
+    return ["train_loss", "valid_loss", *(songs if self.recipe.validation == "songs" else []), *terms]
 
 # %% ../nbs/03_training.ipynb #8eeef5c2
 @patch(as_prop=True)
@@ -571,16 +610,16 @@ def song_sdr(
     duration:float=5.0, # seconds that the network sees at a time
 ) -> dict: # decibels: valid_sdr (mean over sources) and valid_sdr_drums, …
     "museval's SDR of whole songs: median over seconds, then over songs, then the mean over sources. Mono networks are scored on mono sums."
-    from deepdemix.metrics import framewise_sdr
+    from deepdemix.metrics import sdr
     device, rows = next(network.parameters()).device, []
     for i in range(len(store)):
         stems = store.stems(i)
         if network.channels == 1: stems = to_mono(stems)
         fn = lambda x: network(x.to(device)).float().cpu()
         estimates = overlap_add(fn, stems.sum(0), int(duration * store.sample_rate))
-        rows.append(framewise_sdr(stems, estimates, store.sample_rate).nanquantile(0.5, -1))
-    sdr = torch.stack(rows).nanquantile(0.5, 0)
-    return {"valid_sdr": float(sdr.nanmean()), **{f"valid_sdr_{s}": float(v) for s, v in zip(network.sources, sdr)}}
+        rows.append(sdr(stems, estimates, store.sample_rate))
+    found = torch.stack(rows).nanquantile(0.5, 0)
+    return {"valid_sdr": float(found.nanmean()), **{f"valid_sdr_{s}": float(v) for s, v in zip(network.sources, found)}}
 
 # %% ../nbs/03_training.ipynb #935db490
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th")
@@ -1351,6 +1390,8 @@ def thaw(
         for p in layer.parameters(recurse=False): p.requires_grad_(k < count)
 
 # %% ../nbs/03_training.ipynb #3c96302c
+NO_GRADIENT = "no weight has a part in the loss: all are frozen, or the network takes no gradient along"
+
 @patch
 def before_step(self:Loop):
     "Set the learning rates, and how much of the encoder learns."
@@ -1363,6 +1404,7 @@ def loss(self:Loop, batch):
     "The loss of a batch; one that is not finite ends the run."
     loss, logs = self.task.training_loss(batch)
     if self.ranks.world == 1 and loss.device.type == "cpu" and not torch.isfinite(loss): self._not_finite()
+    if not loss.requires_grad: raise self.ranks.alike(UserError(NO_GRADIENT))
     for k, v in {"train_loss": loss, **logs}.items(): self.sums.setdefault(k, []).append(torch.as_tensor(v).detach().float())
     return loss
 
@@ -1669,6 +1711,17 @@ def close(self:Reporter):
     if self.bar is not None: self.bar.close()
     if self.board: self.board.close()
 
+# %% ../nbs/03_training.ipynb #b6000005
+def check_monitor(
+    task, # with the names of its `figures`, or None where nobody knows
+    name:str, # the recipe's monitor
+):
+    "Raise a `UserError` for a figure that a run won't have; a task with a validation of its own is believed."
+    kind = lambda what: next(i for i, c in enumerate(type(task).__mro__) if what in vars(c))
+    if not name or task.figures is None or kind("validate") < kind("figures") or name in task.figures: return
+    hint = "; validation=songs gives valid_sdr" if "sdr" in name and "valid_sdr" not in task.figures else ""
+    raise UserError(f"this run has no figure '{name}' to monitor, but {', '.join(task.figures)}{hint}")
+
 # %% ../nbs/03_training.ipynb #5e0e93fb
 MAY_CHANGE = ("data", "epochs", "max_minutes", "save_minutes", "patience", "num_workers", "device", "encoder", "start")
 
@@ -1687,6 +1740,43 @@ def _check_resume(
         was = record["data"].get(k)
         if _origins(recipe).get(k) != was: raise UserError(f"{out} was begun {f'with another {k} (digest {was})' if was else f'without {words}'}: name the same")
 
+# %% ../nbs/03_training.ipynb #b6000007
+KEPT = "model.safetensors", "resume.safetensors"
+
+def _unbegun(
+    out, # a folder
+): # the record of a start that left neither weights nor a state; None: there is none, or more than that
+    "What is left of a run that nothing was saved of."
+    if any((out/name).exists() for name in KEPT): return None
+    try: record = read_record(out)
+    except UserError: return None
+    return None if record.get("finished") else record
+
+@contextlib.contextmanager
+def sole_writer(
+    out:Path, # the run folder, made if need be
+    writes:bool=True, # whether this process writes; of several the first one does
+):
+    "Hold a run folder; a `UserError` where another process does. A start without a step leaves nothing."
+    if not writes: yield; return
+    check_writable(out, folder=True)
+    missing = [p for p in (out, *out.parents) if not p.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out/".lock", timeout=0)
+    try: lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is training in {out}: wait, or choose another folder") from None
+    try: yield
+    finally: _let_go(out, lock, missing)
+
+def _let_go(out, lock, missing):
+    "Remove the lock, the record of a start that never came to a step, and the folders that were made for it."
+    if (_unbegun(out) or {}).get("step") == 0: (out/"recipe.json").unlink()
+    with contextlib.suppress(OSError): (out/".lock").unlink()
+    lock.release()
+    with contextlib.suppress(OSError):
+        for folder in missing: folder.rmdir()
+
 # %% ../nbs/03_training.ipynb #97a6d595
 def _open_run(
     recipe, # of this start
@@ -1695,7 +1785,7 @@ def _open_run(
     resume:bool, # whether the caller wants to go on
 ): # the record and the state of the earlier start, or (None, None)
     "Find out whether to begin or to go on."
-    exists = (out/"recipe.json").exists() or (out/"model.safetensors").exists()
+    exists = any((out/name).exists() for name in ("recipe.json", *KEPT)) and _unbegun(out) is None
     if exists and not resume: raise UserError(f"{out} already holds a run: resume it, or choose another folder")
     if out.exists() and not out.is_dir(): raise UserError(f"{out} is a file, not a folder")
     if not exists: return None, None
@@ -1722,10 +1812,13 @@ def fit(
     if isinstance(store, (str, Path)):
         from deepdemix.data import open_data
         store = open_data(store)
-    record, state = _open_run(recipe, store, out, resume)
-    with seeded(recipe.seed), _quiet(), torch.autocast("cpu", enabled=False):
+    with seeded(recipe.seed), _quiet(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         if not isinstance(task, Task): task = build_task(recipe, store, task)
-        return _run(recipe, store, out, task, record, state, logger, progress, _trainer(recipe, out, devices, nodes, strategy))
+        check_monitor(task, recipe.monitor)
+        trainer = _trainer(recipe, out, devices, nodes, strategy)
+        with sole_writer(out, trainer.is_global_zero):
+            record, state = _open_run(recipe, store, out, resume)
+            return _run(recipe, store, out, task, record, state, logger, progress, trainer)
 
 # %% ../nbs/03_training.ipynb #50cc209c
 def _run(recipe, store, out, task, record, state, logger, progress, trainer):
@@ -1735,7 +1828,6 @@ def _run(recipe, store, out, task, record, state, logger, progress, trainer):
     if recipe.encoder and state is None: load_encoder(task.network, run_folder(recipe.encoder))
     if recipe.start and state is None: load_start(task.network, recipe.start)
     if (recipe.freeze_encoder or recipe.unfreeze_every) and not isinstance(getattr(task.network, "encoder", None), nn.Module): raise UserError(f"the network '{recipe.network}' has no encoder to freeze")
-    if first: out.mkdir(parents=True, exist_ok=True)
     record = new_record(recipe, task.network, store) | ({"best": record["best"]} if record and "best" in record and state else {})
     reporter = Reporter(recipe, out, logger if first else "csv", progress and first)
     loop = Loop(task, recipe, out, record, reporter)

@@ -198,3 +198,59 @@ def test_memory_does_not_grow_with_the_song():
     M.scores(r, e, 44100)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 25, f"{grown:.0f} MiB more for a song of 45 s: as much as a copy of it (61 MiB)"
+
+
+MEASURES = [M.framewise_sdr, M.sdr, M.usdr, M.snr, M.sd_sdr, M.si_sdr, M.isr_sir_sar, M.scores, M.sdr_and_moments, M.moments]
+
+@pytest.mark.parametrize("fn", MEASURES)
+def test_musevals_axes_are_refused(fn):
+    "(sources, time, channels): plausible wrong numbers, and as much as 2 PiB for the filters of SIR."
+    r, e = (x.transpose(1, 2) for x in signals(10))
+    with pytest.raises(UserError, match=r"looks like museval's \(sources, time, channels\)"): fn(r, e)
+
+
+def test_many_channels_and_few_samples_are_no_error():
+    for shape in ((2, 2, 1), (2, 64, 5), (3, 1, 1)):
+        r = torch.ones(shape, dtype=torch.float64)
+        assert torch.allclose(M.usdr(r, r / 2, delta=0.), torch.full(shape[:1], 6.0206, dtype=torch.float64), atol=1e-3)
+
+
+@pytest.mark.parametrize("fn", MEASURES)
+def test_integers_are_refused(fn):
+    r, e = signals(11)
+    for wrong in ((r * 30000).short(), (r * 30000).short().numpy(), torch.complex(r, e), r > 0):
+        with pytest.raises(UserError, match=r"references hold floats in \[-1, 1\]"): fn(wrong, e)
+    with pytest.raises(UserError, match="estimates hold floats"): fn(r, (e * 30000).int())
+
+
+@pytest.mark.parametrize("change", [lambda x: x[..., ::-1], lambda x: x[::-1, ::-1], lambda x: x.astype(">f4"), lambda x: np.asfortranarray(x), lambda x: x.astype(np.longdouble), lambda x: x.tolist()])
+def test_arrays_as_numpy_makes_them(change):
+    r, e = (x.numpy() for x in signals(12, seconds=1.2))
+    plain = [torch.from_numpy(np.array(change(x), dtype=np.float64)) for x in (r, e)]
+    assert torch.allclose(M.framewise_sdr(change(r), change(e), RATE), M.framewise_sdr(*plain, RATE), atol=1e-4)
+
+
+@pytest.mark.parametrize("fn", [M.framewise_sdr, M.sdr, M.isr_sir_sar, M.scores, M.sdr_and_moments])
+@pytest.mark.parametrize("rate", [0, -1, "44100", float("nan"), float("inf"), None])
+def test_rates_that_are_none(fn, rate):
+    r, e = signals(13, seconds=1.2)
+    with pytest.raises(UserError, match="a rate above 0") as error: fn(r, e, rate)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spans", [dict(window=0), dict(hop=0), dict(window=-1), dict(hop=-1.), dict(window=1e-9)])
+def test_windows_of_nothing(spans):
+    r, e = signals(14, seconds=1.2)
+    with pytest.raises(UserError, match="give a sample or more"): M.framewise_sdr(r, e, RATE, **spans)
+
+
+@pytest.mark.parametrize("perfect", [1, 2, 3, 4])
+def test_a_perfect_second_counts_as_very_high_as_in_museval(museval, perfect):
+    "Of five seconds; the median never forgets one."
+    r, e = signals(15, seconds=5)
+    e[..., :perfect * RATE] = r[..., :perfect * RATE]
+    theirs = np.nanmedian(museval(r, e, RATE, RATE)[0], 1)
+    ours = M.sdr(r, e, RATE).numpy()
+    if perfect < 3: assert np.allclose(ours, theirs, atol=1e-3)
+    else: assert (ours == M.PERFECT).all() and (theirs >= M.PERFECT - 15).all()
+    assert M.framewise_sdr(r, e, RATE).isfinite().all()

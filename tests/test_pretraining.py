@@ -621,3 +621,12 @@ def test_real_songs_train_an_encoder(previews, tmp_path):
     table = probe(load_network(run), previews.split("train"), previews.split("valid"), per_song=3, randoms=2)
     assert {"encoder", "random encoder", "mel statistics"} == set(table.index)
     assert np.isfinite(table.values).all() and table.knn["mel statistics"] > 0.4
+
+
+@pytest.mark.parametrize("loss", ["triplet", "supcon"])
+def test_every_figure_can_be_monitored(store, tmp_path, loss):
+    run = fit(recipe(loss=loss), store, tmp_path / "run", progress=False)
+    figures = set(read_metrics(run).columns) - {"epoch", "step", "examples", "lr", "seconds"}
+    assert figures == set(task(store, loss=loss).figures)
+    with pytest.raises(UserError, match="no figure 'valid_sdr'"): fit(recipe(loss=loss, monitor="valid_sdr"), store, tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()

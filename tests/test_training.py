@@ -17,9 +17,10 @@ from deepdemix.training import (Interrupted, Recipe, SeparationTask, fit, load_e
 @register_network("tiny_dropout")
 class Tiny(nn.Module):
     "One frame at a time, with dropout."
-    def __init__(self, hidden=6, dropout=0.5):
+    def __init__(self, hidden=6, dropout=0.5, rate=8000, sources=SOURCES):
         super().__init__()
-        self.args, self.sources, self.sample_rate, self.channels = dict(hidden=hidden, dropout=dropout), SOURCES, 8000, 1
+        self.args = dict(hidden=hidden, dropout=dropout, rate=rate, sources=list(sources))
+        self.sources, self.sample_rate, self.channels = tuple(sources), rate, 1
         self.stft = STFT(64, 32)
         self.encoder = nn.Sequential(nn.Linear(33, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.norm, self.decoder = nn.BatchNorm1d(hidden), nn.Linear(hidden, 132)
@@ -437,11 +438,12 @@ def test_a_resumed_run_keeps_its_precision_while_the_processor_has_it(tmp_path, 
     assert read_record(fit(recipe(precision="bf16-mixed"), STORE, tmp_path/"moved", resume=True))["precision"] == "32"
     assert "so single precision is used" in capsys.readouterr().err
 
-def test_a_callers_autocast_changes_no_run(tmp_path):
+@pytest.mark.parametrize("around", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, torch.no_grad], ids=["autocast", "inference", "no_grad"])
+def test_what_a_caller_has_set_changes_no_run(tmp_path, around):
     runs = [fit(recipe(epochs=1), STORE, tmp_path/"plain", progress=False)]
-    with torch.autocast("cpu", torch.bfloat16): runs.append(fit(recipe(epochs=1), STORE, tmp_path/"around", progress=False))
+    with around(): runs.append(fit(recipe(epochs=1), STORE, tmp_path/"around", progress=False))
     first, second = (read_weights(r/"model.safetensors") for r in runs)
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert all(first[k].dtype == second[k].dtype and torch.equal(first[k], second[k]) for k in first)
 
 @pytest.mark.cuda
 def test_trains_and_resumes_on_cuda(tmp_path):
@@ -572,3 +574,91 @@ def test_the_baseline_learns_and_resumes_on_real_songs(tmp_path, musdb_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     fit(recipe(**WHOLE, save_minutes=0), STORE, Path(sys.argv[1]), progress=False, task=stopping_after(9, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+
+# -- what is checked beforehand, and what a start leaves ---------------------------
+
+@register_network("one_length")
+class OneLength(Tiny):
+    "Takes half a second."
+    duration = 0.5
+
+@pytest.mark.parametrize("fields,message", [
+    (dict(network="one_length", mixer=PLAIN | dict(duration=2)), "mixer.duration is 2 s, the network 'one_length' takes 0.5 s"),
+    (dict(network_args=dict(rate=16000)), "the data has sample_rate 8000, the network 'tiny_dropout' 16000"),
+    (dict(network_args=dict(sources=list(SOURCES[::-1]))), "the data has sources"),
+    (dict(monitor="valid_sdr"), "no figure 'valid_sdr' to monitor, but train_loss, valid_loss; validation=songs gives valid_sdr"),
+    (dict(monitor="valid_los"), "no figure 'valid_los'"),
+    (dict(validation="songs", monitor="valid_sdr_guitar"), "valid_sdr_vocals")])
+def test_what_cannot_work_is_said_before_the_work(tmp_path, fields, message):
+    task = stopping_after(1, lambda: pytest.fail("it began"))
+    with pytest.raises(UserError, match=message) as error: fit(recipe(**fields), STORE, tmp_path/"run", progress=False, task=task)
+    assert "\n" not in str(error.value) and not (tmp_path/"run").exists()
+
+@pytest.mark.parametrize("fields", [dict(), dict(validation="songs")])
+def test_every_figure_of_separation_can_be_monitored(tmp_path, fields):
+    r = recipe(epochs=1, **fields)
+    run = fit(r, STORE, tmp_path/"run", progress=False)
+    figures = set(read_metrics(run).columns) - {"epoch", "step", "examples", "lr", "seconds"}
+    assert figures == set(T.build_task(r, STORE).figures)
+    for name in figures: T.check_monitor(T.build_task(r, STORE), name)
+
+def test_a_task_that_validates_in_its_own_way_may_monitor_anything(tmp_path):
+    class Own(SeparationTask):
+        def validate(self): return dict(valid_loss=1., valid_own=2.)
+    assert read_record(fit(recipe(epochs=1, monitor="valid_own"), STORE, tmp_path/"run", progress=False, task=Own))["best"]["valid_own"] == 2
+
+def test_a_run_is_in_single_precision_whatever_torchs_default(tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try: run = fit(recipe(epochs=1), STORE, tmp_path/"run", progress=False)
+    finally: torch.set_default_dtype(torch.float32)
+    assert {v.dtype for v in read_weights(run/"model.safetensors").values()} <= {torch.float32, torch.int64}
+
+def test_a_loss_for_other_networks_is_said(tmp_path):
+    with pytest.raises(UserError, match="'l1_cells' needs cells, which the network 'tiny_dropout' has not"): fit(recipe(loss="l1_cells"), STORE, tmp_path/"run", progress=False)
+    assert not (tmp_path/"run").exists()
+
+def test_a_loss_without_weights_is_said(tmp_path):
+    class Loose(SeparationTask):
+        def training_loss(self, batch): return super().training_loss(batch)[0].detach(), {}
+    with pytest.raises(UserError, match="no weight has a part in the loss"): fit(recipe(), STORE, tmp_path/"run", progress=False, task=Loose)
+    assert not (tmp_path/"run").exists()
+
+def test_a_start_without_a_step_bars_nothing(tmp_path):
+    "Neither one that failed nor one that was killed; not even in a folder with other files."
+    class Broken(SeparationTask):
+        def training_loss(self, batch): raise OSError("the disk is gone")
+    (tmp_path/"run").mkdir(); (tmp_path/"run"/"notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="the disk is gone"): fit(recipe(), STORE, tmp_path/"run", progress=False, task=Broken)
+    assert [p.name for p in (tmp_path/"run").iterdir()] == ["notes.txt"]
+    killed = os.fork()
+    if not killed:
+        try: fit(recipe(), STORE, tmp_path/"run", progress=False, task=stopping_after(1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+        finally: os._exit(1)
+    os.waitpid(killed, 0)
+    assert read_record(tmp_path/"run")["status"] == "running"
+    fit(recipe(epochs=1, lr=0.02), STORE, tmp_path/"run", progress=False)
+    assert read_record(tmp_path/"run")["finished"]
+
+def test_settings_that_lie_in_the_folder_are_not_taken_away(tmp_path):
+    (tmp_path/"run").mkdir()
+    recipe().save(tmp_path/"run"/"recipe.json")
+    with pytest.raises(UserError, match="already holds a run"): fit(recipe(), STORE, tmp_path/"run", progress=False)
+    assert Recipe.load(tmp_path/"run"/"recipe.json") == recipe()
+
+def test_one_training_a_folder(tmp_path, whole):
+    "The second one is refused, in another thread as in another process, and the first one is none the worse."
+    refused = []
+    def second():
+        for resume in (False, True):
+            try: fit(recipe(**WHOLE), STORE, tmp_path/"run", resume=resume, progress=False)
+            except UserError as e: refused.append(str(e))
+        words = ["train", "--model", "recurrent", "--profile", "demo", "--data", str(tmp_path/"store"), "--out", str(tmp_path/"run")]
+        done = subprocess.run([sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", *words], capture_output=True, text=True)
+        refused.append(done.stderr); assert done.returncode == 2
+    from deepdemix.data import prepare_toy
+    prepare_toy(6, tmp_path/"store", duration=1.0, progress=False)
+    task = stopping_after(3, lambda: [t.start() or t.join() for t in [threading.Thread(target=second)]])
+    fit(recipe(**WHOLE), STORE, tmp_path/"run", progress=False, task=task)
+    assert len(refused) == 3 and all("another process is training in" in line and line.count("\n") <= 1 for line in refused)
+    assert same_runs(tmp_path/"run", whole)
+    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == sorted(p.name for p in whole.iterdir())
