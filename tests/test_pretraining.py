@@ -284,15 +284,19 @@ def test_a_probe_knows_signal_from_noise(store):
     with pytest.raises(UserError, match="both sides"): probe(Told(), store.split("train"), store.split("train"))
 
 
-def test_maps_show_every_network_in_a_column(store):
+def test_maps_show_every_network_in_a_row(store):
     import matplotlib.pyplot as plt
     networks = {"one": EncoderNetwork(**TINY).eval(), "two": EncoderNetwork(**TINY).eval()}
     figure = show_maps(networks, store, per_song=2)
     excerpts = draw_excerpts(store.split("valid"), TINY["duration"], 2)
-    axes = np.array(figure.axes).reshape(3, 2)
-    assert [a.get_title() for a in axes[0]] == ["one", "two"]
-    assert all(sum(len(c.get_offsets()) for c in a.collections) == len(excerpts.labels) for a in axes[:2].flat)
-    assert all(a.get_xlabel() == "said" for a in axes[2])
+    axes = np.array(figure.axes).reshape(2, 3)
+    assert [a.get_ylabel() for a in axes[:, 0]] == ["one", "two"]
+    assert all(sum(len(c.get_offsets()) for c in a.collections) == len(excerpts.labels) for a in axes[:, :2].flat)
+    assert all(a.get_xlabel() == "said" for a in axes[:, 2])
+    figure.canvas.draw()
+    for a in axes[:, 2]:
+        boxes = [label.get_window_extent() for label in a.get_xticklabels()]
+        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:])), "names that run into each other"
     assert [t.get_text() for t in figure.legends[0].texts] == list(excerpts.instruments)
     plt.close(figure)
 
