@@ -996,7 +996,9 @@ def show_confusion(
     ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(table.values):
         for j, v in enumerate(row): ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=9, color="white" if v > 0.5 else "black")
-    ax.set(xticks=range(len(table.columns)), yticks=range(len(table)), xticklabels=table.columns, yticklabels=table.index, xlabel="said", ylabel="true")
+    ax.set_xticks(range(len(table.columns)), table.columns, rotation=90)
+    ax.set_yticks(range(len(table)), table.index)
+    ax.set(xlabel="said", ylabel="true")
     return ax
 
 # %% ../nbs/05_pretraining.ipynb #3d56940d
@@ -1043,7 +1045,7 @@ def show_maps(
     store, # with a train and a valid split
     per_song:int=4, # places in each song
 ): # the figure
-    "For every encoder a map of the validation songs, by instrument and by song, above its confusion of instruments."
+    "For every encoder a map of the validation songs, by instrument and by song, beside its confusion of instruments; a row each."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(len(networks), 3, figsize=(4.9, 0.6 + 1.9 * len(networks)), dpi=75, squeeze=False, layout="constrained")
     for (left, middle, right), (name, network) in zip(axes, networks.items()):
