@@ -282,10 +282,10 @@ def test_an_upload_of_any_name(name):
 
 def test_a_stalled_upload_blocks_nobody(tmp_path):
     "One that never goes on, one that breaks off, and a third that is whole."
-    head = b"POST /separate?name=slow.wav&model=untrained HTTP/1.1\r\nHost: localhost\r\nX-Desk: 1\r\nContent-Length: 100000\r\n\r\nten bytes "
     write(tmp_path / "song.wav", tone(440, .5), RATE)
     with serving({"untrained": untrained()}) as server:
         server.patience = 1.
+        head = f"POST /separate?name=slow.wav&model=untrained HTTP/1.1\r\nHost: localhost:{server.server_port}\r\nX-Desk: 1\r\nContent-Length: 100000\r\n\r\nten bytes ".encode()
         stalled, broken = (socket.create_connection(("127.0.0.1", server.server_port), 20) for _ in range(2))
         for connection in (stalled, broken): connection.sendall(head)
         broken.shutdown(socket.SHUT_WR)
@@ -338,7 +338,7 @@ def test_a_browser_that_goes_away_is_no_error(capfd):
     with serving({"untrained": untrained()}) as server:
         server.job.page = b"x" * 20_000_000
         with socket.create_connection(("127.0.0.1", server.server_port), 20) as connection:
-            connection.sendall(b"GET /desk HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            connection.sendall(f"GET /desk HTTP/1.1\r\nHost: localhost:{server.server_port}\r\n\r\n".encode())
             connection.recv(10)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         assert ask(server, "GET", "/")[0] == 200
