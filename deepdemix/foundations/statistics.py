@@ -9,7 +9,6 @@ __all__ = ['SHARED', 'MARGIN', 'average_songs', 'nan_average', 'resample_songs',
 
 # %% ../../nbs/foundations/statistics.ipynb #057583b5
 import math
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -28,10 +27,11 @@ def nan_average(
     kind: str="mean",     # or "median"
 ) -> np.ndarray:          # (...)
     "Average over the last axis, leaving out NaN."
-    if not np.isnan(values).any(): return np.mean(values, -1) if kind == "mean" else np.median(values, -1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(values, -1) if kind == "mean" else np.nanmedian(values, -1)
+    gone = np.isnan(values)
+    if not gone.any(): return np.mean(values, -1) if kind == "mean" else np.median(values, -1)
+    empty = gone.all(-1, keepdims=True)
+    found = (np.nanmean if kind == "mean" else np.nanmedian)(np.where(empty, 0., values), -1)
+    return np.where(empty[..., 0], np.nan, found)
 
 # %% ../../nbs/foundations/statistics.ipynb #3d0e2008
 def resample_songs(
