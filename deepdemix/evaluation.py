@@ -562,7 +562,7 @@ def save(self: Scores,
     line = lambda x: json.dumps(x, allow_nan=False, ensure_ascii=False)
     head = line({"format": FORMAT, "info": self.info, "failed": self.failed})[:-1]
     songs = ",\n".join(line(_rounded(x, digits)) for x in self.records())
-    with atomic_path(path) as part: part.write_text(f'{head}, "songs": [\n{songs}\n]}}\n', encoding="utf-8", errors="backslashreplace")
+    with atomic_path(path) as part: part.write_text(f'{head}, "songs": [\n{songs}\n]}}\n', encoding="utf-8")
     return Path(path)
 
 def _rounded(x, digits: int):

@@ -322,17 +322,6 @@ def test_all_rows_on_the_real_previews(previews):
         if name in PAPER_MD_SI: assert abs(row["SI-SDR", "overall"] - PAPER_MD_SI[name]) < .1, name
 
 
-# Names and warnings
-
-def test_titles_that_are_no_text_survive_the_disk(tmp_path):
-    "A folder whose name is no UTF-8 gives a title that no encoding takes."
-    import os
-    import pandas as pd
-    title = os.fsdecode(b"latin \xe9")
-    E.Scores(pd.DataFrame([dict(model="m", seed=0, split="test", song=title, source="drums", metric="SDR", value=1.)])).save(tmp_path / "scores.json")
-    assert list(E.Scores.load(tmp_path / "scores.json").rows.song) == [title]
-
-
 @pytest.mark.parametrize("kind", ["mean", "median"])
 def test_averages_do_not_touch_the_filters_of_warnings(kind, monkeypatch):
     "They belong to the whole process, and another thread may be using them."
