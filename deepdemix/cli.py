@@ -23,7 +23,7 @@ from .foundations.console import say, streams
 
 
 # %% ../nbs/11_cli.ipynb #279bd20b
-PROFILE_NAMES = ("demo", "laptop", "author", "paper")
+PROFILE_NAMES = ("demo", "laptop", "workstation", "author", "paper")
 
 def _seed(text):
     "A seed on the command line."
@@ -423,7 +423,7 @@ def _add_training_commands(
     p.add_argument("--start", metavar="RUN|NAME", help="train this run or bundled model further, by its own recipe unless --model or --recipe says otherwise"); _training_options(p); p.set_defaults(run=train)
 
 # %% ../nbs/11_cli.ipynb #14f9763e
-PROFILE_HELP = "sizes and counts: demo takes under a minute a model, laptop about an hour for the whole experiment, author and paper want a GPU"
+PROFILE_HELP = "sizes and counts: demo takes under a minute a model, laptop about an hour for the whole experiment, workstation a night for it, author and paper want a GPU"
 
 def _study_options(
     p, # a command's parser

@@ -332,6 +332,7 @@ PROFILES = {
     "author": dict(epochs=PAPER_EPOCHS, examples_per_epoch=160,  valid_examples=300, batch_size=16, duration=5.0, network_args={}),
     "paper":  dict(epochs=PAPER_EPOCHS, examples_per_epoch=6000, valid_examples=300, batch_size=16, duration=5.0, network_args={}),
 }
+PROFILES["workstation"] = PROFILES["laptop"] | dict(examples_per_epoch=160, valid_examples=64)
 
 # %% ../nbs/03_training.ipynb #7e503974
 MODELS = {

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,3 +156,42 @@ def test_the_command(study, store, capsys):
         assert main(["run", results, "--data", str(store.path)]) == 2
         with pytest.raises(SystemExit): main(["run", results, "--part", "3/2"])
     finally: torch.set_num_threads(threads)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(study, store, monkeypatch, capsys):
+    results, root = study
+    real = planned.train_run
+
+    def fails(plan, run, seed, *args, **kwargs):
+        if run.name == "scratch" and seed == 0: raise UserError("the loss is no longer finite")
+        return real(plan, run, seed, *args, **kwargs)
+    monkeypatch.setattr(planned, "train_run", fails)
+    assert not run_study(results, store, root, progress=False)
+    assert "seed 0: scratch: the loss is no longer finite" in capsys.readouterr().err
+    assert len(list(results.rglob(SEALED))) == 3
+    monkeypatch.setattr(planned, "train_run", real)
+    assert run_study(results, store, root, progress=False)
+
+
+def test_time_that_is_over_begins_nothing(study, store):
+    results, root = study
+    assert not run_study(results, store, root, hours=1e-9, progress=False)
+    assert not list(results.rglob(SEALED))
+
+
+def test_the_workstation_has_the_steps_of_the_author():
+    from deepdemix.cli import PROFILE_NAMES
+    from deepdemix.training import PROFILES, recipe_for
+    for name in ("ddm", "pretraining"):
+        here, small, author = (recipe_for(name, profile) for profile in ("workstation", "laptop", "author"))
+        assert here.steps == author.steps and here.network_args == small.network_args and here.valid_examples == 64
+    assert set(PROFILE_NAMES) == set(PROFILES)
+
+
+@pytest.mark.parametrize("name", ["dense", "budget", "steps"])
+def test_the_plans_that_are_kept_hold_together(name):
+    kept = Plan.load(Path(__file__).parent.parent / "results" / name)
+    longest = max(run.examples for run in kept.runs if run.label)
+    assert kept.question and kept.budget["processor_hours"] > 0 and kept.data
+    assert all(0.75 * longest <= run.examples or "as long as both" in str(kept.comparisons) for run in kept.runs if run.label)
+    assert {label for pair in kept.comparisons for label in pair} == {run.label for run in kept.runs if run.label}
