@@ -15,7 +15,7 @@ minor = lambda version: int(version.split(".")[1])
 pythons = [f"Programming Language :: Python :: 3.{n}" for n in range(minor(cfg["min_python"]), minor(cfg["max_python"]) + 1)]
 
 words = lambda key: cfg.get(key, "").split()
-extras = {name: words(f"{name}_requirements") for name in ("dev", "nussl", "bench", "docs", "browser", "export", "hub", "ray")}
+extras = {name: words(f"{name}_requirements") for name in ("dev", "nussl", "bench", "docs", "browser", "onnx", "export", "hub", "ray")}
 extras["dev-core"] = extras["dev"]
 extras["dev"] = extras["dev-core"] + extras["ray"] + extras["nussl"]
 

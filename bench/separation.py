@@ -1,5 +1,6 @@
 """Separation: stages of the default model and Hybrid Transformer Demucs on one file, and an hour in flat memory; `make bench` runs it."""
 import subprocess, sys, tempfile
+from statistics import median
 
 import torch
 
@@ -7,6 +8,7 @@ from deepdemix.audio import read, write
 from deepdemix.data import toy_song
 from deepdemix.metrics import sdr
 from deepdemix.separation import Separator
+from deepdemix.serving.export import load_separator
 from report import absent, report, row, seconds
 
 
@@ -32,6 +34,19 @@ def stages(path, out, duration):
     whole = seconds(lambda: separator.separate_file(path, out, overwrite=True), 3) / duration
     try: yield row("end to end, wav out", whole, "of real time", "HTDemucs, random weights", seconds(lambda: htdemucs(path, out)) / duration)
     except ImportError as error: yield row("end to end, wav out", whole, "of real time"); yield absent("end to end", "demucs", error)
+
+
+def runtimes(song, repeats=5):
+    "The default on 20 seconds with one thread: onnxruntime beside PyTorch, in turns; the medians."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runs = {name: load_separator("default", name, device="cpu", threads=1) for name in ("torch", "onnx")}
+        times = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items(): times[name].append(seconds(lambda: run(song[:, :20 * 44100]), 1) / 20)
+    finally: torch.set_num_threads(before)
+    yield row("onnxruntime, one thread", median(times["onnx"]), "of real time", "PyTorch", median(times["torch"]))
 
 
 def chunking(stems):
@@ -70,6 +85,7 @@ def everything(folder, duration=120, rate=44100):
     song = stems.sum(0)
     write(f"{folder}/song.wav", song, rate)
     yield from stages(f"{folder}/song.wav", folder, duration)
+    yield from runtimes(song)
     yield from chunking(stems)
     yield from hour(song, rate, folder)
 
