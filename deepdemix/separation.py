@@ -351,12 +351,20 @@ def find_model(name): # a bundled model, a run folder or a file in it, or "hf:ow
     raise UserError(f"there is no model {str(name)[:200]!r}: name a bundled one ({known}), a run folder (it holds recipe.json and model.safetensors), or hf:owner/name")
 
 
+def _onnx_network(path, options):
+    "The network in an ONNX file; it works on the processor."
+    from deepdemix.networks.onnx_file import OnnxNetwork
+    if str(options.get("device", "auto")) not in ("auto", "cpu"): raise UserError(f"{path} is an ONNX file, which runs on the processor: leave out the device")
+    return OnnxNetwork(path, options.get("threads"))
+
+
 @patch(cls_method=True)
 def from_pretrained(cls:Separator,
-                    name="default", # a bundled model, a run folder, or "hf:owner/name"
+                    name="default", # a bundled model, a run folder, "hf:owner/name", or an ONNX file that `export` wrote
                     **kwargs): # device, chunk, overlap, context, batch_size, threads
     "A separator from weights on disk. `UserError` for unknown names, pickles, and weights that don't fit their recipe."
     folder = find_model(name)
+    if folder.suffix == ".onnx": return cls(_onnx_network(folder, kwargs), name=folder.stem, **kwargs | dict(device="cpu"))
     try: network, kind = load_network(folder), (read_record(folder).get("recipe") or {}).get("kind")
     except UserError: raise
     except Exception as e: raise UserError(f"{folder} holds no model that can be read ({type(e).__name__}: {str(e)[:200]})") from e
