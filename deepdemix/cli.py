@@ -302,11 +302,11 @@ def separate(
 ):
     "Take songs apart into stems."
     from deepdemix.audio import UserError
-    from deepdemix.separation import Separator
+    from deepdemix.serving.export import load_separator
     if not args.files and not args.stems: raise UserError("name a song, or a folder of songs: deepdemix separate FILE")
     if args.skip_existing and args.overwrite: raise UserError("--skip-existing and --overwrite: choose one")
     if _on_ray(args): return _separate_on_ray(args)
-    separator = Separator.from_pretrained(args.model, device=args.device, **_chosen(args, "overlap", "batch_size", "threads"))
+    separator = load_separator(args.model, args.backend, device=args.device, **_chosen(args, "overlap", "batch_size", "threads"))
     _sort_words(args, separator.sources)
     with _with_stdin(args.files) as (files, named):
         summary = named(separator.separate_files(
@@ -372,12 +372,13 @@ def join(
     print(join_runs([find_model(run) for run in args.runs], args.out, refine=args.refine))
 
 def export(
-    args:argparse.Namespace, # model, out
+    args:argparse.Namespace, # model, out, half
 ):
-    "Write a model's network, without its STFT, as TorchScript or ONNX."
+    "Write a model as one ONNX file, or without its STFT as TorchScript."
     from deepdemix.separation import Separator
-    from deepdemix.serving.export import export
-    print(export(Separator.from_pretrained(args.model).network, args.out))
+    from deepdemix.serving.export import export, licence_of
+    separator = Separator.from_pretrained(args.model, device="cpu")
+    print(export(separator.network, args.out, licence_of(args.model), separator.name, args.half))
 
 def listen(
     args:argparse.Namespace, # file, model, voila, port, no_browser, track
@@ -477,9 +478,10 @@ def _add_model_commands(
     p.add_argument("runs", nargs="+", metavar="RUN|NAME", help="run folders or bundled models")
     p.add_argument("--refine", type=float, default=0., metavar="SHARE", help="share of a Wiener filter at the end, 0 to 1 (default: 0)")
     p.add_argument("-o", "--out", required=True, metavar="RUN", help="the run folder to make"); p.set_defaults(run=join)
-    p = commands.add_parser("export", help="write a network as TorchScript or ONNX")
+    p = commands.add_parser("export", help="write a model as one ONNX file, waveform in and stems out, or as TorchScript")
     p.add_argument("--model", default="default", metavar="RUN|NAME", help="a run folder or a bundled model (default: default)")
-    p.add_argument("-o", "--out", required=True, metavar="FILE.pt|FILE.onnx", help="the ending says which of the two"); p.set_defaults(run=export)
+    p.add_argument("-o", "--out", required=True, metavar="FILE.onnx|FILE.pt", help="the ending says which of the two")
+    p.add_argument("--half", action="store_true", help="ONNX: weights in half precision, for half the size"); p.set_defaults(run=export)
     p = commands.add_parser("listen", help="the listening desk, in a browser")
     p.add_argument("file", nargs="?", metavar="FILE", help="a song, a stem file or a folder of stems; without it the page asks for one")
     p.add_argument("--model", default="default", metavar="RUN|NAME", help="a run folder or a bundled model (default: default)")
@@ -496,7 +498,8 @@ def _add_separate_command(
     p = commands.add_parser("separate", help="take songs apart into stems")
     p.add_argument("files", nargs="*", metavar="FILE", help="songs, or folders of songs, or - for standard input; with --ray lists of songs too (.txt, .m3u)")
     p.add_argument("-o", "--out", default="separated", metavar="DIR", help="a folder for each song is made here (default: separated)")
-    p.add_argument("--model", default="default", metavar="RUN|NAME", help="a bundled model or a run folder (default: default)")
+    p.add_argument("--model", default="default", metavar="RUN|NAME|FILE.onnx", help="a bundled model, a run folder or an exported file (default: default)")
+    p.add_argument("--backend", choices=("auto", "torch", "onnx"), default="auto", help="what runs the network (default: onnxruntime for FILE.onnx, else PyTorch)")
     p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one")
     p.add_argument("--stems", nargs="+", metavar="STEM", help="write only these")
     p.add_argument("--format", choices=("wav", "flac", "mp3", "ogg", "opus"), default="wav", help="of the stems (default: wav)")
