@@ -307,8 +307,8 @@ def test_one_bad_song_is_named_and_the_others_are_kept(tmp_path, odd, message):
     assert "1 of 4 songs" in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "out" / "store.json").exists()
     kept = len(list((tmp_path / "out" / "songs").glob("*.npy")))
     assert kept == 3
-    store = prepared(tmp_path / "in", tmp_path / "out", skip_bad=True)
-    assert len(store) == 3 and store.index["skipped"][0]["title"] == "bad" and store.verify() == []
+    store, said = notes(prepared, tmp_path / "in", tmp_path / "out", skip_bad=True)
+    assert len(store) == 3 and store.index["skipped"][0]["title"] == "bad" and store.verify() == [] and "1 song left out: " in said
     shutil.rmtree(tmp_path / "in" / "bad")
     assert len(prepared(tmp_path / "in", tmp_path / "out")) == 3
 
