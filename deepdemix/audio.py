@@ -340,18 +340,22 @@ def _rechannel(piece, layout, channels):
 
 # %% ../nbs/00_audio.ipynb #b1c0a025
 class _Bridge:
-    "Brings the pieces of a stream to the rate and the channels of the first one; resampling holds some samples back until the next piece."
+    "Brings pieces of a stream to the rate and channels of the first one; resampling holds some samples back."
     def __init__(self, first):
         self.rate, self.channels, self.layout = first.rate, len(first.samples), first.layout
         self.now, self.stream = (self.rate, self.channels), None
     def __call__(self, piece):
-        x, now = _rechannel(piece, self.layout, self.channels), (piece.rate, len(piece.samples))
-        held = self.flush() if now[0] != self.now[0] else x[:, :0]
-        self.now = now
-        if piece.rate == self.rate: return np.concatenate([held, x], 1)
+        if self.stream is None and (piece.rate, len(piece.samples)) == (self.rate, self.channels):
+            self.now = self.rate, self.channels
+            return piece.samples
+        x, before, self.now = _rechannel(piece, self.layout, self.channels), self.now, (piece.rate, len(piece.samples))
+        held = self.flush() if piece.rate != before[0] else x[:, :0]
+        return np.concatenate([held, self._resampled(x, piece.rate)], 1)
+    def _resampled(self, x, rate):
+        if rate == self.rate: return x
         import soxr
-        self.stream = self.stream or soxr.ResampleStream(piece.rate, self.rate, self.channels, dtype="float32", quality="VHQ")
-        return np.concatenate([held, self.stream.resample_chunk(np.ascontiguousarray(x.T)).T], 1)
+        self.stream = self.stream or soxr.ResampleStream(rate, self.rate, self.channels, dtype="float32", quality="VHQ")
+        return self.stream.resample_chunk(np.ascontiguousarray(x.T)).T
     def flush(self):
         "What resampling has held back."
         stream, self.stream = self.stream, None
