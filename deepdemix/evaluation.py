@@ -854,7 +854,7 @@ def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> Non
     stft = STFT(2048, 1024)
     for ax, x in zip(axes, (mix, stems[k], estimate)):
         show_spectrogram(stft(x), store.sample_rate, stft, ax=ax)
-        ax.images[0].set_cmap(ax.images[0].get_cmap().resampled(16))
+        ax.images[0].set(cmap=ax.images[0].get_cmap().resampled(8))
         ax.set(xlabel="", ylabel="", ylim=(0, min(5, store.sample_rate / 2000)))
 
 # %% ../nbs/07_evaluation.ipynb #477b154a
@@ -872,9 +872,9 @@ def show_songs(
     if isinstance(separate, nn.Module): separate = Windowed(separate)
     at, split = {(s.split, s.title): i for i, s in enumerate(store.songs)}, store.songs[0].split
     picks, table = scores.extremes(n, metric, model, split, source), scores.by_song(metric, model, split)[source]
-    fig, axes = plt.subplots(len(picks), 3, figsize=(4.9, 1.5 * len(picks) + .2), dpi=60, layout="constrained", squeeze=False, sharey=True)
+    fig, axes = plt.subplots(len(picks), 3, figsize=(4.9, 1.25 * len(picks) + .2), dpi=60, layout="constrained", squeeze=False, sharey=True)
     for row, song in zip(axes, picks):
         _spectrograms(separate, store, at[split, song], source, scores.info, row)
-        row[0].set_ylabel(f"{song[:20]}\n{table[song]:.1f} dB", fontsize=9)
+        row[0].set_ylabel(f"{song[:16]}\n{table[song]:.1f} dB", fontsize=9)
     for ax, name in zip(axes[0], ("mixture", f"{source}, true", f"{source}, estimated")): ax.set_title(name, fontsize=9)
     return fig

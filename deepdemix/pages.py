@@ -74,7 +74,7 @@ def picture_pieces(
     whole, out = Picture.open(path).convert("RGB"), []
     for box in boxes:
         data = io.BytesIO()
-        whole.crop(box).quantize(256).save(data, "png", optimize=True)
+        whole.crop(box).quantize(24, dither=Picture.Dither.NONE).save(data, "png", optimize=True)
         size = [round((box[k + 2] - box[k]) * wanted / letters) for k in (0, 1)]
         out.append(Image(data.getvalue(), width=size[0], height=size[1], metadata={"letters": wanted}))
     return out

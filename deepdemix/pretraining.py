@@ -881,7 +881,7 @@ def show_pretraining(
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     runs = run if isinstance(run, dict) else {"": run}
-    fig, (left, right) = plt.subplots(2, 1, figsize=(4.9, 5), dpi=75, layout="constrained")
+    fig, (left, right) = plt.subplots(2, 1, figsize=(4.9, 4.2), dpi=75, layout="constrained")
     for i, (label, folder) in enumerate(runs.items()):
         table = read_metrics(folder)
         left.plot(table.epoch, table.train_loss, "--", color=f"C{i}", lw=1)

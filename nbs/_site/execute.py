@@ -36,7 +36,7 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
-def lighter(picture: str, large: int = 40_000) -> str:
+def lighter(picture: str, large: int = 20_000) -> str:
     "A PNG in base64 with 256 colours, which is all that a plot needs and less than half the bytes, or with 24 if it is still large (a spectrogram); as it was, if it is small already."
     found = [picture]
     for colours in (256, 24):
