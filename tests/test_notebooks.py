@@ -1,6 +1,7 @@
 "What a saved notebook must and must not hold."
 import ast
 import base64
+import io
 import json
 import re
 import runpy
@@ -48,7 +49,7 @@ def check_audio(notebook):
 
 def seconds(sound):
     "Length of a wav."
-    import io, soundfile
+    import soundfile
     return soundfile.info(io.BytesIO(sound)).duration
 
 
@@ -134,6 +135,45 @@ def test_outputs_name_no_machine_and_no_error(path):
             assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}) or path.stem.startswith("10_"), "a widget, such as a progress bar"
 
 
+COLUMN = 358 # pixels of a page on a phone
+
+
+def pictures(notebook):
+    "(source of the cell, kind, data, what is noted about it) of every saved picture."
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            for kind in (k for k in output.get("data", {}) if k.startswith("image/")): yield "".join(cell["source"]), kind, "".join(output["data"][kind]), output["metadata"].get(kind, {})
+
+
+def check_picture(source, kind, data, about):
+    "A picture says how wide it is and how small its letters are; shrunk to a phone's column they are 9 pixels high, and the picture has twice the points of a screen."
+    from PIL import Image
+    assert "width" in about, f"saved without `make notebooks`: {source[:200]}"
+    if "letters" in about: assert about["letters"] * min(1, COLUMN / about["width"]) >= 9, f"letters of {about['letters']} pixels in a picture of {about['width']}: {source[:200]}"
+    if "picture_pieces" not in source: assert Image.open(io.BytesIO(base64.b64decode(data))).width >= 2 * about["width"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_figures_can_be_read_on_a_phone(path):
+    for picture in pictures(read(path)): check_picture(*picture)
+
+
+def test_small_letters_are_found():
+    "As the running kernel notes them, of what is drawn and nothing else."
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    picture = runpy.run_path(str(ROOT / "nbs/_site/figures.py"))["picture"]
+    for size, width, fits in ((9, 4.9, True), (8, 4.9, False), (9, 7, False), (14, 7, True)):
+        fig, ax = plt.subplots(figsize=(width, 2), layout="constrained")
+        ax.text(.5, .5, "here", fontsize=size); ax.text(.5, .2, "hidden", fontsize=3, visible=False); ax.tick_params(labelsize=14)
+        data, about = picture(fig, base64=True)
+        plt.close(fig)
+        assert about["letters"] == round(size * 96 / 72, 1)
+        if fits: check_picture("", "image/png", data, about); continue
+        with pytest.raises(AssertionError): check_picture("", "image/png", data, about)
+
+
 def player_cell(source, seconds=1., rate=16000):
     "A code cell that saved a player."
     import numpy as np
@@ -178,7 +218,6 @@ def likeness(part, whole):
 @pytest.mark.musdb
 @pytest.mark.slow
 def test_no_saved_sound_is_in_musdb(musdb_path):
-    import io
     import soundfile, torch
     from deepdemix.audio import read_streams
     sounds = []

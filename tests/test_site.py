@@ -25,7 +25,7 @@ LISTING = runpy.run_path(str(SITE / "listing.py"))
 PAGES = {re.sub(r"^\d+[a-z]*_", "", p.stem): p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["notebooks"]()} # by their names, wherever they lie
 HTML = {name: re.sub(r"(^|/)\d+[a-z]*_", r"\1", page).rsplit(".", 1)[0] + ".html" for name, page in PAGES.items()}
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-PHONE, DESKTOP = dict(width=390, height=844), dict(width=1280, height=900)
+PHONE, DESKTOP, WIDE = dict(width=390, height=844), dict(width=1280, height=900), dict(width=1920, height=1080)
 
 
 @pytest.fixture(scope="session")
@@ -367,7 +367,7 @@ def test_source_and_other_pages_link_to_one_repository(site, built_pages):
 def test_every_figure_has_words(built_pages):
     figures = [(name, image) for name, page in built_pages.items() for image in page.images if "_images" in image.get("src", "")]
     assert len(figures) > 25
-    for name, image in figures: assert len(image.get("alt", "")) > 15 and not image["alt"].endswith(".png"), (name, image)
+    for name, image in figures: assert len(image.get("alt", "")) > 15 and not re.search(r"\.(png|jpe?g|svg)$", image["alt"]), (name, image)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -425,10 +425,22 @@ def test_page(browser, address, page):
         assert tab.locator("math").count() == 0 or tab.locator("math").first.bounding_box()["width"] > 4
         assert tab.locator("article h1").count() == 1
         assert one_search(tab)
+        for size in (WIDE, DESKTOP):
+            tab.set_viewport_size(size)
+            assert tab.evaluate(CUT) == []
         tab.set_viewport_size(PHONE)
         tab.wait_for_timeout(100)
         assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        for alt, width, column, own, letters in tab.evaluate(FIGURES):
+            assert width <= column and alt, alt
+            assert own and letters * width / own >= 9, (alt, width, own, letters)
         assert tab.evaluate("[...document.querySelectorAll('article p, article li')].every(p => parseFloat(getComputedStyle(p).fontSize) >= 12)")
+
+
+FIGURES = """() => [...document.querySelectorAll('article .cell_output img')].map(i => [i.alt, i.getBoundingClientRect().width, i.closest('.cell_output').getBoundingClientRect().width + 1,
+  parseFloat(i.style.width), (i.className.match(/letters-(\\d+)/) || [0, 1000])[1] / 10])"""
+CUT = """() => { const box = document.querySelector('.bd-sidebar-secondary'); if (!box || !box.offsetWidth) return [];
+  const end = box.getBoundingClientRect().right; return [...box.querySelectorAll('a')].filter(a => a.offsetWidth && (a.getBoundingClientRect().right > end || a.scrollWidth > a.clientWidth + 1)).map(a => a.textContent); }"""
 
 
 def one_search(tab):
