@@ -407,12 +407,22 @@ def _ends_open(path):
     return not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]])
 
 # %% ../nbs/00_audio.ipynb #d15cb288
+def _tag_length(data):
+    "How many bytes a tag of an mp3 has that begins with these; 0 if none does."
+    if data[:3] == b"ID3" and len(data) >= 10: return 10 + sum((b & 127) << s for b, s in zip(data[6:10], (21, 14, 7, 0)))
+    if data[:8] == b"APETAGEX": return 32 + int.from_bytes(data[12:16], "little")
+    return 128 * (data[:3] == b"TAG")
+
+def _past_tags(path, at):
+    "The first byte behind the tags that begin at this one, which may be several."
+    with open(path, "rb") as f:
+        while f.seek(at) == at and (length := _tag_length(f.read(32))): at += length
+    return at
+
 def _counts_frames(path):
     "Whether an mp3 says how many frames it has (a Xing, Info or VBRI header), and is not much longer than that header says."
     with open(path, "rb") as f:
-        head = f.read(10)
-        start = 10 + sum((b & 127) << s for b, s in zip(head[6:], (21, 14, 7, 0))) if head[:3] == b"ID3" else 0
-        f.seek(start)
+        f.seek(start := _past_tags(path, 0))
         first = f.read(4096)
     at = max(first.find(b"Xing"), first.find(b"Info"))
     if at < 0: return b"VBRI" in first
@@ -515,12 +525,18 @@ def _rate(self: Decoder, i, frame, frames):
 def _decoded(self: Decoder):
     "The pieces that PyAV decodes, packet by packet."
     import av
-    where, bad = {s.index: i for i, s in enumerate(self.streams)}, [0] * len(self.streams)
+    where, bad, past = {s.index: i for i, s in enumerate(self.streams)}, [0] * len(self.streams), 0
+    tagged = self.container.format.name == "mp3"
     try:
         for packet in self.container.demux(*self.streams):
+            place = packet.pos if tagged and packet.pos is not None else -1
+            if 0 <= place < past: continue
             i = where[packet.stream.index]
             try: frames = [f for f in packet.decode() if f.samples]
-            except (av.FFmpegError, ValueError): bad[i] += 1; continue
+            except (av.FFmpegError, ValueError):
+                past = _past_tags(self.path, place) if place >= 0 else past
+                bad[i] += place < 0 or past == place
+                continue
             if not frames: continue
             lost = bool(bad[i] and any(self.count[i:i + 1]))
             if lost: self.note(f"{bad[i]} packet(s) after {self.at(i)} cannot be decoded")

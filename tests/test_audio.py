@@ -499,6 +499,22 @@ def test_a_stream_that_changes_again_and_again_is_said_once(tmp_path):
     assert len(x) == 1 and x.shape[1] > 7 * 0.3 * rate and "5 more times later; all of it is read as 44100 Hz, 1 channel" in said
 
 
+@pytest.mark.parametrize("tag", ["title", "cover", "APE", "ID3v1", "all"])
+def test_tags_between_joined_mp3s_are_no_damage(tmp_path, tag):
+    syncsafe = lambda n: bytes(n >> s & 127 for s in (21, 14, 7, 0))
+    id3 = lambda name, body: b"ID3\x04\x00\x00" + syncsafe(10 + len(body)) + name + syncsafe(len(body)) + bytes(2) + body
+    item = (8).to_bytes(4, "little") + bytes(4) + b"Title\0Songtext"
+    ape = [b"APETAGEX" + b"".join(x.to_bytes(4, "little") for x in (2000, 32 + len(item), 1, flags)) + bytes(8) for flags in (0xA0000000, 0x80000000)]
+    tags = dict(title=id3(b"TIT2", b"\x03hello"), cover=id3(b"APIC", np.random.default_rng(0).bytes(100_000)), APE=ape[0] + item + ape[1], ID3v1=b"TAG" + bytes(125))
+    tags["all"] = tags["APE"] + tags["ID3v1"] + tags["cover"]
+    write(tmp_path/"a.mp3", tone(44100, 2), 44100)
+    data = (tmp_path/"a.mp3").read_bytes()
+    (tmp_path/"joined.mp3").write_bytes(tags["title"] + data + tags[tag] + data)
+    x, rate = read(tmp_path/"joined.mp3")
+    assert rate == 44100 and abs(x.shape[1] - 4 * rate) < 2 * 3 * 1152 and x.abs().max() < 0.45
+    for k in (0.5, 2.6): assert abs(pitch(x[0, round(k * rate):round((k + 1) * rate)], rate) - 441) < 1
+
+
 def test_what_libsndfile_alone_can_read(tmp_path):
     x = melody(1.0)
     for name, subtype in (("a.mat", "FLOAT"), ("a.sd2", "PCM_24"), ("a.paf", "PCM_24")):
