@@ -29,7 +29,9 @@ from urllib.parse import parse_qs, urlsplit
 import torch
 from fastcore.basics import patch
 
-from .audio import SOURCE_COLORS, SOURCES, UserError, as_waveform, check_finite, check_rate, probe, read, read_streams, resample
+from .audio import (
+    SOURCE_COLORS, SOURCES, UserError, as_waveform, check_finite, check_rate,
+    probe, read, read_streams, resample)
 from .metrics import sdr
 from .separation import AUDIO, Separator, find_model, pretrained_names, stream_of
 
@@ -41,8 +43,10 @@ def as_sets(
     result = {}
     for name, stems in sets.items():
         stems = stems if isinstance(stems, Mapping) else {"mixture": stems}
-        titles = {stem: f"{stem} of {name}" for stem in stems}
-        stems = {stem: check_finite(as_waveform(x, titles[stem]).float(), titles[stem]) for stem, x in stems.items()}
+        def checked(stem, x):
+            title = f"{stem} of {name}"
+            return check_finite(as_waveform(x, title).float(), title)
+        stems = {stem: checked(stem, x) for stem, x in stems.items()}
         result[str(name)] = {stem: stems[stem] for stem in sorted(stems, key=lambda x: SOURCES.index(x) if x in SOURCES else len(SOURCES))}
     lengths = {x.shape[-1] for stems in result.values() for x in stems.values()}
     if not lengths or not all(result.values()) or 0 in lengths: raise UserError("there is nothing to listen to: every set needs at least one stem, and sound in it")
@@ -528,7 +532,7 @@ def score_notes(
     shared = [name for name in estimates if name in references and references[name].shape == estimates[name].shape]
     if not shared or next(iter(estimates.values())).shape[-1] < sample_rate: return {}
     values = sdr(torch.stack([references[x] for x in shared]), torch.stack([estimates[x] for x in shared]), sample_rate)
-    return {name: f"SDR {value:.1f} dB" for name, value in zip(shared, values.tolist()) if math.isfinite(value)}
+    return {name: f"SDR {value:.1f} dB" for name, value in zip(shared, values.tolist()) if math.isfinite(value) and value < 100}
 
 # %% ../nbs/10_listening.ipynb #2ccb0be5
 def build_desk(
@@ -552,7 +556,7 @@ def build_desk(
 
 # %% ../nbs/10_listening.ipynb #9041bc52
 class Upload:
-    "A song that was sent: a file of its own, called `song` and not by a name from outside, until the block ends."
+    "A song that was sent: a file of its own, called `song` and by no name from outside, for one block."
     def __init__(self,
                  name): # as the sender calls it
         self.name = Path(str(name).replace("\\", "/")).name.replace("\0", "") or "song"
@@ -589,7 +593,8 @@ class Desk:
                  height=760): # pixels of the desk
         import ipywidgets as w
         self.models, self.height, self.page = dict(models), height, None
-        self.choice = w.Dropdown(options=list(self.models), description="Model", style={"description_width": "initial"})
+        self.choice = w.Dropdown(options=list(self.models), description="Model",
+                                 style={"description_width": "initial"})
         self.upload = w.FileUpload(accept="audio/*,video/*", multiple=False, description="Bring a song")
         self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(visibility="hidden", width="220px"))
         self.message, self.view = w.Label(), w.HTML()
@@ -600,7 +605,8 @@ class Desk:
         for file in change["new"]:
             upload = Upload(file["name"])
             try:
-                with upload.keep([bytes(file["content"])]): self.show(upload.path, [self.choice.value], title=upload.title)
+                with upload.keep([bytes(file["content"])]):
+                    self.show(upload.path, [self.choice.value], title=upload.title)
                 self.message.value = upload.named(self.message.value)
             except UserError as error: self.message.value = str(error)
 
@@ -686,11 +692,10 @@ class Job:
         self._begin("")
 
     def _begin(self, name):
-        self.name, self.done, self.total = name, 0.0, 0.0
-        self.error = self.page = None
+        self.name, self.done, self.total, self.error, self.page = name, 0.0, 0.0, None, None
 
     def claim(self, name):
-        "True if nothing was under way; now this song is."
+        "Take this song, and return True, if nothing is under way."
         with self.lock:
             if self.busy: return False
             self._begin(name)
@@ -705,7 +710,8 @@ class Job:
         def progress(done, total): self.done, self.total = done, total
         upload = song if isinstance(song, Upload) else None
         try:
-            page = build_desk(upload.path if upload else song, as_separators(model), progress=progress, title=self.name, track=track)
+            path, models = upload.path if upload else song, as_separators(model)
+            page = build_desk(path, models, progress=progress, title=self.name, track=track)
             self.page = page.encode("utf-8", "replace")
         except UserError as error: self.error = str(error)
         except Exception as error: self.error = f"{self.name}: {type(error).__name__}: {error}"
@@ -716,7 +722,8 @@ class Job:
             self.busy = False
 
     def state(self):
-        return dict(name=self.name, done=self.done, total=self.total, busy=self.busy, ready=self.page is not None, error=self.error)
+        found = {name: getattr(self, name) for name in ("name", "done", "total", "busy", "error")}
+        return found | dict(ready=self.page is not None)
 
 # %% ../nbs/10_listening.ipynb #d3e39f79
 class DeskServer(ThreadingHTTPServer):
@@ -737,8 +744,8 @@ class DeskServer(ThreadingHTTPServer):
               track=1): # of a file: which sound track
         "Start to separate in a thread; False if another song is under way."
         if not self.job.claim(name): return False
-        thread = threading.Thread(target=self.job.run, args=(song, {label: self.models[label]}, track), daemon=True)
-        try: thread.start()
+        job = (song, {label: self.models[label]}, track)
+        try: threading.Thread(target=self.job.run, args=job, daemon=True).start()
         except RuntimeError:
             self.job.busy = False
             raise
@@ -751,7 +758,8 @@ class DeskServer(ThreadingHTTPServer):
 
     def front(self):
         options = "".join(f"<option>{html.escape(label)}</option>" for label in self.models)
-        return FRONT.replace("{style}", STYLE).replace("{options}", options).replace("{title}", "Listening desk").encode("utf-8", "replace")
+        page = FRONT.replace("{style}", STYLE).replace("{options}", options)
+        return page.replace("{title}", "Listening desk").encode("utf-8", "replace")
 
 # %% ../nbs/10_listening.ipynb #a8e29983
 class DeskHandler(BaseHTTPRequestHandler):
@@ -760,7 +768,8 @@ class DeskHandler(BaseHTTPRequestHandler):
 
     def is_ours(self):
         "Whether the request names this machine, at whatever port."
-        return re.fullmatch(r"(127\.0\.0\.1|localhost|\[::1\])\.?(:\d+)?", self.headers.get("Host", ""), re.IGNORECASE) is not None
+        ours = r"(127\.0\.0\.1|localhost|\[::1\])\.?(:\d+)?"
+        return re.fullmatch(ours, self.headers.get("Host", ""), re.IGNORECASE) is not None
 
     def answer(self, status, content, kind="text/html"):
         self.send_response(status)
@@ -785,7 +794,7 @@ class DeskHandler(BaseHTTPRequestHandler):
 def body(self: DeskHandler,
     length, # bytes
 ):
-    "Yield what is sent, piece by piece. `ConnectionError` if it breaks off, `TimeoutError` if nothing comes for `patience` seconds."
+    "Yield what is sent. `ConnectionError` if it breaks off, `TimeoutError` after `patience` seconds of nothing."
     self.connection.settimeout(self.server.patience)
     while length:
         piece = self.rfile.read1(min(length, 1 << 20))
@@ -800,15 +809,18 @@ def do_POST(self: DeskHandler):
     "Take a song: its bytes are the body."
     url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
     query = {k: v[0] for k, v in parse_qs(url.query).items()}
-    if not self.is_ours() or not self.headers.get("X-Desk"): return self.refuse(403, "this desk is for this machine alone")
+    ours = self.is_ours() and self.headers.get("X-Desk")
+    if not ours: return self.refuse(403, "this desk is for this machine alone")
     if url.path != "/separate" or query.get("model") not in self.server.models: return self.refuse(404, "there is no such model")
     if not length.isdigit() or not 0 < int(length) <= 2 ** 31: return self.refuse(400, "send a song of up to 2 GB")
     if self.server.job.busy: return self.refuse(409, "another song is under way")
     upload = Upload(query.get("name", "song"))
     try: upload.keep(self.body(int(length)))
     except UserError as error: return self.refuse(507, str(error))
-    except (ConnectionError, TimeoutError): return self.refuse(408, f"{upload.name} has not come in whole: send it again")
-    if self.server.begin(upload, query["model"], upload.title): return self.answer(202, b"{}", "application/json")
+    except (ConnectionError, TimeoutError):
+        return self.refuse(408, f"{upload.name} has not come in whole: send it again")
+    begun = self.server.begin(upload, query["model"], upload.title)
+    if begun: return self.answer(202, b"{}", "application/json")
     upload.close()
     self.refuse(409, "another song is under way")
 
@@ -832,8 +844,10 @@ def serve(
     _check_song(file, track)
     try: server = DeskServer(models, port)
     except (OSError, OverflowError) as error:
-        raise UserError(f"port {port} can't be used ({getattr(error, 'strerror', None) or error}): leave it out to take a free one") from error
-    if file is not None: server.begin(file, next(iter(models)), Path(file).name.removesuffix(".stem.mp4"), track)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"port {port} can't be used ({reason}): leave it out to take a free one") from error
+    name = Path(file).name.removesuffix(".stem.mp4") if file is not None else None
+    if name: server.begin(file, next(iter(models)), name, track)
     print(f"The listening desk is at {server.address} (Ctrl-C ends it)", flush=True)
     if open_browser:
         import webbrowser
