@@ -27,8 +27,8 @@ import torch
 from fastcore.basics import patch
 
 from .audio import (
-    SOURCES, DamagedAudio, UserError, Writer, abandoned, as_waveform, check_finite, check_rate, check_writable,
-    hidden_name, overlap_add_blocks, probe, read, read_blocks, resample_blocks)
+    SOURCES, DamagedAudio, UserError, Writer, abandoned, as_waveform, check_finite, check_rate,
+    check_writable, hidden_name, overlap_add_blocks, probe, read, read_blocks, resample_blocks)
 from .foundations.console import on_terminal, say
 from .training import WEIGHTS, keep_memory, load_network, read_record
 
@@ -90,7 +90,8 @@ def check_names(
 ) -> tuple: # the same
     "The names of stems, each of which can be a file's. `UserError` for one that can't."
     for name in map(str, names):
-        if not name.isprintable() or set(name) & set('/\\:*?"<>|') or name[:1] in ("", ".") or len(name) > 100:
+        odd = not name.isprintable() or set(name) & set('/\\:*?"<>|')
+        if odd or name[:1] in ("", ".") or len(name) > 100:
             raise UserError(f"the model has a stem {name[:100]!r}, which is no name for a file")
     return tuple(names)
 
@@ -98,7 +99,7 @@ def check_names(
 def folder_name(
     path, # of a song
 ) -> str:
-    "The name of a song's folder: that of its file without the ending, or `song` where nothing but dots is left, which would lead elsewhere."
+    "The name of a song's folder: its file's without the ending, or `song` where only dots are left."
     name = Path(path).stem
     return name if name.strip(". ") else "song"
 
@@ -140,7 +141,8 @@ def _quick(threads):
 def _stems(self:Separator, batch):
     "The network on a batch of chunks `(b, channels, time)`, in `(b, s, channels, time)`; `UserError` if it gives NaN."
     try:
-        with _quick(self.threads): stems = by_groups(self.network, batch.to(self.device), self.channels).float().cpu()
+        with _quick(self.threads):
+            stems = by_groups(self.network, batch.to(self.device), self.channels).float().cpu()
     except torch.cuda.OutOfMemoryError as e: raise UserError(f"{self.device} has too little memory: choose a smaller batch_size or chunk, or the device cpu") from e
     if not torch.isfinite(stems).all():
         if (peak := float(batch.abs().max())) > 1e4: raise UserError(f"samples as large as {peak:.0e}, where full scale is 1: not a sound")
@@ -240,11 +242,11 @@ def stream_of(
     path, # any audio or video file
     track, # of its sound tracks, counted from 1
 ) -> int: # counted from 0, as `read` does
-    "The stream that holds a sound track: a video may have several languages. `UserError` if there is no such track."
+    "The stream of a sound track: a video may have several languages. `UserError` if there is no such track."
     if track == 1: return 0
     streams = probe(path).streams
-    if not 1 <= track <= streams: raise UserError(f"{path} has {streams} sound track(s), counted from 1; there is no track {track}")
-    return track - 1
+    if 1 <= track <= streams: return track - 1
+    raise UserError(f"{path} has {streams} sound track(s), counted from 1; there is no track {track}")
 
 # %% ../nbs/08_separation.ipynb #c3a0f400
 @patch
@@ -261,7 +263,8 @@ def separate(self:Separator,
     rate = None if sample_rate is None else check_rate(sample_rate)
     if name is waveform: waveform, rate = read(waveform, sample_rate=rate, stream=stream_of(waveform, track))
     (x, like), rate = _as_tensor(waveform), rate or self.sample_rate
-    weights, blocks = output_weights(self.sources, two_stems, stems, residual_to), check_finite(x, name).split(self.plan["chunk"], -1)
+    weights = output_weights(self.sources, two_stems, stems, residual_to)
+    blocks = check_finite(x, name).split(self.plan["chunk"], -1)
     result, done = torch.zeros(len(weights), *x.shape, dtype=torch.float32), 0
     with _report(progress, str(name), x.shape[-1] / rate) as report:
         for y in self._outputs(iter(blocks), rate, weights) if x.numel() else ():
@@ -275,7 +278,7 @@ MOST_CHANNELS = 64
 
 
 def _as_tensor(waveform):
-    "The waveform as a float32 tensor (channels, time) on the CPU, and the function that turns a stem into its kind."
+    "The waveform as a float32 tensor (channels, time), and the function that turns a stem into its kind."
     x = as_waveform(waveform)
     if x.shape[0] > max(x.shape[1], MOST_CHANNELS) and x.shape[1]:
         raise UserError(f"a waveform has the shape (channels, time); {tuple(x.shape)} looks transposed")
@@ -345,7 +348,8 @@ def find_model(name): # a bundled model, a run folder or a file in it, or "hf:ow
     if str(name).startswith("hf:"): return fetch_from_hub(str(name)[3:])
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         path = Path(str(name)).expanduser()
-        if path.is_file() and path.name in MODEL_FILES and (path.parent / "recipe.json").is_file(): return path.parent
+        inside = path.is_file() and path.name in MODEL_FILES
+        if inside and (path.parent / "recipe.json").is_file(): return path.parent
         if path.is_dir() or path.is_file(): return path
     known = ", ".join(pretrained_names()) or "none is installed"
     raise UserError(f"there is no model {str(name)[:200]!r}: name a bundled one ({known}), a run folder (it holds recipe.json and model.safetensors), or hf:owner/name")
@@ -496,17 +500,18 @@ def fix_serial(path, # an ogg file
 # %% ../nbs/08_separation.ipynb #04e1eb0d
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus")
 SUBTYPES = {"16": "PCM_16", "pcm16": "PCM_16", "24": "PCM_24", "pcm24": "PCM_24", "pcm32": "PCM_32",
-            "32": "FLOAT", "float": "FLOAT", "float32": "FLOAT", "64": "DOUBLE", "double": "DOUBLE", "float64": "DOUBLE"}
+            "32": "FLOAT", "float": "FLOAT", "float32": "FLOAT",
+            "64": "DOUBLE", "double": "DOUBLE", "float64": "DOUBLE"}
 DEPTHS = {"wav": ("PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"), "flac": ("PCM_16", "PCM_24")}
 
 
 def _depth(format, subtype):
-    "The subtype that soundfile knows, or None for the format's own; `UserError` for one that the format can't hold."
+    "The subtype as soundfile calls it, or None for the format's own. `UserError` for what can't be held."
     if subtype is None: return None
     found, depths = SUBTYPES.get(re.sub("[-_ ]|bits?$", "", str(subtype).lower())), DEPTHS.get(format)
     if depths is None: raise UserError(f"{format} has no bit depth: leave out subtype {str(subtype)!r}")
-    if found not in depths: raise UserError(f"subtype of {format} is one of {', '.join(depths)}, not {str(subtype)!r}")
-    return found
+    if found in depths: return found
+    raise UserError(f"subtype of {format} is one of {', '.join(depths)}, not {str(subtype)!r}")
 
 
 def _checked(format, subtype, clip):
@@ -564,12 +569,13 @@ def separate_file(self:Separator,
     format, subtype, clip = _checked(format, subtype, clip)
     weights, stream = output_weights(self.sources, two_stems, stems, residual_to), stream_of(path, track)
     info, start, out, found = probe(path, stream), time.perf_counter(), Path(out), []
-    for name in weights: Writer(out / folder_name(path) / f"{name}.{format}", info.sample_rate, info.channels, subtype)
+    home, kind = out / folder_name(path), (info.sample_rate, info.channels, subtype)
+    for name in weights: Writer(home / f"{name}.{format}", *kind)
     with _hidden_folder(out) as hidden, _report(progress, str(path), info.duration) as seconds_done:
-        blocks = read_blocks(path, block=10 * info.sample_rate, stream=stream, strict=False, report=found.append)
+        blocks = read_blocks(path, 10 * info.sample_rate, stream=stream, strict=False, report=found.append)
         gain, frames = self._write_stems(blocks, info, hidden, weights, format, subtype, clip, seconds_done)
         notes = _finish(hidden, format, info.tags if tags else {})
-        folder = _publish(hidden, out / folder_name(path), overwrite, taken)
+        folder = _publish(hidden, home, overwrite, taken)
     for warning in found: report(warning) if report else warnings.warn(warning, stacklevel=2)
     damage = [str(x) for x in found if isinstance(x, DamagedAudio)]
     notes = [*(str(x) for x in found if not isinstance(x, DamagedAudio)), *notes]
@@ -584,7 +590,8 @@ def sweep(out, # a folder that stems are written to
     "Remove the hidden folders of processes of this machine that are no more."
     for folder in out.glob(".separating-*"):
         with contextlib.suppress(OSError):
-            if abandoned(folder) and time.time() - folder.stat().st_mtime >= age: shutil.rmtree(folder, ignore_errors=True)
+            old = time.time() - folder.stat().st_mtime >= age
+            if old and abandoned(folder): shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -623,19 +630,23 @@ def _finish(hidden, format, tags):
 
 
 # %% ../nbs/08_separation.ipynb #3308eafd
-AUDIO = {f".{x}" for x in """3g2 3ga 3gp aa aac ac3 ac4 adts aif aifc aiff amr ape asf au avi awb caf divx dsf dts dv eac3 f4a f4b f4v flac flv gsm m2a m2ts m2v
-    m4a m4b m4p m4r m4v mka mkv mlp mov mp1 mp2 mp3 mp4 mpa mpc mpe mpeg mpg mts mxf oga ogg ogm ogv ogx opus ra rf64 rm rmvb shn snd spx
-    tak thd ts tta vob voc vqf w64 wav wave webm wma wmv wtv wv""".split()}
-SYSTEM = {"__MACOSX", "lost+found", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+AUDIO = {f".{x}" for x in """
+    3g2 3ga 3gp aa aac ac3 ac4 adts aif aifc aiff amr ape asf au avi awb caf divx dsf dts dv eac3
+    f4a f4b f4v flac flv gsm m2a m2ts m2v m4a m4b m4p m4r m4v mka mkv mlp mov mp1 mp2 mp3 mp4 mpa
+    mpc mpe mpeg mpg mts mxf oga ogg ogm ogv ogx opus ra rf64 rm rmvb shn snd spx tak thd ts tta vob
+    voc vqf w64 wav wave webm wma wmv wtv wv""".split()}
+SYSTEM = {"__MACOSX", "lost+found", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN",
+          "System Volume Information"}
 
 
 def _files(folder, out):
-    "The files of a folder, but for hidden ones, those in folders that systems make for themselves, and those in `out`, if that lies in the folder."
+    "The files of a folder but for hidden ones, those of the system, and those in `out`, if that lies inside."
     whole = out in (folder.absolute(), *folder.absolute().parents)
     for x in sorted(folder.rglob("*")):
         parts = x.relative_to(folder).parts
-        if any(p.startswith(".") or p in SYSTEM for p in parts) or not whole and out in x.absolute().parents: continue
-        if x.is_file(): yield x
+        hidden = any(p.startswith(".") or p in SYSTEM for p in parts)
+        ours = not whole and out in x.absolute().parents
+        if not hidden and not ours and x.is_file(): yield x
 
 
 def left_stems(
@@ -684,7 +695,7 @@ def separate_files(self:Separator,
                    out, # the folder in which every song gets a folder of its own
                    skip_existing=False, # leave songs alone whose stems are there
                    **options): # of `separate_file`
-    "Separate many songs: `{\"songs\": [summary, …], \"failed\": [line, …], \"passed_over\": [line, …], \"seconds\": …}`; a song that failed, or was cut off, has an `error`."
+    "Separate many songs: summaries of all `songs`, and lines on what has `failed` and was `passed_over`."
     weights = output_weights(self.sources, *(options.get(x) for x in ("two_stems", "stems", "residual_to")))
     format = _checked(options.get("format", "wav"), options.get("subtype"), options.get("clip"))[0]
     if skip_existing and options.get("overwrite"): raise UserError("skip_existing and overwrite: choose one")
@@ -695,16 +706,19 @@ def separate_files(self:Separator,
         taken = {Path(x["folder"]) for x in songs if "folder" in x}
         song = existing_song(path, out, [f"{x}.{format}" for x in weights], taken) if skip_existing else None
         songs.append(song or self._one_of_many(path, out, taken, options))
-    return dict(songs=songs, failed=[x["error"] for x in songs if x.get("error")], passed_over=passed, model=self.name, seconds=time.perf_counter() - start)
+    failed, seconds = [x["error"] for x in songs if x.get("error")], time.perf_counter() - start
+    return dict(songs=songs, failed=failed, passed_over=passed, model=self.name, seconds=seconds)
 
 
 @patch
 def _one_of_many(self:Separator, path, out, taken, options):
     "The summary of a song; what goes wrong with it stands under `error`."
     try: song = self.separate_file(path, out, **options, taken=taken, report=lambda warning: None)
-    except UserError as e: return dict(input=str(path), error=str(e) if str(path) in str(e) else f"{path}: {e}")
+    except UserError as e: reason = str(e).removeprefix(f"{path}: ")
     except Cancelled: raise
-    except Exception as e: return dict(input=str(path), error=f"{path}: {type(e).__name__}: {e}")
+    except Exception as e: reason = f"{type(e).__name__}: {e}"
+    else: reason = None
+    if reason: return dict(input=str(path), error=reason if str(path) in reason else f"{path}: {reason}")
     if song["damage"]: song["error"] = f"{song['damage']}; what could be read is in {song['folder']}"
     return song
 
@@ -725,5 +739,7 @@ def existing_song(
         if folder in taken or not all((folder / x).is_file() for x in files): continue
         with contextlib.suppress(UserError):
             if all(abs(probe(folder / x).duration - length) < 0.5 or not length for x in files):
-                return dict(input=str(path), folder=str(folder), outputs={Path(x).stem: str(folder / x) for x in files}, duration=length, skipped=True)
+                outputs = {Path(x).stem: str(folder / x) for x in files}
+                found = dict(input=str(path), folder=str(folder), outputs=outputs)
+                return found | dict(duration=length, skipped=True)
 
