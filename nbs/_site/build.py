@@ -15,6 +15,7 @@ from nbdev.doclinks import _get_exps, _nbpath2html
 from nbdev.processors import FilterDefaults, _default_exp, exec_show_docs, rm_export
 from nbdev.serve_drv import exec_nb
 
+import live
 from execute import Client
 from listing import root
 
@@ -295,6 +296,7 @@ def build(out: Path) -> list[str]:
     warnings, made = io.StringIO(), site / "build/html"
     shutil.rmtree(made, ignore_errors=True)
     Sphinx(source, None, made, site / "build/doctrees", "html", configuration(), status=None, warning=warnings, freshenv=True).build()
+    if missing := live.make(made / "_static/live"): print(f"the page \"Try it\" is not live: {missing}", file=sys.stderr)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(made, out, ignore=shutil.ignore_patterns(".buildinfo"))
     return [line for line in warnings.getvalue().splitlines() if line.strip()]

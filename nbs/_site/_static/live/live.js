@@ -1,0 +1,158 @@
+// The page "Try it": everything happens in this tab.
+const base = new URL(".", import.meta.url), $ = id => document.getElementById(id), RATE = 44100;
+const live = { about: null, files: null, worker: null, ready: null, run: 0, timings: {} };
+window.live = live;
+
+const words = {
+  wasm: "This browser can't run WebAssembly with SIMD, which the separation needs. Any browser since 2023 can.",
+  decode: "This browser can't decode that file. It takes what it can play: mp3, wav, flac, ogg, m4a.",
+  memory: "There is too little memory in this tab for a song of that length. A shorter one will do.",
+  silent: "There is no sound in that file.",
+  network: "A part of this page could not be loaded. Go online once, then load the page again.",
+};
+
+function say(text, trouble = false) { $("live-status").textContent = text; $("live").classList.toggle("trouble", trouble); }
+function show(...names) { for (const node of document.querySelectorAll("#live [data-when]")) node.hidden = !node.dataset.when.split(" ").some(x => names.includes(x)); }
+function fail(text) { stop(); show("choose"); say(text, true); }
+function minutes(s) { return s < 90 ? Math.max(1, Math.round(s)) + " s" : Math.round(s / 60) + " min"; }
+
+// What the tab needs is fetched once and kept, so that it works offline from then on.
+async function fetched(name, how) {
+  const answer = await fetch(new URL(name, base));
+  if (!answer.ok) throw new Error(words.network);
+  return answer[how]();
+}
+
+function simd() {
+  const tiny = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11];
+  return typeof WebAssembly === "object" && WebAssembly.validate(new Uint8Array(tiny));
+}
+
+async function prepare() {
+  live.about = await fetched("about.json", "json");
+  if (!live.about.ready) { show("unbuilt"); return say("This copy of the site was built without the live page: " + live.about.missing + "."); }
+  if (!simd()) return say(words.wasm, true);
+  const names = [["worker.js", "blob"], ["ort.wasm.bundle.min.mjs", "blob"], ["ort-wasm-simd-threaded.wasm", "arrayBuffer"], ["default.onnx", "arrayBuffer"], ["toy.flac", "arrayBuffer"], ["desk.html.txt", "text"]];
+  const [worker, runtime, wasm, model, toy, desk] = await Promise.all(names.map(([name, how]) => fetched(name, how)));
+  const script = blob => URL.createObjectURL(new Blob([blob], { type: "text/javascript" }));
+  live.files = { worker: script(worker), runtime: script(runtime), wasm, model, toy, desk };
+  start();
+}
+
+function start() {
+  live.worker = new Worker(live.files.worker, { type: "module" });
+  live.ready = new Promise((resolve, reject) => {
+    live.worker.onmessage = ({ data }) => data.kind === "ready" ? resolve() : reject(new Error(data.text));
+    live.worker.onerror = error => reject(new Error(error.message || words.wasm));
+  });
+  live.ready.catch(() => {});
+  const { runtime, wasm, model } = live.files;
+  live.worker.postMessage({ kind: "open", runtime, wasm, model, about: live.about.model, threads: 1 });
+}
+
+function stop() { live.run++; live.worker?.terminate(); live.worker = null; live.ready = null; }
+
+async function decode(bytes) {
+  let buffer;
+  try { buffer = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(bytes); } catch { throw new Error(words.decode); }
+  const song = Array.from({ length: Math.min(buffer.numberOfChannels, 2) }, (_, c) => buffer.getChannelData(c));
+  if (!song[0]?.length || song.every(x => x.every(v => v === 0))) throw new Error(words.silent);
+  return song;
+}
+
+function separated(song, run) {
+  return new Promise((resolve, reject) => {
+    live.worker.onmessage = ({ data }) => {
+      if (run !== live.run) return;
+      if (data.kind === "error") reject(new Error(/memory|alloc|bad_alloc|RangeError/i.test(data.text) ? words.memory : data.text));
+      if (data.kind === "done") resolve(data);
+      if (data.kind === "progress") {
+        $("live-bar").value = data.done;
+        say(data.done < 1 ? `separating, ${Math.round(100 * data.done)} % done, about ${minutes(data.seconds * (1 - data.done) / data.done)} left` : "separating, done");
+      }
+    };
+    live.worker.onerror = error => reject(new Error(/memory/i.test(error.message) ? words.memory : error.message));
+    live.worker.postMessage({ kind: "separate", song: song.length === 1 ? [song[0], song[0]] : song });
+  });
+}
+
+async function take(name, bytes) {
+  const run = ++live.run, began = performance.now();
+  show("work"); $("live-bar").removeAttribute("value"); say("reading " + name);
+  try {
+    const song = await decode(bytes);
+    if (run !== live.run) return;
+    if (!live.files) { say("loading the separator"); await live.loading; }
+    if (!live.worker) start();
+    say("starting the separator"); await live.ready;
+    if (run !== live.run) return;
+    say("separating " + name);
+    const result = await separated(song, run);
+    if (run !== live.run) return;
+    live.timings = { seconds: result.seconds, song: song[0].length / RATE, whole: (performance.now() - began) / 1000 };
+    stop(); live.run = run;
+    hear(name, song, result);
+  } catch (error) { if (run === live.run) fail(error instanceof RangeError ? words.memory : error.message); }
+}
+
+function sound(channels) {
+  const buffer = new AudioBuffer({ numberOfChannels: channels.length, length: channels[0].length, sampleRate: RATE });
+  channels.forEach((x, c) => buffer.copyToChannel(x, c));
+  return buffer;
+}
+
+function hear(name, song, { names, stems, seconds }) {
+  const mono = song.length === 1, sounds = { mixture: sound(song) };
+  names.forEach((stem, s) => { if (mono) stems[s].length = 1; sounds[stem] = sound(stems[s]); });
+  const title = name.replace(/\.[^.]*$/, "") || "song", peak = Math.max(...names.map(stem => loudest(sounds[stem])));
+  live.gain = Math.min(1, .999 / peak); live.sounds = sounds; live.title = title;
+  window.given = { buffer: stem => sounds[stem.name], file: stem => wav(sounds[stem.name], live.gain), format: "wav" };
+  const sets = [{ name: "separated", stems: names.map(stem => ({ name: stem, note: "" })) }, { name: "the song", stems: [{ name: "mixture", note: "" }] }];
+  const data = { sets, rate: RATE, duration: song[0].length / RATE, format: "wav", gain: 1, title, colors: live.about.colors };
+  const safe = text => text.replace(/[&<>"']/g, x => `&#${x.charCodeAt(0)};`);
+  const page = live.files.desk.replaceAll("{title}", () => safe(title)).replace("{data}", () => JSON.stringify(data).replaceAll("<", "\\u003c"));
+  const frame = Object.assign(document.createElement("iframe"), { title: "Listening desk", allow: "autoplay", srcdoc: page });
+  $("live-desk").replaceChildren(frame); show("done");
+  say(`${title} came apart in ${seconds.toFixed(1)} s, ${(song[0].length / RATE / seconds).toFixed(1)} times as fast as it plays`);
+  frame.addEventListener("load", () => frame.focus(), { once: true });
+}
+
+function loudest(buffer) { let peak = 0; for (let c = 0; c < buffer.numberOfChannels; c++) for (const v of buffer.getChannelData(c)) if (Math.abs(v) > peak) peak = Math.abs(v); return peak; }
+
+function wav(buffer, gain = 1) {
+  const c = buffer.numberOfChannels, n = buffer.length, view = new DataView(new ArrayBuffer(44 + 2 * c * n)), text = (at, x) => [...x].forEach((k, i) => view.setUint8(at + i, k.charCodeAt(0)));
+  text(0, "RIFF"); view.setUint32(4, 36 + 2 * c * n, true); text(8, "WAVEfmt "); view.setUint32(16, 16, true); view.setUint16(20, 1, true); view.setUint16(22, c, true);
+  view.setUint32(24, RATE, true); view.setUint32(28, RATE * c * 2, true); view.setUint16(32, c * 2, true); view.setUint16(34, 16, true); text(36, "data"); view.setUint32(40, 2 * c * n, true);
+  for (let k = 0; k < c; k++) { const x = buffer.getChannelData(k); for (let i = 0; i < n; i++) view.setInt16(44 + 2 * (i * c + k), Math.max(-32768, Math.min(32767, Math.round(x[i] * gain * 32768))), true); }
+  return new Blob([view], { type: "audio/wav" });
+}
+
+// What is heard now, as one file.
+function mixed() {
+  const desk = $("live-desk").firstElementChild.contentWindow.desk, set = desk.state.set, gains = desk.gains()[set], stems = desk.sets[set].stems;
+  const like = live.sounds.mixture, out = Array.from({ length: like.numberOfChannels }, () => new Float32Array(like.length));
+  stems.forEach((stem, k) => out.forEach((y, c) => { const x = live.sounds[stem.name].getChannelData(c); if (gains[k]) for (let i = 0; i < y.length; i++) y[i] += x[i] * gains[k]; }));
+  const buffer = sound(out);
+  return wav(buffer, Math.min(1, .999 / Math.max(loudest(buffer), 1e-9)));
+}
+
+function save(blob, name) {
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name.replace(/[^\p{L}\p{N} ._()-]/gu, "_") });
+  link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+function choose(file) { if (file) file.arrayBuffer().then(bytes => take(file.name, bytes), () => fail(words.decode)); }
+
+Object.assign(live, { take, mixed, wav, words });
+const zone = $("live");
+$("live-file").onchange = event => { choose(event.target.files[0]); event.target.value = ""; };
+$("live-toy").onclick = async () => { try { if (!live.files) { show("work"); say("loading the toy band"); await live.loading; } if (live.files) take("the toy band", live.files.toy.slice(0)); } catch (error) { fail(error.message); } };
+$("live-cancel").onclick = () => { stop(); show("choose"); say("cancelled"); if (live.files) start(); $("live-toy").focus(); };
+$("live-again").onclick = () => { $("live-desk").replaceChildren(); live.sounds = null; window.given = null; stop(); show("choose"); say("Choose a song."); start(); $("live-toy").focus(); };
+$("live-mix").onclick = () => save(mixed(), live.title + " - mix.wav");
+for (const kind of ["dragenter", "dragover"]) zone.addEventListener(kind, event => { event.preventDefault(); zone.classList.add("over"); });
+for (const kind of ["dragleave", "drop"]) zone.addEventListener(kind, event => { event.preventDefault(); zone.classList.remove("over"); });
+zone.addEventListener("drop", event => choose(event.dataTransfer.files[0]));
+show("choose"); say("Nothing is uploaded: the song stays in this tab.");
+live.loading = prepare().catch(error => { say(error.message === "Failed to fetch" ? words.network : error.message, true); throw error; });
+live.loading.catch(() => {});
