@@ -22,7 +22,7 @@ from deepdemix.separation import Separator
 
 ROOT = Path(__file__).parent.parent
 STATIC = ROOT / "nbs/_site/_static"
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --autoplay-policy=no-user-gesture-required".split()
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 WAIT = 300_000
 
 
@@ -174,8 +174,10 @@ def test_the_toy_band_by_keyboard_on_a_phone_and_offline(site, browser):
         tab.focus("#live-toy"); tab.keyboard.press("Enter")
         frame = finished(tab)
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        desk = "document.querySelector('#live-desk iframe').contentWindow.desk"
+        tab.wait_for_function(f"{desk}.position() > .2 && {desk}.level() > -60")
         frame.locator("#play").focus(); tab.keyboard.press("Space")
-        tab.wait_for_function("document.querySelector('#live-desk iframe').contentWindow.desk.position() > .2")
+        assert not tab.evaluate(f"{desk}.state.playing")
         tab.focus("#live-again"); tab.keyboard.press("Enter")
         assert tab.locator("#live-toy").is_visible() and tab.evaluate("!live.sounds && document.activeElement.id === 'live-toy'")
 

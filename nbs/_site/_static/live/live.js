@@ -103,7 +103,7 @@ function sound(channels) {
 
 function hear(name, song, { names, stems, seconds }) {
   const mono = song.length === 1, sounds = { mixture: sound(song) };
-  names.forEach((stem, s) => { if (mono) stems[s].length = 1; sounds[stem] = sound(stems[s]); });
+  names.forEach((stem, s) => { sounds[stem] = sound(mono ? [stems[s][0].map((left, i) => (left + stems[s][1][i]) / 2)] : stems[s]); });
   const title = name.replace(/\.[^.]*$/, "") || "song", peak = Math.max(...names.map(stem => loudest(sounds[stem])));
   live.gain = Math.min(1, .999 / peak); live.sounds = sounds; live.title = title;
   window.given = { buffer: stem => sounds[stem.name], file: stem => wav(sounds[stem.name], live.gain), format: "wav" };
@@ -113,8 +113,16 @@ function hear(name, song, { names, stems, seconds }) {
   const page = live.files.desk.replaceAll("{title}", () => safe(title)).replace("{data}", () => JSON.stringify(data).replaceAll("<", "\\u003c"));
   const frame = Object.assign(document.createElement("iframe"), { title: "Listening desk", allow: "autoplay", srcdoc: page });
   $("live-desk").replaceChildren(frame); show("done");
-  say(`${title} came apart in ${seconds.toFixed(1)} s, ${(song[0].length / RATE / seconds).toFixed(1)} times as fast as it plays`);
-  frame.addEventListener("load", () => frame.focus(), { once: true });
+  say(`${title[0].toUpperCase()}${title.slice(1)} came apart in ${seconds.toFixed(1)} s, ${(song[0].length / RATE / seconds).toFixed(1)} times as fast as it plays`);
+  frame.addEventListener("load", () => begin(frame, live.run), { once: true });
+}
+
+// The song that somebody asked for begins to play; where the browser forbids it, the desk waits for its button.
+async function begin(frame, run) {
+  frame.focus();
+  const { desk } = frame.contentWindow;
+  while (run === live.run && !desk.state.ready) await new Promise(resolve => setTimeout(resolve, 20));
+  if (run === live.run) desk.play();
 }
 
 function loudest(buffer) { let peak = 0; for (let c = 0; c < buffer.numberOfChannels; c++) for (const v of buffer.getChannelData(c)) if (Math.abs(v) > peak) peak = Math.abs(v); return peak; }
