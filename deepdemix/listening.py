@@ -210,7 +210,7 @@ function bytes(text) { const raw = atob(text), out = new Uint8Array(raw.length);
 async function open() {
   const decoder = new OfflineAudioContext(1, 1, data.rate), all = sets.flatMap(s => s.stems);
   for (const [i, stem] of all.entries()) {
-    stem.buffer = await decoder.decodeAudioData(bytes(stem.sound).buffer);
+    stem.buffer = window.given ? given.buffer(stem) : await decoder.decodeAudioData(bytes(stem.sound).buffer);
     $("status").textContent = "opening the sound, " + (i + 1) + " of " + all.length;
   }
   state.ready = true;
@@ -361,7 +361,7 @@ function row(name, i) {
 }
 function download(link, name) {
   const set = sets[state.set], stem = set.stems.find(s => s.name === name);
-  URL.revokeObjectURL(link.href); link.href = URL.createObjectURL(new Blob([bytes(stem.sound)], { type: "audio/" + data.format }));
+  URL.revokeObjectURL(link.href); link.href = URL.createObjectURL(window.given ? given.file(stem) : new Blob([bytes(stem.sound)], { type: "audio/" + data.format }));
   link.download = [data.title, set.name, name].join(" - ").replace(/[^\p{L}\p{N} ._()-]/gu, "_") + "." + data.format;
 }
 function drag(lane) {
