@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
-           'HEADER_LIMIT', 'WEIGHTS', 'ORIGINS', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED',
-           'ALLOWED', 'LEAST', 'TRIAL', 'WORTH', 'NO_GRADIENT', 'MEASURED', 'MAY_CHANGE', 'KEPT', 'register_network',
-           'known_networks', 'build_network', 'Recipe', 'read_record', 'read_settings', 'recipe_for', 'profile_table',
-           'register_loss', 'l1_magnitude', 'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term',
-           'build_terms', 'SeparationTask', 'song_sdr', 'read_weights', 'write_weights', 'load_into', 'load_network',
-           'file_digest', 'comes_along', 'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start',
-           'recipe_from', 'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory',
-           'lr_factor', 'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first',
-           'Interrupted', 'Loop', 'write_metrics', 'read_metrics', 'pass_seconds', 'choose_precision', 'thawed', 'thaw',
-           'show_metrics', 'Reporter', 'check_monitor', 'sole_writer', 'fit']
+           'HEADER_LIMIT', 'SHAPED', 'ROOM', 'WEIGHT', 'LAYER', 'WEIGHTS', 'ORIGINS', 'M_TRIM_THRESHOLD',
+           'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED', 'ALLOWED', 'LEAST', 'TRIAL', 'WORTH', 'NO_GRADIENT', 'MEASURED',
+           'MAY_CHANGE', 'KEPT', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
+           'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task',
+           'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights',
+           'write_weights', 'load_into', 'numbers_asked', 'Budget', 'load_network', 'file_digest', 'comes_along',
+           'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start', 'recipe_from', 'write_state',
+           'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor', 'build_optimizer',
+           'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics',
+           'read_metrics', 'pass_seconds', 'choose_precision', 'thawed', 'thaw', 'show_metrics', 'Reporter',
+           'check_monitor', 'sole_writer', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, copy, csv, ctypes, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
@@ -27,6 +28,7 @@ import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import deepdemix
 from .audio import STFT, SOURCES, UserError, atomic_path, check_writable, overlap_add, to_mono
@@ -680,25 +682,60 @@ def load_into(
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     return module
 
+# %% ../nbs/03_training.ipynb #b8000002
+SHAPED = "empty", "zeros", "ones", "full", "rand", "randn"
+
+def numbers_asked(
+    name:str, # of a function of torch
+    args, # its arguments
+    kwargs, # its keywords
+) -> int: # 0 for functions that are no factories
+    "How many numbers a factory is asked for."
+    if name in SHAPED:
+        size = kwargs.get("size", args)
+        return math.prod(size[0] if isinstance(size[0], (tuple, list)) else size)
+    if name == "arange":
+        start, stop, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
+        return max(0, math.ceil((stop - start) / step))
+    return {"linspace": lambda: args[2], "eye": lambda: math.prod((args * 2)[:2])}.get(name, int)()
+
+# %% ../nbs/03_training.ipynb #b8000001
+ROOM, WEIGHT, LAYER = 2**25, 16, 2**10 # bytes: for tables of a network, for each of its weights, for a layer as such
+
+class Budget(TorchFunctionMode):
+    "Refuses tensors that are too large for a network of so many weights."
+    def __init__(self,
+                 weights:int, # numbers in the file
+                 run): # its folder, for the error
+        super().__init__()
+        self.left, self.largest, self.run = ROOM + WEIGHT * weights, ROOM + WEIGHT * weights, run
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        asked = numbers_asked(func.__name__, args, kwargs or {})
+        if asked: self.spend(4 * asked + LAYER)
+        found = func(*args, **kwargs or {})
+        if isinstance(found, torch.Tensor) and found.untyped_storage().nbytes() > self.largest: self.spend(self.left + 1)
+        return found
+
+    def spend(self, size):
+        "Take bytes off what is left."
+        self.left -= size
+        if self.left < 0: raise UserError(f"{self.run}/recipe.json describes a larger network than model.safetensors holds")
+
 # %% ../nbs/03_training.ipynb #adee55c8
+_loading = threading.RLock()
+
 def _stored_network(
     record:dict, # of a recipe.json, maybe a stranger's
     run, # its folder, for the error
     limit:int, # numbers in the file of weights
 ) -> nn.Module:
-    "The network that a record describes, unless it asks for more memory than its weights can fill."
-    count = 0
-    def too_large(module, name, parameter):
-        nonlocal count
-        count += 0 if parameter is None else parameter.numel()
-        if count > limit: raise UserError(f"{run}/recipe.json describes a larger network than model.safetensors holds")
-    hook = nn.modules.module.register_module_parameter_registration_hook(too_large)
+    "The network that a record describes, unless it asks for more memory than its weights can fill; one at a time."
     try:
         name, args = record.get("network") or (record["recipe"]["network"], record["recipe"].get("network_args", {}))
-        with torch.random.fork_rng(devices=[]): return build_network(name, **args)
+        with _loading, torch.random.fork_rng(devices=[]), Budget(limit, run): return build_network(name, **args)
     except UserError: raise
     except Exception as e: raise UserError(f"{run}/recipe.json does not describe a network: {e}") from None
-    finally: hook.remove()
 
 # %% ../nbs/03_training.ipynb #f8944f73
 def load_network(

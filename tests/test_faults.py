@@ -417,3 +417,59 @@ def test_progress_is_shown_where_somebody_sees_it(tmp_path, monkeypatch):
         recipe = recipe_for("baseline", "demo", epochs=1, examples_per_epoch=4, valid_examples=2, mixer=dict(duration=0.5, pitch=None, stretch=None))
         run = fit(recipe, store, tmp_path / name / "run", progress=True)
         assert evaluate(Separator(load_network(run)), store.split("valid"), progress=True).rows.size
+
+
+# -- a stranger's recipe and the memory ---------------------------------------
+
+GREEDY = """
+import re
+import torch
+from pathlib import Path
+from torch import nn
+from deepdemix.audio import UserError
+from deepdemix.training import _stored_network, build_network, known_networks, recipe_for, register_network
+
+@register_network("random_table")
+class RandomTable(nn.Module):
+    def __init__(self, rows=3, doublings=0, layers=1):
+        super().__init__()
+        table = torch.randn(rows, 1000)
+        for _ in range(doublings): table = torch.cat([table, table])
+        self.table = nn.Parameter(table)
+        self.more = nn.ModuleList(nn.Linear(1, 1) for _ in range(layers))
+
+def peak(): return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+
+assert _stored_network(dict(network=["random_table", dict(rows=4)]), "run", 4002).table.shape == (4, 1000)
+requests = [("random_table", {name: n}, 3002) for name, n in dict(rows=10**6, doublings=30, layers=10**7).items()]
+for name in known_networks():
+    if name in ("ensemble", "random_table"): continue
+    args = dict(build_network(name, **recipe_for("pretraining" if name == "encoder" else name, "demo").network_args).args)
+    weights = sum(v.numel() for v in build_network(name, **args).state_dict().values())
+    _stored_network(dict(network=[name, args]), "run", weights)
+    if {"window_length", "hop_length"} <= args.keys(): requests.append((name, args | dict(window_length=65536, hop_length=2), weights))
+before = peak()
+for name, args, weights in requests:
+    try: _stored_network(dict(network=[name, args]), "run", weights)
+    except UserError as e: assert "describes a larger network" in str(e), e
+    else: assert name != "random_table"
+    assert peak() - before < 300, (name, args, peak() - before)
+print(len(requests))
+"""
+
+
+def test_a_recipe_that_asks_for_gigabytes_is_refused_before_it_gets_them():
+    done = subprocess.run([sys.executable, "-c", GREEDY], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 6, done.stderr[-2000:]
+
+
+def test_models_are_loaded_in_threads(tmp_path):
+    "Each has the weights of its own file, and nobody's random state is disturbed."
+    from concurrent.futures import ThreadPoolExecutor
+    from deepdemix.training import load_network
+    sizes = (2, 40, 3, 60)
+    for size in sizes: save_network(Baseline(hidden_size=size, sample_rate=RATE, window_length=256, hop_length=64), Recipe(network="baseline"), tmp_path / str(size))
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool: loaded = list(pool.map(load_network, [tmp_path / str(size) for size in sizes] * 15))
+    assert [x.args["hidden_size"] for x in loaded] == list(sizes) * 15
+    assert torch.equal(torch.get_rng_state(), before)
