@@ -38,14 +38,14 @@ def examples(
 BUDGETS = dict(
     dense=dict(
         processor_hours=13.1, seconds_a_step=dict(separator=1.98, cells=1.34), seconds_a_validation=11.8,
-        why="36 arms. In the contest Compact had 9,840 examples; at that length the study would take 28 hours. "
-            "4,480 examples see each second of ten songs some 200 times, so the ten-song arms are not cut "
-            "short; those at 80 songs stand where the contest's runs stood at half their time."),
+        why="36 arms. In the contest Compact had 9,840 examples; at that length the study would take 28 "
+            "hours. 4,480 examples see each second of ten songs some 200 times, so the ten-song arms are not "
+            "cut short; those at 80 songs stand where the contest's runs stood at half their time."),
     budget=dict(
         processor_hours=11.7, seconds_a_step=dict(separator=1.87, stems=2.5), seconds_a_validation=11.7,
         why="20 arms. 10,000 examples were wanted, which would take 15 hours; 7,680 are about what the "
-            "pretrained networks of the contest had left after their encoders. The encoder has a fifth of the "
-            "time of 7,680 examples: 160 steps of 16 excerpts."),
+            "pretrained networks of the contest had left after their encoders. The encoder has a fifth of "
+            "the time of 7,680 examples: 160 steps of 16 excerpts."),
     steps=dict(
         processor_hours=10.8, seconds_a_step=dict(encoder=5.52, ddm=2.26),
         seconds_a_validation=dict(encoder=8.4, ddm=4.1),
