@@ -81,6 +81,12 @@ def test_the_whole_site_is_made(docs):
     assert (docs / "asked").read_text().splitlines()[-1] == "render --no-cache"
 
 
+def test_the_preview_is_made(docs):
+    done = nbdev(docs, "nbdev_preview", "--no_browser")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (docs / "asked").read_text().splitlines()[-1] == "preview --no-browser"
+
+
 def test_the_readme_is_left_alone(docs):
     "Neither nbdev_docs, nbdev_prepare nor nbdev_readme writes another README or a folder of pictures beside it."
     nbdev(docs, "nbdev_readme")
