@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .audio import (SAMPLE_RATE, SOURCES, Decoder, UserError, abandoned, atomic_path, check_finite, check_rate, hidden_name, probe, resample)
+from .audio import (SAMPLE_RATE, SOURCES, Decoder, UserError, abandoned, as_waveform, atomic_path, check_finite, check_rate, hidden_name, probe, resample)
 from .foundations.console import progress_bar
 
 # %% ../nbs/01_data.ipynb #0ec1d294
@@ -691,6 +691,7 @@ class _Settings:
 def _fit(take, name, sound, settings, channels, frames):
     "Bring one decoded stem to the song's rate, channels and length: (array, flags)."
     x, rate, *flags = sound
+    x = as_waveform(x, f"{take.name(name)}: a stem").float().numpy()
     flags = [f"{name} {change}" for change in flags]
     if rate != settings.sample_rate:
         x = resample(check_finite(torch.as_tensor(x), take.name(name)), rate, settings.sample_rate).numpy()

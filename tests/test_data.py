@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdemix.audio import SOURCES, UserError, write
-from deepdemix.data import (FORMAT, DataNote, Store, assign_splits, compose, download_musdb7, find_musdb, is_musdb, open_data, prepare_musdb, prepare_stems,
+from deepdemix.data import (FORMAT, DataNote, Store, Take, assign_splits, compose, download_musdb7, find_musdb, is_musdb, open_data, prepare, prepare_musdb, prepare_stems,
                             prepare_toy, toy_song, validation_titles)
 
 RATE = 8000
@@ -124,6 +124,25 @@ def test_a_mixture_that_is_not_the_sum_is_flagged_by_rule(tmp_path):
     wrong = [s.title for s in store.songs].index("wrong")
     assert torch.allclose(store.mixture(wrong, kind="stream"), .5 * store.mixture(wrong), atol=1e-6)
     assert store.verify() == []
+
+
+def handed_over(title, stems):
+    "A song whose stems are arrays that somebody hands over."
+    class Given(Take):
+        def reader(self): return {n: len(x) for n, x in stems.items()}, lambda name: (stems[name], RATE)
+        def fingerprint(self): return ["given"]
+    return Given(title, "train", dict.fromkeys(stems))
+
+
+def test_stems_from_a_program_may_be_any_arrays_of_floats_and_nothing_else(tmp_path):
+    x = np.random.default_rng(0).uniform(-.2, .2, (2, 4000)).astype(np.float32)
+    odd = dict(drums=x[:, ::-1], bass=x.astype(">f8"), other=np.frombuffer(x.tobytes(), np.float32).reshape(2, -1), vocals=x.tolist())
+    for rate in (RATE, 2 * RATE):
+        store = prepare([handed_over("a", odd)], tmp_path / f"out {rate}", sample_rate=rate, progress=False)
+        assert store.songs[0].frames == 4000 * rate // RATE and torch.equal(store.stems(0)[1], store.stems(0)[3])
+        with pytest.raises(UserError, match="b: bass: a stem holds floats in .* not int16"):
+            prepare([handed_over("b", dict(odd, bass=(x * 2**15).astype(np.int16)))], tmp_path / f"ints {rate}", sample_rate=rate, progress=False)
+    assert torch.equal(Store.open(tmp_path / f"out {RATE}").stems(0), torch.from_numpy(np.stack([x[:, ::-1], x, x, x])))
 
 
 # ---- splits and views
