@@ -56,7 +56,7 @@ def as_waveform(
         try: array = np.asarray(waveform)
         except ValueError as e: raise UserError(f"{name} has the shape (channels, time), with channels of one length") from e
         kind = np.dtype("float64" if array.dtype.itemsize > 4 else "float32")
-        waveform = torch.from_numpy(array.astype(kind)) if array.dtype.kind == "f" else array
+        waveform = torch.from_numpy(np.require(array, kind, ["C", "W"])) if array.dtype.kind == "f" else array
     x = waveform.detach().cpu() if isinstance(waveform, torch.Tensor) else waveform
     if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
         raise UserError(f"{name} holds floats in [-1, 1], not {x.dtype}: divide by full scale first")
