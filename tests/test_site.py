@@ -438,7 +438,7 @@ def test_page(browser, address, page):
 
 
 FIGURES = """() => [...document.querySelectorAll('article .cell_output img')].map(i => [i.alt, i.getBoundingClientRect().width, i.closest('.cell_output').getBoundingClientRect().width + 1,
-  parseFloat(i.style.width), (i.className.match(/letters-(\\d+)/) || [0, 1000])[1] / 10])"""
+  parseFloat(i.getAttribute('width')), (i.className.match(/letters-(\\d+)/) || [0, 1000])[1] / 10])"""
 CUT = """() => { const box = document.querySelector('.bd-sidebar-secondary'); if (!box || !box.offsetWidth) return [];
   const end = box.getBoundingClientRect().right; return [...box.querySelectorAll('a')].filter(a => a.offsetWidth && (a.getBoundingClientRect().right > end || a.scrollWidth > a.clientWidth + 1)).map(a => a.textContent); }"""
 
