@@ -23,9 +23,10 @@ def read_about(
     "A file's metadata. `UserError` for a file that was not written by `export`."
     about = dict(session.get_modelmeta().custom_metadata_map)
     names = [x.name for x in session.get_inputs() + session.get_outputs()]
-    missing = [x for x in ABOUT if not about.get(x)]
-    if missing or names != ["mixture", "stems"]:
-        raise UserError(f"{path} is not a separator that `deepdemix export` has written: {'its metadata lack ' + ', '.join(missing) if missing else 'it takes no mixture to stems'}")
+    missing = ", ".join(x for x in ABOUT if not about.get(x))
+    wrong = f"its metadata lack {missing}" if missing else ""
+    if names != ["mixture", "stems"]: wrong = wrong or "it takes no mixture to stems"
+    if wrong: raise UserError(f"{path} is not a separator that `deepdemix export` has written: {wrong}")
     numbers = {k: int(about[k]) for k in ("sample_rate", "channels", "hop", "segment") if about.get(k)}
     return dict(segment=None) | about | numbers | dict(sources=tuple(about["sources"].split(",")))
 
@@ -41,7 +42,8 @@ def open_session(
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try: return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as e: raise UserError(f"{path} is no ONNX file that can be read ({str(e).splitlines()[0][:150]})") from e
+    except Exception as e:
+        raise UserError(f"{path} is no ONNX file that can be read ({str(e).splitlines()[0][:150]})") from e
 
 # %% ../../nbs/networks/onnx_file.ipynb #7c3e1008
 class OnnxNetwork(nn.Module):
@@ -53,8 +55,7 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self.session = open_session(path, threads or torch.get_num_threads())
         self.about = read_about(self.session, path)
-        self.sources, self.sample_rate, self.channels = (self.about[k] for k in ("sources", "sample_rate", "channels"))
-        self.hop, self.segment = self.about["hop"], self.about["segment"]
+        for name in ("sources", "sample_rate", "channels", "hop", "segment"): setattr(self, name, self.about[name])
 
     def forward(self, waveform):
         mixture = waveform.detach().float().cpu().contiguous().numpy()

@@ -29,15 +29,18 @@ class WithoutSTFT(nn.Module):
     names = "magnitude", "mask"
     def __init__(self, network):
         super().__init__()
-        self.network, found = network, [m for m in ("mask", "estimate") if hasattr(network, "stft") and hasattr(network, m)]
-        if not found: raise UserError("only networks between two STFTs can be exported: those that predict masks, or spectrograms of stems")
+        self.network = network
+        found = [m for m in ("mask", "estimate") if hasattr(network, "stft") and hasattr(network, m)]
+        if not found:
+            raise UserError("only networks between two STFTs can be exported: those that predict masks, or spectrograms")
         self.method = found[0]
 
     def forward(self, x): return getattr(self.network, self.method)(x)
 
     def example(self, batch, frames):
         "Noise that the network takes, of as many frames as it can."
-        segment, channels, noise = segment_of(self.network), self.network.channels, torch.Generator().manual_seed(batch)
+        segment, channels = segment_of(self.network), self.network.channels
+        noise = torch.Generator().manual_seed(batch)
         frames, n_f = self.network.stft.frames(segment) if segment else frames, self.network.stft.n_f
         if self.method == "mask": return torch.rand(batch, frames, n_f, channels, generator=noise)
         spectrum = torch.randn(batch, channels, frames, n_f, dtype=torch.cfloat, generator=noise)
@@ -64,12 +67,13 @@ class Whole(nn.Module):
         "Noise, about so many frames long, or as long as the network wants it."
         hop = plan_chunks(self.network)["align"]
         samples = segment_of(self.network) or frames * max(hop, 64) + 17
-        return torch.randn(batch, self.network.channels, samples, generator=torch.Generator().manual_seed(batch)) / 8
+        noise = torch.Generator().manual_seed(batch)
+        return torch.randn(batch, self.network.channels, samples, generator=noise) / 8
 
     def free_axes(self):
         "The axes of any size, of what goes in and what comes out."
-        samples = not segment_of(self.network)
-        return {"mixture": {0: "batch"} | ({2: "samples"} if samples else {}), "stems": {0: "batch"} | ({3: "samples"} if samples else {})}
+        if segment_of(self.network): return {name: {0: "batch"} for name in self.names}
+        return {"mixture": {0: "batch", 2: "samples"}, "stems": {0: "batch", 3: "samples"}}
 
 # %% ../../nbs/serving/export.ipynb #ab01e721
 def licence_of(
@@ -88,8 +92,9 @@ def describe(
 ) -> dict: # of text
     "What the metadata of a file hold."
     plan = plan_chunks(network)
-    about = dict(format=1, name=name, sources=",".join(network.sources), sample_rate=network.sample_rate, channels=network.channels, hop=plan["align"])
-    about |= {k: plan[k] for k in ("chunk", "overlap", "context")} | dict(segment=segment_of(network) or "", licence=licence)
+    about = dict(format=1, name=name, licence=licence, sources=",".join(network.sources))
+    about |= dict(sample_rate=network.sample_rate, channels=network.channels, segment=segment_of(network) or "")
+    about |= dict(hop=plan["align"]) | {k: plan[k] for k in ("chunk", "overlap", "context")}
     about["parameters"] = sum(p.numel() for p in network.parameters())
     return {k: str(v) for k, v in about.items()}
 
@@ -101,17 +106,24 @@ def export(network, # waveform -> stems
            half=False): # ONNX: weights in half precision, for half the size
     "Write a network; returns the path. `UserError` where it can't be, or where the result differs by more than 1e-4."
     path = Path(path)
-    if path.suffix not in (".pt", ".onnx"): raise UserError(f"{path}: export to a name that ends in .pt (TorchScript) or .onnx")
-    if half and path.suffix == ".pt": raise UserError("half precision is for ONNX files: export to a name that ends in .onnx")
-    if isinstance(network, OnnxNetwork): raise UserError("this model is an ONNX file already: export the run folder that it came from")
+    _refuse(network, path, half)
     network = copy.deepcopy(network).cpu().eval()
     if half: round_weights(network)
     graph = WithoutSTFT(network).eval() if path.suffix == ".pt" else onnx_graph(network)
     with torch.no_grad(), atomic_path(path) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = _torchscript(graph, Path(part)) if path.suffix == ".pt" else _onnx(graph, Path(part), describe(network, licence, name), half)
+        if path.suffix == ".pt": exported = _torchscript(graph, Path(part))
+        else: exported = _onnx(graph, Path(part), describe(network, licence, name), half)
         _check(exported, graph, path)
     return path
+
+def _refuse(network, path, half):
+    "`UserError` for what can't be exported in this way."
+    if path.suffix not in (".pt", ".onnx"):
+        raise UserError(f"{path}: export to a name that ends in .pt (TorchScript) or .onnx")
+    if half and path.suffix == ".pt": raise UserError("half precision is for names that end in .onnx")
+    if isinstance(network, OnnxNetwork):
+        raise UserError("this model is an ONNX file already: export the run folder that it came from")
 
 def _check(exported, graph, path):
     "`UserError` if the exported network does not give what the network gives."
@@ -119,7 +131,8 @@ def _check(exported, graph, path):
     for batch, frames in (1, 40), (3, 57):
         x = graph.example(batch, frames)
         away = (exported(x) - reference(x)).abs().max()
-        if not away < 1e-4: raise UserError(f"{path}: the exported network differs by {away:.1e}; it is not written")
+        if away < 1e-4: continue
+        raise UserError(f"{path}: the exported network differs by {away:.1e}; it is not written")
 
 # %% ../../nbs/serving/export.ipynb #ab01e731
 def onnx_graph(
@@ -166,8 +179,9 @@ def _onnx(graph, path, about, half):
     except ImportError: raise UserError("ONNX needs two more packages: pip install 'deepdemix[export]'") from None
     if isinstance(graph, WithoutSTFT): graph = WithoutSTFT(centred(graph.network)).eval()
     inputs, (taken, given) = graph.example(2, 50), graph.names
+    names = dict(input_names=[taken], output_names=[given], dynamic_axes=graph.free_axes())
     torch.onnx.register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
-    try: torch.onnx.export(graph, (inputs,), str(path), dynamo=False, opset_version=OPSET, input_names=[taken], output_names=[given], dynamic_axes=graph.free_axes())
+    try: torch.onnx.export(graph, (inputs,), str(path), dynamo=False, opset_version=OPSET, **names)
     finally: torch.onnx.unregister_custom_op_symbolic("aten::index_add", OPSET)
     model = onnx.load(str(path))
     if half: halve(model)
@@ -201,11 +215,14 @@ def load_separator(
     **options, # of `Separator`
 ) -> Separator:
     "A separator that PyTorch or onnxruntime runs. `UserError` for what can't be."
-    if backend not in ("auto", "torch", "onnx"): raise UserError(f"backend is auto, torch or onnx, not {backend!r}")
+    if backend not in ("auto", "torch", "onnx"):
+        raise UserError(f"backend is auto, torch or onnx, not {backend!r}")
     is_onnx = find_model(model).suffix == ".onnx"
-    if backend == "torch" and is_onnx: raise UserError(f"{model} is an ONNX file, which the backend onnx runs: leave out the backend torch")
+    if backend == "torch" and is_onnx:
+        raise UserError(f"{model} is an ONNX file, which the backend onnx runs: leave out the backend torch")
     if backend != "onnx" or is_onnx: return Separator.from_pretrained(model, **options)
-    if str(options.get("device", "auto")) not in ("auto", "cpu"): raise UserError("the backend onnx works on the processor: leave out the device")
+    if str(options.get("device", "auto")) not in ("auto", "cpu"):
+        raise UserError("the backend onnx works on the processor: leave out the device")
     plain = Separator.from_pretrained(model, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         network = OnnxNetwork(export(plain.network, Path(folder) / "model.onnx"), options.get("threads"))

@@ -61,12 +61,13 @@ class _LSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, recurrence, bias, hidden):
         flat = [y for w, r, b in zip(weights, recurrence, bias) for y in (w, r, *b.chunk(2))]
-        start = x.new_zeros(2, x.shape[1], hidden)
-        return torch.lstm(x, (start, start), [_gates(y, (0, 2, 3, 1)) for y in flat], True, 1, 0., False, True, False)[0]
+        flat, start = [_gates(y, (0, 2, 3, 1)) for y in flat], x.new_zeros(2, x.shape[1], hidden)
+        return torch.lstm(x, (start, start), flat, True, 1, 0., False, True, False)[0]
     @staticmethod
     def symbolic(g, x, weights, recurrence, bias, hidden):
-        y = g.op("LSTM", x, weights, recurrence, bias, hidden_size_i=hidden, direction_s="bidirectional", outputs=1)
-        return g.op("Reshape", g.op("Transpose", y, perm_i=[0, 2, 1, 3]), g.op("Constant", value_t=torch.tensor([0, 0, -1])))
+        sizes = dict(hidden_size_i=hidden, direction_s="bidirectional", outputs=1)
+        y = g.op("Transpose", g.op("LSTM", x, weights, recurrence, bias, **sizes), perm_i=[0, 2, 1, 3])
+        return g.op("Reshape", y, g.op("Constant", value_t=torch.tensor([0, 0, -1])))
 
 class LSTM(nn.Module):
     "A bidirectional LSTM of one layer: `(steps, n, width)` -> `(steps, n, 2 * hidden)`."
@@ -75,7 +76,8 @@ class LSTM(nn.Module):
     ):
         super().__init__()
         self.hidden = rnn.hidden_size
-        both = lambda name: torch.stack([_gates(getattr(rnn, name + end).detach(), (0, 3, 1, 2)) for end in ("", "_reverse")])
+        one = lambda name: _gates(getattr(rnn, name).detach(), (0, 3, 1, 2))
+        both = lambda name: torch.stack([one(name), one(name + "_reverse")])
         self.register_buffer("weights", both("weight_ih_l0"))
         self.register_buffer("recurrence", both("weight_hh_l0"))
         self.register_buffer("bias", torch.cat([both("bias_ih_l0"), both("bias_hh_l0")], 1))
@@ -115,13 +117,15 @@ class RealSTFT(nn.Module):
         super().__init__()
         n, hop, q = stft.window_length, stft.hop_length, 1 << (stft.window_length.bit_length() - 1) // 2
         while q > 1 and (hop % q or n % (2 * q)): q //= 2
-        if n % (2 * hop) or q < 2: raise UserError(f"a window of {n} samples is not a whole even number of hops of {hop}")
+        if n % (2 * hop) or q < 2:
+            raise UserError(f"a window of {n} samples is not a whole even number of hops of {hop}")
         self.n, self.hop, self.p, self.q, self.c, self.n_f = n, hop, n // q, q, n // q // 2 + 1, stft.n_f
         self.channels, self.shifts, self.edge = channels, n // hop, n // hop // 2
         self._waves(stft.window.view(self.p, q).T[:, None], stft.scale)
         self._outer()
         self._rows()
-        self.register_buffer("norm", stft.window.square().view(self.shifts, hop // q, q, 1).transpose(1, 2).clone())
+        norm = stft.window.square().view(self.shifts, hop // q, q, 1).transpose(1, 2)
+        self.register_buffer("norm", norm.clone())
 
     def _waves(self, window, scale):
         "What the inner sum's matrices are made of: times and frequencies, and what weighs them."
@@ -231,10 +235,12 @@ class TFCTDFGraph(nn.Module):
 
     def drawn(self, spectrum):
         "What the network draws, `(b, s, c, 2, n_t, bins)`, from real and imaginary part."
-        x = torch.stack([part.permute(0, 2, 3, 1)[..., :self.network.bins] * self.network.gain for part in spectrum], 2)
+        bins, gain = self.network.bins, self.network.gain
+        x = torch.stack([part.permute(0, 2, 3, 1)[..., :bins] * gain for part in spectrum], 2)
         x = reshape(x, 0, 2 * self.shape[1], -1, self.network.bins)
         x = F.pad(x, (0, 0, 0, -x.shape[2] % 2 ** self.network.depth))
-        y = torch.cat([decode(encode(x)) for encode, decode in zip(self.network.encoder, self.network.decoder)], 1)
+        pairs = zip(self.network.encoder, self.network.decoder)
+        y = torch.cat([decode(encode(x)) for encode, decode in pairs], 1)
         return reshape(y[:, :, :spectrum[0].shape[3]], 0, *self.shape, 2, -1, self.network.bins)
 
     def forward(self, waveform):
@@ -255,7 +261,8 @@ class PathGraph(nn.Module):
         path:nn.Module,
     ):
         super().__init__()
-        self.norm, self.rnn, self.out, self.width = path.norm, LSTM(path.rnn.rnn), path.out, path.rnn.rnn.input_size
+        self.norm, self.rnn, self.out = path.norm, LSTM(path.rnn.rnn), path.out
+        self.width = path.rnn.rnn.input_size
 
     def forward(self, x): return x + reshape_as(self.out(self.rnn(reshape(self.norm(x), 0, -1, self.width))), x)
 
@@ -265,9 +272,12 @@ class CompactGraph(nn.Module):
         network:Compact,
     ):
         super().__init__()
-        self.stft, self.cells, encoder = RealSTFT(network.stft, network.channels), network.cells, network.encoder
-        self.s, self.c, self.k, self.n = len(network.sources), network.channels, self.cells.n_bands, self.cells.band
-        self.stack, self.refine, self.split, self.attention = network.stack, network.refine, encoder.split, encoder.attention
+        self.stft, self.cells = RealSTFT(network.stft, network.channels), network.cells
+        self.s, self.c = len(network.sources), network.channels
+        self.k, self.n = self.cells.n_bands, self.cells.band
+        self.stack, self.refine = network.stack, network.refine
+        encoder = network.encoder
+        self.split, self.attention = encoder.split, encoder.attention
         self.time, self.band = (nn.ModuleList(map(PathGraph, paths)) for paths in (encoder.time, encoder.band))
         self._scale(encoder.scale)
         self._heads(network.maskers)
@@ -275,15 +285,17 @@ class CompactGraph(nn.Module):
 
     def _scale(self, norm):
         "The batch norm, band by band."
-        for name, value in CentredNorm(norm).named_buffers(): self.register_buffer(name, value.view(self.k, 1, -1).clone())
+        for name, value in CentredNorm(norm).named_buffers():
+            self.register_buffer(name, value.view(self.k, 1, -1).clone())
 
     def _heads(self, maskers):
         "All values before all gates, and both linear layers of the maskers as one, time last."
         order = torch.arange(maskers.listen.out_features).view(self.s, 2, -1).transpose(0, 1).flatten()
         self.norm, self.listen = maskers.norm, copy.deepcopy(maskers.listen)
-        self.listen.weight.data, self.listen.bias.data = self.listen.weight.data[order], self.listen.bias.data[order]
+        for p in self.listen.parameters(): p.data = p.data[order]
+        rows = lambda p: p.detach().unflatten(-1, (self.stack, -1, self.n))
         for name in "weight", "bias":
-            both = [getattr(layer, name).detach().unflatten(-1, (self.stack, -1, self.n)) for layer in (maskers.share, maskers.turn)]
+            both = [rows(getattr(layer, name)) for layer in (maskers.share, maskers.turn)]
             both = torch.cat(both, -2).flatten(-3).transpose(1, 2).unflatten(0, (self.s, self.k))
             self.register_buffer(f"head_{name}", both.contiguous())
 
@@ -293,8 +305,9 @@ def sums(self:CompactGraph,
     x:torch.Tensor, # (b, bins, c * c, t)
 ) -> torch.Tensor: # (b, cells, c * c, t)
     "Sums over the bins of each cell."
-    parts = zip(x.split([b - a for a, b, _ in self.cells.parts], 1), self.cells.parts)
-    return torch.cat([y if w == 1 else reshape(y, 0, (b - a) // w, w, self.c ** 2, -1).sum(2) for y, (a, b, w) in parts], 1)
+    parts = x.split([b - a for a, b, _ in self.cells.parts], 1)
+    whole = lambda y, a, b, w: y if w == 1 else reshape(y, 0, (b - a) // w, w, self.c ** 2, -1).sum(2)
+    return torch.cat([whole(y, *part) for y, part in zip(parts, self.cells.parts)], 1)
 
 @patch
 def features(self:CompactGraph,
@@ -310,7 +323,8 @@ def features(self:CompactGraph,
     level = own.mean(3, keepdim=True).mean((1, 2), keepdim=True).clamp_min(1e-20)
     own = own / level + FLOOR
     each = own.split([1] * self.c, 2)
-    return torch.cat([own.log()] + [x / level / (each[i] * each[j]).sqrt() for x, (i, j) in zip(cross, pairs)], 2)
+    coherence = [x / level / (each[i] * each[j]).sqrt() for x, (i, j) in zip(cross, pairs)]
+    return torch.cat([own.log()] + coherence, 2)
 
 # %% ../../nbs/serving/graphs.ipynb #9a4f0023
 @patch
@@ -368,7 +382,8 @@ def painted(self:CompactGraph,
     width:int, # bins in a cell
 ) -> list: # real and imaginary part (b, bins, s - 1, c, t)
     "The stems' spectrograms, but for the last stem."
-    (mr, mi), (xr, xi) = matrices, ([reshape(y, 0, cells, width, 1, 1, -1) for y in x.split([1] * self.c, 2)] for x in mixture)
+    spread = lambda x: [reshape(y, 0, cells, width, 1, 1, -1) for y in x.split([1] * self.c, 2)]
+    (mr, mi), (xr, xi) = matrices, map(spread, mixture)
     product = lambda m, x: sum(a * b for a, b in zip(m, x))
     stems = product(mr, xr) - product(mi, xi), product(mr, xi) + product(mi, xr)
     return [reshape(y, 0, cells * width, self.s - 1, self.c, -1) for y in stems]
@@ -441,7 +456,8 @@ def filtered(self:CompactGraph,
     found = self.directions(real, imaginary, power)
     solved = self.solved(mixture, found.transpose(2, 3) @ share, load)
     turns = zip(stems, self.turns(found[:, :, :-1]), solved.split([2, 2], 2))
-    return [y * keep + reshape_as(turn @ solved, y) * wanted + (z * (self.refine * load / s)).unsqueeze(2) for y, turn, z in turns]
+    rest = self.refine * load / s
+    return [y * keep + reshape_as(turn @ solved, y) * wanted + (z * rest).unsqueeze(2) for y, turn, z in turns]
 
 @patch
 def turns(self:CompactGraph,
@@ -486,9 +502,11 @@ class EnsembleGraph(CompactGraph):
         network:Ensemble,
     ):
         members = list(network.members)
-        if not all(isinstance(m, Compact) for m in members): raise UserError("of ensembles, only those of compact networks can be written in real numbers")
-        alike = {(m.stft.extra_repr(), str(m.cells.parts), m.refine) for m in members} | {(network.stft.extra_repr(), str(members[0].cells.parts), 0.)}
-        if len(alike) > 1: raise UserError("the members of this ensemble cut the spectrum in different ways, or have filters of their own")
+        if not all(isinstance(m, Compact) for m in members):
+            raise UserError("of ensembles, only those of compact networks can be written in real numbers")
+        alike = {(m.stft.extra_repr(), str(m.cells.parts), m.refine) for m in members}
+        if alike != {(network.stft.extra_repr(), str(members[0].cells.parts), 0.)}:
+            raise UserError("the members of this ensemble cut the spectrum in different ways, or filter by themselves")
         super().__init__(members[0])
         self.refine, self.others = network.refine, nn.ModuleList(CompactGraph(m) for m in members[1:])
 
@@ -508,7 +526,8 @@ class WaveGraph(nn.Module):
 
     def forward(self, waveform): return self.network(waveform)
 
-GRAPHS = {Compact: CompactGraph, Ensemble: EnsembleGraph, MaskNetwork: MaskGraph, TFCTDFNet: TFCTDFGraph, ConvTasNet: WaveGraph}
+GRAPHS = {Compact: CompactGraph, Ensemble: EnsembleGraph, MaskNetwork: MaskGraph, TFCTDFNet: TFCTDFGraph}
+GRAPHS[ConvTasNet] = WaveGraph
 
 def real_graph(
     network:nn.Module, # waveform (b, c, time) -> stems (b, s, c, time)
