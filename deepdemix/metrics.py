@@ -8,7 +8,6 @@ __all__ = ['MANY', 'PERFECT', 'METRICS', 'framewise_sdr', 'median_over_frames', 
 
 # %% ../nbs/02a_metrics.ipynb #7156fd6c
 import math
-import warnings
 from numbers import Real
 from typing import NamedTuple
 
@@ -29,9 +28,9 @@ def _tensor(x, name: str="references") -> Tensor:
         if any(stride < 0 for stride in x.strides) or x.dtype != kind: x = x.astype(kind)
     if not (x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind == "f"):
         raise UserError(f"{name} hold floats in [-1, 1], not {x.dtype}: divide by full scale first")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.as_tensor(x)
+    if isinstance(x, Tensor) or x.flags.writeable: return torch.as_tensor(x)
+    try: return torch.from_dlpack(x)
+    except (BufferError, RuntimeError): return torch.from_numpy(x.copy())
 
 
 def _pair(references, estimates) -> tuple[Tensor, Tensor]:

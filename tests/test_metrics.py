@@ -254,3 +254,14 @@ def test_a_perfect_second_counts_as_very_high_as_in_museval(museval, perfect):
     if perfect < 3: assert np.allclose(ours, theirs, atol=1e-3)
     else: assert (ours == M.PERFECT).all() and (theirs >= M.PERFECT - 15).all()
     assert M.framewise_sdr(r, e, RATE).isfinite().all()
+
+
+def test_read_only_arrays_are_shared_without_a_warning(monkeypatch):
+    "The filters of warnings belong to the whole process: metrics in two threads would leave them changed for good."
+    import warnings
+    from deepdemix.metrics import _tensor
+    frozen = np.arange(6.).reshape(1, 2, 3)
+    frozen.flags.writeable = False
+    monkeypatch.setattr(warnings, "catch_warnings", lambda *args, **kwargs: pytest.fail("the filters were changed"))
+    warnings.simplefilter("error")
+    assert _tensor(frozen).data_ptr() == frozen.ctypes.data
