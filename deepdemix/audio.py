@@ -313,6 +313,11 @@ def _declared(container, stream, rate):
 # %% ../nbs/00_audio.ipynb #87f45bfb
 _FULL_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 
+def _sound(frame):
+    "The same frame; `ValueError` if it lacks the samples of some channel, as frames of damaged packets may."
+    if frame.format.is_planar and len(frame.planes) != frame.layout.nb_channels: raise ValueError("planes do not fit the channels")
+    return frame
+
 def _to_float(frame):
     "The samples of one decoded PyAV frame: a float32 array (channels, time)."
     x, kind = frame.to_ndarray(), frame.format.name.rstrip("p")
@@ -329,14 +334,17 @@ class _Piece(NamedTuple):
     layout: str # the channels by name
 
 def _rechannel(piece, layout, channels):
-    "The samples of a piece with other channels: mono is repeated or made by the mean, all else is mixed by the rules of ffmpeg."
+    "The samples of a piece with other channels: mono is repeated or made by the mean, all else is mixed by the rules of ffmpeg, if it knows the channels."
     x = piece.samples
     if len(x) == channels: return x
     if 1 in (len(x), channels): return np.repeat(x if len(x) == 1 else x.mean(0, keepdims=True), channels, 0)
+    if max(len(x), channels) > 8: return np.repeat(x.mean(0, keepdims=True), channels, 0)
     import av
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x), format="fltp", layout=piece.layout)
-    frame.sample_rate = piece.rate
-    return np.concatenate([f.to_ndarray() for f in av.AudioResampler("fltp", layout, piece.rate).resample(frame)], 1)
+    try:
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x), format="fltp", layout=piece.layout)
+        frame.sample_rate = piece.rate
+        return np.concatenate([f.to_ndarray() for f in av.AudioResampler("fltp", layout, piece.rate).resample(frame)], 1)
+    except (av.FFmpegError, ValueError): return np.repeat(x.mean(0, keepdims=True), channels, 0)
 
 # %% ../nbs/00_audio.ipynb #b1c0a025
 class _Bridge:
@@ -471,8 +479,10 @@ def _begin(self: Decoder, streams):
 
 @patch
 def _open_sound(self: Decoder, streams):
-    "Try libsndfile: whether it finds sound in the file."
+    "Try libsndfile, but not on what looks like an mp3, which it reads no better and with messages of its own: whether it finds sound."
     import soundfile
+    with open(self.path, "rb") as f: head = f.read(3)
+    if head == b"ID3" or head[:1] == b"\xff" and head[1:2] >= b"\xe0": return False
     try: self.sound = soundfile.SoundFile(self.path)
     except (soundfile.SoundFileError, TypeError, OSError): return False
     if self.sound.frames and tuple(streams or (0,)) == (0,): self.streams, self.problems = [None], []
@@ -532,7 +542,7 @@ def _decoded(self: Decoder):
             place = packet.pos if tagged and packet.pos is not None else -1
             if 0 <= place < past: continue
             i = where[packet.stream.index]
-            try: frames = [f for f in packet.decode() if f.samples]
+            try: frames = [_sound(f) for f in packet.decode() if f.samples]
             except (av.FFmpegError, ValueError):
                 past = _past_tags(self.path, place) if place >= 0 else past
                 bad[i] += place < 0 or past == place

@@ -367,6 +367,44 @@ def test_bytes_overwritten_in_the_middle_leave_the_rest_in_time(tmp_path, name, 
     assert torch.equal(rest[:, :RATE], whole[:, :RATE]) and (rest - whole)[:, -RATE:].abs().max() < 1e-4
 
 
+FUZZ = """
+import sys, warnings
+import numpy as np
+from pathlib import Path
+from deepdemix.audio import UserError, probe, read
+warnings.simplefilter("ignore")
+rng, count = np.random.default_rng(0), 0
+for path in map(Path, sys.argv[1:]):
+    whole = path.read_bytes()
+    for k in range(12):
+        data, at = bytearray(whole), int(rng.integers(len(whole)))
+        if k % 4 == 0: del data[at:]
+        elif k % 4 == 1: data[at:at + 300] = rng.bytes(300)
+        elif k % 4 == 2: data[at:at] = rng.bytes(2000)
+        else:
+            for place in rng.integers(min(len(data), 300), size=10): data[place] = rng.integers(256)
+        path.write_bytes(data)
+        for strict in (True, False):
+            try:
+                x, rate = read(path, strict=strict)
+                info = probe(path)
+                assert (info.sample_rate, info.channels) == (rate, len(x)), (path, k, info)
+            except UserError as e: assert "\\n" not in str(e)
+            count += 1
+print(count)
+"""
+
+
+def test_bytes_at_random_give_sound_or_one_line(tmp_path):
+    paths = [tmp_path/f"a.{suffix}" for suffix in ("wav", "flac", "ogg", "mp3", "aiff", "w64", "m4a", "mat")]
+    for path in paths[:4]: write(path, melody(0.5), RATE)
+    for path in paths[4:6]: soundfile.write(path, melody(0.5).numpy().T, RATE)
+    encode(paths[6], [melody(0.5)], "aac")
+    soundfile.write(paths[7], melody(0.5).numpy().T, RATE, format="MAT5", subtype="FLOAT")
+    out = subprocess.run([sys.executable, "-c", FUZZ, *map(str, paths)], capture_output=True, text=True)
+    assert out.stdout.strip() == str(24 * len(paths)) and not out.stderr.strip(), (out.returncode, out.stderr[-2000:])
+
+
 def test_tags_after_the_music_are_no_damage(tmp_path):
     path = encode(tmp_path/"a.mp3", [melody(1.0)], "libmp3lame")
     (whole, _), music = read(path), path.read_bytes()
