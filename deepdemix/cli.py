@@ -523,7 +523,7 @@ def _add_separate_command(
                    help="what runs the network (default: onnxruntime for FILE.onnx, else PyTorch)")
     p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one")
     p.add_argument("--stems", nargs="+", metavar="STEM", help="write only these")
-    p.add_argument("--format", choices=("wav", "flac", "mp3", "ogg", "opus"), default="wav",
+    p.add_argument("--format", choices=("wav", "flac", "mp3", "ogg"), default="wav",
                    help="of the stems (default: wav)")
     p.add_argument("--subtype", metavar="16|24|FLOAT|…", help="bit depth of wav and flac (default: 16 bit)")
     p.add_argument("--clip", choices=("rescale", "clamp", "none"), default="rescale",

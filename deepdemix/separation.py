@@ -315,7 +315,7 @@ def _report(progress, # False, True or a function (seconds done, seconds in all)
             if progress(done, total) is False: raise Cancelled(f"{name}: cancelled at {done:.1f} s")
         yield report
     elif not progress: yield lambda done: None
-    elif not on_terminal(): yield _Lines(name, total)
+    elif not on_terminal(): yield _Lines(Path(name).name, total)
     else:
         from tqdm import tqdm
         with tqdm(total=round(total), desc=Path(name).name[:30], unit="s", dynamic_ncols=True) as bar: yield lambda done: bar.update(round(min(done, total)) - bar.n)
@@ -684,9 +684,9 @@ def find_songs(
 def _passed_over(others, left):
     "What of a folder is not taken, in a line; empty if nothing is."
     kinds = Counter(x.suffix.lower() or "without an ending" for x in others)
-    lines = ["not taken: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))] if kinds else []
-    if left: lines.append(f"{len(left)} stems of an earlier run are no songs")
-    return "; ".join(lines)
+    words = [f"{n} {kind}" for kind, n in sorted(kinds.items())]
+    if left: words.append(f"{len(left)} stem{'s' * (len(left) > 1)} of an earlier run")
+    return f"not taken: {', '.join(words)}" if words else ""
 
 # %% ../nbs/08_separation.ipynb #5c531ebe
 @patch

@@ -297,11 +297,14 @@ def test_nothing_to_separate(desk, capsys):
 def test_an_address_is_no_file(desk, capsys):
     assert desk("https://example.org/song.mp3") == 2
     error = capsys.readouterr().err
-    assert "download" in error and error.count("\n") == 1 and not Path("separated").exists()
+    assert "https://example.org/song.mp3 is an address" in error and error.count("\n") == 1 and not Path("separated").exists()
 
 
 def test_standard_input(desk, tiny):
+    import tempfile
     run = lambda *words, **kwargs: subprocess.run([*COMMAND, "separate", *words, "--model", str(tiny)], capture_output=True, **kwargs)
+    done = run("-", "-o", "shown", input=Path("song.wav").read_bytes())
+    assert done.stdout == b"standard input: 4 stems in shown/stdin\n" and done.stderr.startswith(b"stdin: 100%") and tempfile.gettempdir().encode() not in done.stderr
     done = run("-", "-o", "out", "--json", input=Path("song.wav").read_bytes())
     summary = json.loads(done.stdout)
     assert done.returncode == 0 and stems_in("out") == [x.replace("song", "stdin") for x in FOUR] and summary["songs"][0]["input"] == "standard input"
