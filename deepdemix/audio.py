@@ -287,8 +287,9 @@ def _open(path):
 
 def _absent(path):
     "What to say of a path where nothing is."
-    address = re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE)
-    return f"{path} is an address, not a file: download the song first" if address else f"{path}: no such file"
+    address = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path), re.IGNORECASE)
+    if address: return f"{address[1]}://{address[2]} is an address, not a file: download the song first"
+    return f"{path}: no such file"
 
 def _reason(error): return getattr(error, "strerror", None) or str(error)
 
