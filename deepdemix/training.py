@@ -700,7 +700,7 @@ def numbers_asked(
     return {"linspace": lambda: args[2], "eye": lambda: math.prod((args * 2)[:2])}.get(name, int)()
 
 # %% ../nbs/03_training.ipynb #b8000001
-ROOM, WEIGHT, LAYER = 2**25, 16, 2**10 # bytes: for tables of a network, for each of its weights, for a layer as such
+ROOM, WEIGHT, LAYER = 2**25, 16, 2**10 # bytes: for tables, for each weight, for a layer as such
 
 class Budget(TorchFunctionMode):
     "Refuses tensors that are too large for a network of so many weights."
@@ -714,13 +714,15 @@ class Budget(TorchFunctionMode):
         asked = numbers_asked(func.__name__, args, kwargs or {})
         if asked: self.spend(4 * asked + LAYER)
         found = func(*args, **kwargs or {})
-        if isinstance(found, torch.Tensor) and found.untyped_storage().nbytes() > self.largest: self.spend(self.left + 1)
+        large = isinstance(found, torch.Tensor) and found.untyped_storage().nbytes() > self.largest
+        if large: self.spend(self.left + 1)
         return found
 
     def spend(self, size):
         "Take bytes off what is left."
         self.left -= size
-        if self.left < 0: raise UserError(f"{self.run}/recipe.json describes a larger network than model.safetensors holds")
+        if self.left >= 0: return
+        raise UserError(f"{self.run}/recipe.json describes a larger network than model.safetensors holds")
 
 # %% ../nbs/03_training.ipynb #adee55c8
 _loading = threading.RLock()
@@ -730,10 +732,11 @@ def _stored_network(
     run, # its folder, for the error
     limit:int, # numbers in the file of weights
 ) -> nn.Module:
-    "The network that a record describes, unless it asks for more memory than its weights can fill; one at a time."
+    "The network that a record describes, unless it asks for more memory than its weights fill; one at a time."
     try:
         name, args = record.get("network") or (record["recipe"]["network"], record["recipe"].get("network_args", {}))
-        with _loading, torch.random.fork_rng(devices=[]), Budget(limit, run): return build_network(name, **args)
+        with _loading, torch.random.fork_rng(devices=[]), Budget(limit, run):
+            return build_network(name, **args)
     except UserError: raise
     except Exception as e: raise UserError(f"{run}/recipe.json does not describe a network: {e}") from None
 

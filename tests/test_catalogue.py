@@ -61,6 +61,16 @@ def test_a_restart_does_what_is_left_and_another_model_everything(tmp_path, tiny
     assert {p.name for p in out.iterdir() if p.is_dir()} == {".catalogue", *(f"song {k:02d}" for k in range(4))}
 
 
+def test_options_that_mean_the_same_find_their_songs_finished(tmp_path, tiny):
+    "From Python and from the command line: tuples and lists, one stem and a list of one, what is as it is by default."
+    songs, out = make_songs(tmp_path / "in", 3, 0.3), tmp_path / "out"
+    ways = [dict(stems=("vocals",)), dict(stems=["vocals"]), dict(stems="vocals"), dict(stems=iter(["vocals"])), dict(stems={"vocals"}, format="wav", clip=None, two_stems=None, track=1)]
+    for k, options in enumerate(ways):
+        assert counts(separate_catalogue([songs], out, tiny, progress=False, loading=dict(overlap=None), **options)) == [3, *((0, 2) if k else (2, 0)), 1]
+    assert {p.name for p in (out / "song 00").iterdir()} == {"vocals.wav"}
+    assert counts(separate_catalogue([songs], out, tiny, progress=False, stems=("vocals", "bass"))) == [3, 2, 0, 1]
+
+
 def test_a_stop_in_the_middle_keeps_what_is_finished(tmp_path, tiny):
     def stops(call, jobs, state, inputs):
         for k, result in alone(call, jobs, state, inputs):
@@ -111,6 +121,19 @@ def test_the_mixes_of_a_store_in_parts_are_those_of_the_whole(tmp_path):
 
 
 # ---- with Ray
+
+def test_a_cluster_of_our_own_is_for_this_machine_and_this_process(on_ray, tmp_path):
+    "Nothing listens on other addresses, and nobody comes in without the token."
+    import ipaddress, psutil, ray
+    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [c.laddr.ip for p in ours for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    plain = [ipaddress.ip_address(ip.removeprefix("::ffff:")) for ip in listening]
+    assert len(plain) > 3 and all(ip.is_loopback for ip in plain), listening
+    assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
+    script = f"import ray; ray.init(address={ray.get_runtime_context().gcs_address!r}, log_to_driver=False); print('inside')"
+    def come_in(**env): return subprocess.run([sys.executable, "-c", script], env=os.environ | env, capture_output=True, text=True).stdout
+    assert "inside" not in come_in(RAY_AUTH_TOKEN="0" * 64) and "inside" in come_in()
+
 
 def test_a_killed_worker_loses_nothing_and_does_nothing_twice(tmp_path, tiny, on_ray):
     songs, out, journal, killed = make_songs(tmp_path / "in", 30), tmp_path / "out", tmp_path / "journal", []
