@@ -47,7 +47,7 @@ function start() {
   });
   live.ready.catch(() => {});
   const { runtime, wasm, model } = live.files;
-  live.worker.postMessage({ kind: "open", runtime, wasm, model, about: live.about.model, threads: 1 });
+  live.worker.postMessage({ kind: "open", runtime, wasm, model, threads: 1 });
 }
 
 function stop() { live.run++; live.worker?.terminate(); live.worker = null; live.ready = null; }
@@ -55,25 +55,64 @@ function stop() { live.run++; live.worker?.terminate(); live.worker = null; live
 async function decode(bytes) {
   let buffer;
   try { buffer = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(bytes); } catch { throw new Error(words.decode); }
-  const song = Array.from({ length: Math.min(buffer.numberOfChannels, 2) }, (_, c) => buffer.getChannelData(c));
-  if (!song[0]?.length || song.every(x => x.every(v => v === 0))) throw new Error(words.silent);
+  const song = buffer.numberOfChannels > 2 ? sound([0, 1].map(k => buffer.getChannelData(k))) : buffer;
+  if (!song.length || loudest(song) === 0) throw new Error(words.silent);
   return song;
 }
 
-function separated(song, run) {
+// The chunks, contexts and cross-fades are those of the package's Separator.
+function plan(about) {
+  const [chunk, context, hop] = ["chunk", "context", "hop"].map(k => Number(about[k]));
+  const shared = Math.max(Math.round(chunk * Number(about.overlap)), 2 * context);
+  return { chunk, context, hop, step: Math.floor((chunk - shared) / hop) * hop };
+}
+
+function starts(samples, { chunk, step, hop }) {
+  const places = [];
+  let at = 0;
+  for (; samples > at + chunk; at += step) places.push(at);
+  return [...places, Math.max(0, Math.ceil((samples - chunk) / hop) * hop)];
+}
+
+function weights(length, { chunk, step, context }, first, last) {
+  const width = chunk - step - 2 * context, out = new Float32Array(length).fill(1);
+  const side = i => i < context ? 0 : i < context + width ? (i - context + 1) / (width + 1) : 1;
+  for (let i = 0; i < length; i++) out[i] = Math.min(first ? 1 : side(i), last ? 1 : side(chunk - 1 - i));
+  return out;
+}
+
+function chunk(input, shape) {
   return new Promise((resolve, reject) => {
-    live.worker.onmessage = ({ data }) => {
-      if (run !== live.run) return;
-      if (data.kind === "error") reject(new Error(/memory|alloc|bad_alloc|RangeError/i.test(data.text) ? words.memory : data.text));
-      if (data.kind === "done") resolve(data);
-      if (data.kind === "progress") {
-        $("live-bar").value = data.done;
-        say(data.done < 1 ? `separating, ${Math.round(100 * data.done)} % done, about ${minutes(data.seconds * (1 - data.done) / data.done)} left` : "separating, done");
-      }
-    };
+    live.worker.onmessage = ({ data }) => data.kind === "stems" ? resolve(data.stems) : reject(new Error(/memory|alloc/i.test(data.text) ? words.memory : data.text));
     live.worker.onerror = error => reject(new Error(/memory/i.test(error.message) ? words.memory : error.message));
-    live.worker.postMessage({ kind: "separate", song: song.length === 1 ? [song[0], song[0]] : song });
+    live.worker.postMessage({ kind: "run", input, shape }, [input.buffer]);
   });
+}
+
+// A buffer for each stem, filled chunk by chunk; nothing of a song is held twice.
+async function separated(song, run) {
+  const about = live.about.model, names = about.sources.split(","), samples = song.length, settings = plan(about), c = song.numberOfChannels, began = performance.now();
+  const places = starts(samples, settings), total = new Float32Array(samples);
+  const sounds = Object.fromEntries(names.map(name => [name, new AudioBuffer({ numberOfChannels: c, length: samples, sampleRate: RATE })]));
+  for (const [n, at] of places.entries()) {
+    const length = at ? settings.chunk : Math.min(settings.chunk, samples), end = Math.min(length, samples - at);
+    const input = new Float32Array(2 * length), weight = weights(length, settings, n === 0, n === places.length - 1);
+    for (const k of [0, 1]) input.set(song.getChannelData(k % c).subarray(at, at + end), k * length);
+    const found = await chunk(input, [1, 2, length]);
+    if (run !== live.run) return null;
+    names.forEach((name, s) => { for (const k of [0, 1]) add(sounds[name].getChannelData(k % c).subarray(at, at + end), found.subarray((2 * s + k) * length), weight, c / 2); });
+    for (let i = 0; i < end; i++) total[at + i] += weight[i];
+    report((n + 1) / places.length, (performance.now() - began) / 1000);
+  }
+  for (const name of names) for (let k = 0; k < c; k++) { const x = sounds[name].getChannelData(k); for (let i = 0; i < samples; i++) x[i] /= total[i]; }
+  return { names, sounds, seconds: (performance.now() - began) / 1000 };
+}
+
+function add(out, y, weight, share) { for (let i = 0; i < out.length; i++) out[i] += y[i] * weight[i] * share; }
+
+function report(done, seconds) {
+  $("live-bar").value = done;
+  if (done < 1) say(`separating, ${Math.round(100 * done)} % done, about ${minutes(seconds * (1 - done) / done)} left`);
 }
 
 async function take(name, bytes) {
@@ -88,8 +127,8 @@ async function take(name, bytes) {
     if (run !== live.run) return;
     say("separating " + name);
     const result = await separated(song, run);
-    if (run !== live.run) return;
-    live.timings = { seconds: result.seconds, song: song[0].length / RATE, whole: (performance.now() - began) / 1000 };
+    if (run !== live.run || !result) return;
+    live.timings = { seconds: result.seconds, song: song.duration, whole: (performance.now() - began) / 1000 };
     stop(); live.run = run;
     hear(name, song, result);
   } catch (error) { if (run === live.run) fail(error instanceof RangeError ? words.memory : error.message); }
@@ -101,19 +140,18 @@ function sound(channels) {
   return buffer;
 }
 
-function hear(name, song, { names, stems, seconds }) {
-  const mono = song.length === 1, sounds = { mixture: sound(song) };
-  names.forEach((stem, s) => { sounds[stem] = sound(mono ? [stems[s][0].map((left, i) => (left + stems[s][1][i]) / 2)] : stems[s]); });
+function hear(name, song, { names, sounds, seconds }) {
+  sounds.mixture = song;
   const title = name.replace(/\.[^.]*$/, "") || "song", peak = Math.max(...names.map(stem => loudest(sounds[stem])));
   live.gain = Math.min(1, .999 / peak); live.sounds = sounds; live.title = title;
   window.given = { buffer: stem => sounds[stem.name], file: stem => wav(sounds[stem.name], live.gain), format: "wav" };
   const sets = [{ name: "separated", stems: names.map(stem => ({ name: stem, note: "" })) }, { name: "the song", stems: [{ name: "mixture", note: "" }] }];
-  const data = { sets, rate: RATE, duration: song[0].length / RATE, format: "wav", gain: 1, title, colors: live.about.colors };
+  const data = { sets, rate: RATE, duration: song.duration, format: "wav", gain: 1, title, colors: live.about.colors };
   const safe = text => text.replace(/[&<>"']/g, x => `&#${x.charCodeAt(0)};`);
   const page = live.files.desk.replaceAll("{title}", () => safe(title)).replace("{data}", () => JSON.stringify(data).replaceAll("<", "\\u003c"));
   const frame = Object.assign(document.createElement("iframe"), { title: "Listening desk", allow: "autoplay", srcdoc: page });
   $("live-desk").replaceChildren(frame); show("done");
-  say(`${title[0].toUpperCase()}${title.slice(1)} came apart in ${seconds.toFixed(1)} s, ${(song[0].length / RATE / seconds).toFixed(1)} times as fast as it plays`);
+  say(`${title[0].toUpperCase()}${title.slice(1)} came apart in ${seconds.toFixed(1)} s, ${(song.duration / seconds).toFixed(1)} times as fast as it plays`);
   frame.addEventListener("load", () => begin(frame, live.run), { once: true });
 }
 
