@@ -85,17 +85,32 @@ def test_the_desk_takes_sounds_from_the_page(maker, tmp_path):
 # In a browser
 
 @pytest.fixture(scope="module")
-def site(maker, tmp_path_factory):
-    "The address of the page on a plain server."
-    try: at, missing = written(folder := tmp_path_factory.mktemp("site"), maker)
-    except OSError as error: pytest.skip(str(error))
+def folder(maker, tmp_path_factory):
+    "A site of one page."
+    folder = tmp_path_factory.mktemp("site")
+    _, missing = written(folder, maker)
     if missing: pytest.skip(missing)
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+    return folder
+
+
+@contextlib.contextmanager
+def served(folder, **headers):
+    "The address of the page on a server that adds some headers."
+    class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+        def end_headers(self):
+            for name, value in headers.items(): self.send_header(name.replace("_", "-"), value)
+            super().end_headers()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/some/where/pages/try_it.html"
     server.shutdown(); server.server_close()
+
+
+@pytest.fixture(scope="module")
+def site(folder):
+    "The address of the page on a plain server."
+    with served(folder) as address: yield address
 
 
 @pytest.fixture(scope="module")
@@ -234,5 +249,22 @@ def test_mono(site, browser, tmp_path):
         tab.evaluate("""text => { const bytes = Uint8Array.from(atob(text), x => x.charCodeAt(0)), dropped = new DataTransfer();
             dropped.items.add(new File([bytes], "mono.wav")); document.getElementById("live").dispatchEvent(new DragEvent("drop", { dataTransfer: dropped })); }""",
             base64.b64encode((tmp_path / "mono.wav").read_bytes()).decode())
+        finished(tab)
+        for name, y in expected.items(): assert apart(tab, name, y) < 1e-4
+
+
+@pytest.mark.browser
+def test_an_isolated_page_uses_threads(folder, browser, tmp_path):
+    "With the headers that allow shared memory: more than one thread, the same stems."
+    write(tmp_path / "song.wav", toy_song(13, duration=3.).sum(0) / 2, 44100, "FLOAT")
+    expected = Separator.from_pretrained("default", device="cpu").separate(tmp_path / "song.wav")
+    with served(folder, Cross_Origin_Opener_Policy="same-origin", Cross_Origin_Embedder_Policy="require-corp") as address, opened(browser, address) as tab:
+        assert tab.evaluate("crossOriginIsolated")
+        tab.add_init_script("Object.defineProperty(navigator, 'hardwareConcurrency', { value: 2 })")
+        tab.reload()
+        tab.wait_for_function("live.files && live.worker")
+        tab.evaluate("live.ready")
+        assert len(tab.workers) > 1
+        tab.set_input_files("#live-file", tmp_path / "song.wav")
         finished(tab)
         for name, y in expected.items(): assert apart(tab, name, y) < 1e-4

@@ -46,8 +46,9 @@ function start() {
     live.worker.onerror = error => reject(new Error(error.message || words.wasm));
   });
   live.ready.catch(() => {});
-  const { runtime, wasm, model } = live.files;
-  live.worker.postMessage({ kind: "open", runtime, wasm, model, threads: 1 });
+  const { wasm, model } = live.files, threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+  const runtime = threads > 1 ? new URL("ort.wasm.bundle.min.mjs", base).href : live.files.runtime;
+  live.worker.postMessage({ kind: "open", runtime, wasm, model, threads });
 }
 
 function stop() { live.run++; live.worker?.terminate(); live.worker = null; live.ready = null; }
