@@ -7,7 +7,7 @@ __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'HANDOVER', 'SPLITS', 'PAIRS', 'RANDO
            'step_recipe', 'find_step', 'finished', 'train_steps', 'score_steps', 'Experiment', 'detectable',
            'seeds_needed', 'run_experiment', 'save_report', 'name_origins', 'publish_run', 'publish', 'excerpt_path',
            'separate_and_score', 'demo_songs', 'songs_text', 'Promise', 'promises', 'run_demo', 'score_model',
-           'device_of', 'song_subset', 'label_efficiency', 'plot_efficiency']
+           'device_of', 'weights_of', 'song_subset', 'label_efficiency', 'plot_efficiency']
 
 # %% ../nbs/09_experiment.ipynb #e9ddd49f
 import importlib.util
@@ -559,14 +559,21 @@ def score_model(
     channels = channels or ("mono" if separator.channels == 1 else "stereo")
     whole = windowed(network, device=device_of(network)) if separator.channels == 1 else separator
     whole.stft = getattr(network, "stft", None)
-    record = {"model": separator.name, "weights": file_digest(find_model(model) / "model.safetensors")}
+    record = {"model": separator.name, "weights": file_digest(weights_of(model))}
     return evaluate(whole, store, channels=channels, name=separator.name, references=True, info=record)
 
 def device_of(
     network, # with parameters
 ): # a torch device
     "Where a network is."
-    return next(network.parameters()).device
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+def weights_of(
+    model:str, # a run folder, the name of a bundled model, or an ONNX file
+) -> Path:
+    "The file that holds a model's weights."
+    found = find_model(model)
+    return found if found.is_file() else found / "model.safetensors"
 
 # %% ../nbs/09_experiment.ipynb #82a9294d
 def song_subset(

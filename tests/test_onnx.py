@@ -1,5 +1,4 @@
 "One ONNX file, waveform in and stems out: what it holds, what runs it, and what it says of itself."
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,12 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from deepdemix.audio import UserError, read, write
 from deepdemix.cli import main
 from deepdemix.compact import Compact
-from deepdemix.data import toy_song
+from deepdemix.data import prepare_toy, toy_song
 from deepdemix.networks.onnx_file import OnnxNetwork
 from deepdemix.separation import Separator
 from deepdemix.serving import export as room
 from deepdemix.serving.export import export, load_separator
-from deepdemix.training import build_network
+from deepdemix.training import build_network, file_digest
 
 EXAMPLE = Path(__file__).parent.parent / "examples/separate.py"
 SMALL = dict(width=8, layers=1, hidden=8, octave=8, band=4, window_length=256, hop_length=64, refine=0.75)
@@ -214,3 +213,11 @@ def test_the_example_takes_mono_and_names_what_it_does_not_take(tiny, tmp_path):
 
 
 def test_the_example_is_short(): assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 100
+
+
+def test_a_file_is_scored_like_its_network(tmp_path):
+    "evaluate takes a file, and names its digest."
+    prepare_toy(1, tmp_path / "toy", duration=2., progress=False)
+    file = export(small(), tmp_path / "tiny.onnx")
+    assert main(["evaluate", "--model", str(file), "--data", str(tmp_path / "toy"), "--split", "train", "--out", str(tmp_path / "scores.json")]) == 0
+    assert file_digest(file) in (tmp_path / "scores.json").read_text()
