@@ -35,7 +35,7 @@ class DamagedAudio(UserWarning):
     "A file decoded only in part; the message says which, and how much of it there is."
 
 class ChangedAudio(UserWarning):
-    "A file whose sample rate or channels change on the way; all of it was brought to those of its first frame."
+    "A file that changes its sample rate or channels on the way; all of it has those of its first frame."
 
 def check_finite(
     waveform, # any tensor
@@ -51,10 +51,11 @@ def as_waveform(
     waveform, # floats (channels, time), or (time,) for one channel: a tensor, an array or a list
     name="a waveform", # what it is, for the message
 ):
-    "The waveform as a float tensor (channels, time) on the CPU. `UserError` for integers, complex numbers and other shapes."
+    "A float tensor (channels, time) on the CPU. `UserError` for integers, complex numbers and other shapes."
     if not isinstance(waveform, torch.Tensor):
         try: array = np.asarray(waveform)
-        except ValueError as e: raise UserError(f"{name} has the shape (channels, time), with channels of one length") from e
+        except ValueError as e:
+            raise UserError(f"{name} has the shape (channels, time), with channels of one length") from e
         kind = np.dtype("float64" if array.dtype.itemsize > 4 else "float32")
         waveform = torch.from_numpy(np.require(array, kind, ["C", "W"])) if array.dtype.kind == "f" else array
     x = waveform.detach().cpu() if isinstance(waveform, torch.Tensor) else waveform
@@ -173,7 +174,8 @@ class Writer:
         channels, # how many
         subtype=None, # wav and flac: PCM_16 (default) or PCM_24; wav also FLOAT ("float32")
     ):
-        self.path, self.sample_rate, self.channels, self.frames = Path(path), check_rate(sample_rate), int(channels), 0
+        self.path, self.sample_rate = Path(path), check_rate(sample_rate)
+        self.channels, self.frames = int(channels), 0
         self.format, self.subtype = _format(path, self.sample_rate, self.channels, subtype)
     def __enter__(self):
         self.atomic = atomic_path(self.path)
@@ -215,7 +217,8 @@ def write(self: Writer,
 ):
     "Append samples. `UserError` for integers, NaN and infinities, and for a full disk."
     x = as_waveform(waveform, f"{self.path}: a waveform").float()
-    if len(x) != self.channels: raise ValueError(f"expected ({self.channels}, time), got {tuple(waveform.shape)}")
+    if len(x) != self.channels:
+        raise ValueError(f"expected ({self.channels}, time), got {tuple(waveform.shape)}")
     x = check_finite(x, self.path).numpy().T
     for start in range(0, len(x), 1 << 16): self._append(np.ascontiguousarray(x[start:start + (1 << 16)]))
 
@@ -261,7 +264,7 @@ def write(
     sample_rate, # Hz
     subtype=None, # wav and flac: PCM_16 (default) or PCM_24; wav also FLOAT ("float32")
 ):
-    "Write a sound file in the format of its suffix, whole or not at all. `UserError` for what the format cannot hold, and for integers."
+    "Write a file in the format of its suffix, whole or not at all. `UserError` for what it cannot hold, and integers."
     waveform = as_waveform(waveform, f"{path}: a waveform")
     with Writer(path, sample_rate, len(waveform), subtype) as writer: writer.write(waveform)
 
@@ -277,10 +280,12 @@ def _open(path):
     if not path.exists(): raise UserError(_absent(path))
     if not path.is_file(): raise UserError(f"{path} is not a regular file")
     if path.stat().st_size == 0: raise UserError(f"{path} is empty (0 bytes)")
-    try: container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="surrogateescape")
+    only_files = {"protocol_whitelist": "file"}
+    try: container = av.open(f"file:{path}", options=only_files, metadata_errors="surrogateescape")
     except PermissionError as e: raise UserError(f"{path}: permission denied") from e
     except (av.FFmpegError, OSError, ValueError) as e:
-        raise _Unreadable(f"{path} is not an audio file that can be read, or it is damaged or cut off ({_reason(e)})") from e
+        what = f"is not an audio file that can be read, or it is damaged or cut off ({_reason(e)})"
+        raise _Unreadable(f"{path} {what}") from e
     if container.streams.audio: return container
     container.close()
     raise _Unreadable(f"{path} has no audio in it")
@@ -299,11 +304,12 @@ def _stream(container, path, index):
     streams = container.streams.audio
     if not 0 <= index < len(streams): raise UserError(f"{path} has {len(streams)} audio stream(s), counted from 0; there is no stream {index}")
     context = streams[index].codec_context
-    if context is None or not context.sample_rate: raise _Unreadable(f"{path}: audio stream {index} is damaged, or of a kind that cannot be decoded")
+    if context is None or not context.sample_rate:
+        raise _Unreadable(f"{path}: audio stream {index} is damaged, or of a kind that cannot be decoded")
     return streams[index]
 
 def _declared(container, stream, rate):
-    "(samples per channel at this rate that the stream promises, or 0; whether that is its own word and not a guess from the bit rate)."
+    "(samples per channel at this rate that the stream promises, or 0; whether that is more than a guess)."
     if stream.duration: return round(stream.duration * stream.time_base * rate), True
     clock = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if clock:
@@ -316,7 +322,8 @@ _FULL_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 
 def _sound(frame):
     "The same frame; `ValueError` if it lacks the samples of some channel, as frames of damaged packets may."
-    if frame.format.is_planar and len(frame.planes) != frame.layout.nb_channels: raise ValueError("planes do not fit the channels")
+    fits = not frame.format.is_planar or len(frame.planes) == frame.layout.nb_channels
+    if not fits: raise ValueError("planes do not fit the channels")
     return frame
 
 def _to_float(frame):
@@ -335,7 +342,7 @@ class _Piece(NamedTuple):
     layout: str # the channels by name
 
 def _rechannel(piece, layout, channels):
-    "The samples of a piece with other channels: mono is repeated or made by the mean, all else is mixed by the rules of ffmpeg, if it knows the channels."
+    "The samples of a piece with other channels: repeated, averaged, or mixed by ffmpeg's rules where it has some."
     x = piece.samples
     if len(x) == channels: return x
     if 1 in (len(x), channels): return np.repeat(x if len(x) == 1 else x.mean(0, keepdims=True), channels, 0)
@@ -344,7 +351,8 @@ def _rechannel(piece, layout, channels):
     try:
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x), format="fltp", layout=piece.layout)
         frame.sample_rate = piece.rate
-        return np.concatenate([f.to_ndarray() for f in av.AudioResampler("fltp", layout, piece.rate).resample(frame)], 1)
+        mixed = av.AudioResampler("fltp", layout, piece.rate).resample(frame)
+        return np.concatenate([f.to_ndarray() for f in mixed], 1)
     except (av.FFmpegError, ValueError): return np.repeat(x.mean(0, keepdims=True), channels, 0)
 
 # %% ../nbs/00_audio.ipynb #b1c0a025
@@ -357,13 +365,15 @@ class _Bridge:
         if self.stream is None and (piece.rate, len(piece.samples)) == (self.rate, self.channels):
             self.now = self.rate, self.channels
             return piece.samples
-        x, before, self.now = _rechannel(piece, self.layout, self.channels), self.now, (piece.rate, len(piece.samples))
-        held = self.flush() if piece.rate != before[0] else x[:, :0]
+        x = _rechannel(piece, self.layout, self.channels)
+        held = self.flush() if piece.rate != self.now[0] else x[:, :0]
+        self.now = piece.rate, len(piece.samples)
         return np.concatenate([held, self._resampled(x, piece.rate)], 1)
     def _resampled(self, x, rate):
         if rate == self.rate: return x
         import soxr
-        self.stream = self.stream or soxr.ResampleStream(rate, self.rate, self.channels, dtype="float32", quality="VHQ")
+        options = dict(dtype="float32", quality="VHQ")
+        self.stream = self.stream or soxr.ResampleStream(rate, self.rate, self.channels, **options)
         return self.stream.resample_chunk(np.ascontiguousarray(x.T)).T
     def flush(self):
         "What resampling has held back."
@@ -373,7 +383,7 @@ class _Bridge:
 
 # %% ../nbs/00_audio.ipynb #eb9f8668
 def _chunks(f, size, order, wide):
-    "Where the chunks of a wav lie, down to its samples, by their headers: name -> (first byte, length). `wide` for those of W64."
+    "The chunks of a wav, down to its samples, by their headers: name -> (first byte, length); `wide` for W64."
     at, found = 40 if wide else 12, {}
     while at < size and len(found) < 1000 and not found.keys() & {b"data", b"ssnd"}:
         f.seek(at)
@@ -384,16 +394,17 @@ def _chunks(f, size, order, wide):
     return found
 
 def _open_ended(length):
-    "Whether a length is one that programs write that cannot know it: 0, right at 2 or 4 GiB, or more than any file holds."
+    "Whether a length is what programs write that cannot know it: 0, right at 2 or 4 GiB, or beyond all files."
     return length <= 0 or length > 2**62 or length > 2**30 and min(length % 2**31, -length % 2**31) < 2**16
 
 # %% ../nbs/00_audio.ipynb #b1c0a020
 def _missing_bytes(path):
-    "How many bytes of sound the header of a wav, RF64 or W64 file promises beyond the end of the file (0 if it promises none); AIFF too."
+    "How many bytes of sound the header of a wav, RF64, W64 or AIFF file promises beyond the file's end, or 0."
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         head = f.read(40)
-        wide, order = head[:4] == b"riff" and head[24:28] == b"wave", "big" if head[:4] in (b"RIFX", b"FORM") else "little"
+        wide = head[:4] == b"riff" and head[24:28] == b"wave"
+        order = "big" if head[:4] in (b"RIFX", b"FORM") else "little"
         if not wide and head[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM"): return 0
         whole = int.from_bytes(head[16:24], "little") if wide else int.from_bytes(head[4:8], order) + 8
         found = _chunks(f, size, order, wide)
@@ -418,7 +429,8 @@ def _ends_open(path):
 # %% ../nbs/00_audio.ipynb #d15cb288
 def _tag_length(data):
     "How many bytes a tag of an mp3 has that begins with these; 0 if none does."
-    if data[:3] == b"ID3" and len(data) >= 10: return 10 + sum((b & 127) << s for b, s in zip(data[6:10], (21, 14, 7, 0)))
+    if data[:3] == b"ID3" and len(data) >= 10:
+        return 10 + sum((b & 127) << s for b, s in zip(data[6:10], (21, 14, 7, 0)))
     if data[:8] == b"APETAGEX": return 32 + int.from_bytes(data[12:16], "little")
     return 128 * (data[:3] == b"TAG")
 
@@ -463,11 +475,11 @@ class Decoder:
 # %% ../nbs/00_audio.ipynb #b1c0a030
 @patch
 def _begin(self: Decoder, streams):
-    "Open the file with PyAV, or with libsndfile where PyAV decodes nothing of it, and look at the first piece of each stream."
+    "Open the file with PyAV, or with libsndfile where PyAV decodes nothing, and look at the first pieces."
     try:
         self.container = _open(path := self.path)
-        count = len(self.container.streams.audio)
-        self.streams = [_stream(self.container, path, i) for i in (range(count) if streams is None else streams)]
+        wanted = range(len(self.container.streams.audio)) if streams is None else streams
+        self.streams = [_stream(self.container, path, i) for i in wanted]
         for s in self.streams:
             if s.codec_context.name == "flac": s.codec_context.options = {"err_detect": "crccheck+explode"}
         first = self._look_ahead(self._decoded())
@@ -480,7 +492,7 @@ def _begin(self: Decoder, streams):
 
 @patch
 def _open_sound(self: Decoder, streams):
-    "Try libsndfile, but not on what looks like an mp3, which it reads no better and with messages of its own: whether it finds sound."
+    "Whether libsndfile finds sound. What looks like an mp3 it reads no better, and with messages of its own."
     import soundfile
     with open(self.path, "rb") as f: head = f.read(3)
     if head == b"ID3" or head[:1] == b"\xff" and head[1:2] >= b"\xe0": return False
@@ -503,7 +515,7 @@ def _look_ahead(self: Decoder, source, most=500):
 
 @patch
 def packets(self: Decoder):
-    "Yield (position of the stream, its next pieces, whether something before them was lost), packet by packet."
+    "Yield (position of the stream, its next pieces, whether something before was lost), packet by packet."
     while self.queue: yield self.queue.pop(0)
     yield from self.source
 
@@ -525,11 +537,13 @@ def note(self: Decoder, problem):
     self.problems.append(problem)
 
 @patch
-def at(self: Decoder, i): return f"{self.count[i] / self.sample_rate:.2f} s" if self.count else "its beginning"
+def at(self: Decoder, i):
+    "How far a stream is, in words."
+    return f"{self.count[i] / self.sample_rate:.2f} s" if self.count else "its beginning"
 
 @patch
 def _rate(self: Decoder, i, frame, frames):
-    "The sample rate of a frame. Where it changes, ffmpeg gives the first frame the rate of the one before, and only the decoder knows."
+    "The rate of a frame. Where it changes, ffmpeg gives the first frame the one before; the decoder knows."
     return len(frames) == 1 and self.streams[i].codec_context.sample_rate or frame.sample_rate
 
 @patch
@@ -552,7 +566,8 @@ def _decoded(self: Decoder):
             lost = bool(bad[i] and any(self.count[i:i + 1]))
             if lost: self.note(f"{bad[i]} packet(s) after {self.at(i)} cannot be decoded")
             bad[i] = 0
-            yield i, [_Piece(_to_float(f), self._rate(i, f, frames), f.pts, f.layout.name) for f in frames], lost
+            piece = lambda f: _Piece(_to_float(f), self._rate(i, f, frames), f.pts, f.layout.name)
+            yield i, [piece(f) for f in frames], lost
     except (av.FFmpegError, OSError) as e: self.note(f"reading stops at {self.at(0)} ({_reason(e)})")
 
 # %% ../nbs/00_audio.ipynb #e45bf42a
@@ -560,15 +575,19 @@ _SURE = {"wav", "w64", "aiff", "au", "caf", "flac", "ogg", "mov", "matroska"}
 
 @patch
 def _pick(self: Decoder, first):
-    "Set up the books: rate and channels are those of the first pieces, and of the header where a stream has none."
-    said = [(c.sample_rate, c.channels) for c in (s.codec_context for s in self.streams if s)] or [(self.sound.samplerate, self.sound.channels)]
+    "Set up the books: rate and channels are those of the first pieces, or of the header where there is none."
+    said = [(c.sample_rate, c.channels) for c in (s.codec_context for s in self.streams if s)]
+    said = said or [(self.sound.samplerate, self.sound.channels)]
     found = [(p.rate, len(p.samples)) if p else s for p, s in zip(first, said)]
     if len(rates := {rate for rate, _ in found}) > 1:
-        raise UserError(f"{self.path}: its audio streams have different sample rates ({', '.join(map(str, sorted(rates)))} Hz); read them one by one")
+        found = ", ".join(map(str, sorted(rates)))
+        raise UserError(f"{self.path}: its audio streams have different sample rates ({found} Hz); read them one by one")
     self.sample_rate, self.channels = rates.pop(), [channels for _, channels in found]
     self.ticks = [float(s.time_base * self.sample_rate) if s else 1.0 for s in self.streams]
-    self.bridges = [_Bridge(p or _Piece(np.zeros((n, 0)), self.sample_rate, None, "")) for p, n in zip(first, self.channels)]
-    self.changes, self.count, self.origin, self.tails, self.jumped = [], *([x] * len(found) for x in (0, None, None)), False
+    none = lambda channels: _Piece(np.zeros((channels, 0)), self.sample_rate, None, "")
+    self.bridges = [_Bridge(p or none(n)) for p, n in zip(first, self.channels)]
+    self.changes, self.jumped = [], False
+    self.count, self.origin, self.tails = ([x] * len(found) for x in (0, None, None))
     self.formats = {"libsndfile"} if self.sound else set(self.container.format.name.split(","))
     self.declared = self._promised()
     self.trim = [n if n and "ogg" in self.formats else math.inf for n in self.declared]
@@ -600,7 +619,7 @@ def _place(self: Decoder, i, piece, lost):
 
 @patch
 def _compare(self: Decoder, i, piece):
-    "Remember where a stream changes its rate or its channels: (position of the stream, seconds, before, after)."
+    "Remember where a stream changes its rate or channels: (position of the stream, seconds, before, after)."
     before, now = self.bridges[i].now, (piece.rate, len(piece.samples))
     if before != now: self.changes.append((i, self.count[i] / self.sample_rate, before, now))
 
@@ -660,7 +679,8 @@ def change(self: Decoder):
     "What changed on the way, in words; empty if nothing did."
     if not self.changes: return ""
     (i, at, before, after), more = self.changes[0], len(self.changes) - 1
-    words = [f"{rate} Hz, {n} channel{'s' * (n > 1)}" for rate, n in (before, after, (self.sample_rate, self.channels[i]))]
+    kinds = before, after, (self.sample_rate, self.channels[i])
+    words = [f"{rate} Hz, {n} channel{'s' * (n > 1)}" for rate, n in kinds]
     often = f", and {more} more time{'s' * (more > 1)} later" * bool(more)
     return f"changes from {words[0]} to {words[1]} at {at:.2f} s{often}; all of it is read as {words[2]}"
 
@@ -689,12 +709,14 @@ def probe(
     path, # any audio or video file
     stream=0, # which of its audio streams
 ) -> AudioInfo:
-    "Sample rate, channels, length, codec and tags; only a first frame is decoded. `UserError` if it is no readable audio file."
+    "Sample rate, channels, length, codec and tags; only a first frame is decoded. `UserError` for other files."
     with Decoder(path, (stream,), strict=False) as d:
-        if d.sound: return AudioInfo(d.path, d.sample_rate, d.channels[0], d.declared[0], d.declared[0] / d.sample_rate, 1, "libsndfile")
-        tags = {_tag(k).lower(): _tag(v) for k, v in {**d.container.metadata, **d.streams[0].metadata}.items()}
-        frames = _declared(d.container, d.streams[0], d.sample_rate)[0]
-        return AudioInfo(d.path, d.sample_rate, d.channels[0], frames, frames / d.sample_rate, len(d.container.streams.audio), d.streams[0].codec_context.name, tags)
+        frames, count, codec, tags = d.declared[0], 1, "libsndfile", {}
+        if not d.sound:
+            (s,), container = d.streams, d.container
+            frames, count, codec = _declared(container, s, d.sample_rate)[0], len(container.streams.audio), s.codec_context.name
+            tags = {_tag(k).lower(): _tag(v) for k, v in {**container.metadata, **s.metadata}.items()}
+        return AudioInfo(d.path, d.sample_rate, d.channels[0], frames, frames / d.sample_rate, count, codec, tags)
 
 # %% ../nbs/00_audio.ipynb #bb480e24
 def to_mono(
@@ -709,7 +731,8 @@ def to_channels(
 ):
     "The same sound with `channels` channels; `UserError` where there is no plain way (5.1 to stereo, say)."
     have = waveform.shape[-2]
-    if channels is not None and channels < 1: raise UserError(f"a song has at least one channel, not {channels}")
+    if channels is not None and channels < 1:
+        raise UserError(f"a song has at least one channel, not {channels}")
     if channels in (None, have): return waveform
     if channels == 1: return to_mono(waveform)
     if have != 1: raise UserError(f"cannot turn {have} channels into {channels}: mix it down first, or ask for 1")
@@ -721,9 +744,10 @@ def resample(
     orig, # its sample rate in Hz
     new, # the sample rate wanted
 ):
-    "The same sound at another rate (soxr, very high quality): (…, time * new / orig, rounded), on the same device. `UserError` for rates that are none."
+    "The sound at another rate (soxr, very high quality): (…, time * new / orig, rounded). `UserError` for no rates."
     orig, new = check_rate(orig), check_rate(new)
-    if not waveform.is_floating_point(): raise UserError(f"only floats are resampled, not {waveform.dtype}: divide by full scale first")
+    if not waveform.is_floating_point():
+        raise UserError(f"only floats are resampled, not {waveform.dtype}: divide by full scale first")
     if orig == new: return waveform
     import soxr
     if not waveform.numel(): return waveform.new_zeros(*waveform.shape[:-1], int(waveform.shape[-1] * new / orig + 0.5))
@@ -789,7 +813,8 @@ def read(
 ):
     "Decode one audio stream: (float32 tensor (channels, time), sample rate in Hz). `UserError` that names the file if it cannot be read."
     for name, x in (("start", start), ("duration", duration)):
-        if x is not None and not (0 <= x < math.inf): raise UserError(f"{name} is in seconds from 0 on, not {x!r}")
+        if x is not None and not (0 <= x < math.inf):
+            raise UserError(f"{name} is in seconds from 0 on, not {x!r}")
     new = None if sample_rate is None else check_rate(sample_rate)
     with Decoder(path, (stream,), strict, report) as decoder:
         rate = decoder.sample_rate

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .audio import (SAMPLE_RATE, SOURCES, Decoder, UserError, abandoned, as_waveform, atomic_path, check_finite, check_rate, hidden_name, probe, resample)
+from .audio import (
+    SAMPLE_RATE, SOURCES, Decoder, UserError, abandoned, as_waveform, atomic_path, check_finite, check_rate, hidden_name,
+    probe, resample)
 from .foundations.console import progress_bar
 
 # %% ../nbs/01_data.ipynb #0ec1d294
@@ -439,7 +441,8 @@ def _song(entry):
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in Song.__dataclass_fields__}
     song = Song(**known)
     for name in (song.file, song.part or "part"):
-        if not re.fullmatch(r"[\w-][\w.-]*", name): raise ValueError(f"{name!r} is no name for a file in a store")
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise ValueError(f"{name!r} is no name for a file in a store")
     return song
 
 def _digest(songs):
@@ -481,8 +484,11 @@ class Store:
     @property
     def splits(self): return {name: n for name in ("train", "valid", "test") if (n := sum(s.split == name for s in self.songs))}
 
-_SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test", "testing": "test"}
-_HOW_TO_SPLIT = ". Put songs into folders train, valid and test to split them yourself; three songs or more are split without that"
+_SPLITS = {
+    "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
+    "test": "test", "testing": "test"}
+_HOW_TO_SPLIT = (". Put songs into folders train, valid and test to split them yourself; "
+                 "three songs or more are split without that")
 
 def _counts(splits): return ", ".join(f"{n} {name}" for name, n in splits.items()) or "no songs"
 
@@ -497,12 +503,14 @@ def open(cls: Store,
     if not (path / "store.json").is_file(): raise UserError(f"{path}: there is no store here (no store.json); make one with `deepdemix prepare`")
     try: index = json.loads((path / "store.json").read_text())
     except (OSError, ValueError) as e: raise UserError(f"{path / 'store.json'} cannot be read ({e}); prepare the store again") from e
-    if not isinstance(index, dict): raise UserError(f"{path / 'store.json'} is no index of a store; prepare the store again")
+    if not isinstance(index, dict):
+        raise UserError(f"{path / 'store.json'} is no index of a store; prepare the store again")
     if index.get("format") != FORMAT:
         raise UserError(f"{path}: this store has format {index.get('format')} and this version reads format {FORMAT}; prepare it again")
     try: return cls(path.resolve(), index, map(_song, index["songs"]), _Maps(size=mapped))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{path / 'store.json'} is no index of a store ({type(e).__name__}: {e}); prepare the store again") from e
+        what = f"is no index of a store ({type(e).__name__}: {e}); prepare the store again"
+        raise UserError(f"{path / 'store.json'} {what}") from e
 
 # %% ../nbs/01_data.ipynb #51523b3f
 @patch
@@ -513,7 +521,9 @@ def split(self: Store,
     name, # train, valid or test
 ):
     "A view of one split. `UserError` if it has no songs."
-    if name not in self.splits: raise UserError(f"{self.path}: no songs in the split {name!r}; it has {_counts(self.splits)}{_HOW_TO_SPLIT * (name in _SPLITS)}")
+    if name not in self.splits:
+        have = _counts(self.splits) + _HOW_TO_SPLIT * (name in _SPLITS)
+        raise UserError(f"{self.path}: no songs in the split {name!r}; it has {have}")
     return self._view([s for s in self.songs if s.split == name])
 
 @patch
@@ -535,7 +545,8 @@ def _read(self: Store, song, name, scales, start, frames):
     path = self.path / song.part / "songs" / name
     if "elsewhere" in self.index and not path.is_file(): self._fetch(song)
     try: whole = self.maps.get(path)
-    except (OSError, ValueError, EOFError) as e: raise UserError(f"{path}: cannot be read ({e}); prepare the store again, with repair") from e
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path}: cannot be read ({e}); prepare the store again, with repair") from e
     if whole.shape[-1] != song.frames or whole.dtype.name != song.dtype:
         raise UserError(f"{path}: not what the index of the store says; prepare the store again, with repair")
     x = whole[..., start:stop]
@@ -577,7 +588,7 @@ def table(self: Store):
 
 # %% ../nbs/01_data.ipynb #59043a91
 class _Again(Exception):
-    "A song must be written anew: with another length than that of its first stem, or because it does not fit in 16 bits."
+    "A song must be written anew: with another length than its first stem's, or because 16 bits do not hold it."
 
 _TOLERANCE = 0.1
 _SILENT = 1e-4
@@ -653,7 +664,7 @@ def _plain(name): return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "song
 _AT_ONCE = 2**24
 
 def _decode(path, streams, whole=True):
-    "Some streams of a file: [(array (channels, time), sample rate, what changed on the way …), …]; `whole` keeps what the file's header cuts off at the end."
+    "Streams of a file: [(array (channels, time), rate, what changed …), …]; `whole` keeps what its header cuts off."
     with Decoder(path, streams) as decoder:
         if whole: decoder.trim = [math.inf] * len(decoder.streams)
         parts, rate = [[np.zeros((c, 0), np.float32)] for c in decoder.channels], decoder.sample_rate
@@ -664,7 +675,7 @@ def _decode(path, streams, whole=True):
 # %% ../nbs/01_data.ipynb #8eb058c1
 @patch
 def reader(self: Take):
-    "(the channels of each stem, a function from a name to its array and sample rate, and what changed on the way)."
+    "(the channels of each stem, a function from a name to its array, its sample rate, and what changed on the way)."
     files = {p for p, _ in self.parts.values()}
     path, names = min(files), sorted(self.parts, key=lambda n: self.parts[n][1])
     if len(files) == 1 and path.stat().st_size < _AT_ONCE:
@@ -703,14 +714,16 @@ def _fit(take, name, sound, settings, channels, frames):
     return _lengthen(take, name, x, frames, settings, flags)
 
 def _lengthen(take, name, x, frames, settings, flags):
-    "Pad a stem to the length of the song, or cut it; `_Again` if another length is right for the song, `UserError` above 0.1 s."
+    "Pad or cut a stem to the song's length; `_Again` if another is right for the song, `UserError` above 0.1 s."
     n, seconds = x.shape[1], lambda n: f"{n / settings.sample_rate:.2f} s"
     if frames is None or n == frames: return x, flags
     if settings.trim and n:
         if n < frames: raise _Again(n)
         return x[:, :frames], [*flags, f"{name} cut by {n - frames} samples"]
     if abs(n - frames) > _TOLERANCE * settings.sample_rate:
-        raise UserError(f"{take.title}: {name} lasts {seconds(n)} and the other stems {seconds(frames)}; the stems of a song must be equally long (trim=True, or --trim, cuts all to the shortest)")
+        what = f"{take.title}: {name} lasts {seconds(n)} and the other stems {seconds(frames)}"
+        rule = "the stems of a song must be equally long (trim=True, or --trim, cuts all to the shortest)"
+        raise UserError(f"{what}; {rule}")
     if n > frames: raise _Again(n)
     return np.pad(x, ((0, 0), (0, frames - n))), [*flags, f"{name} padded by {frames - n} samples"]
 
@@ -815,7 +828,7 @@ def _write_song(take, out, settings):
 # %% ../nbs/01_data.ipynb #d05d4677
 @contextmanager
 def _alone(out):
-    "Only one process at a time prepares a folder, and another waits, where the disk has locks. Leftovers of killed ones of this machine are removed."
+    "Only one process at a time prepares a folder, where the disk has locks. What killed ones left is removed."
     _new_folder(out / "songs")
     with (out / ".lock").open("w") as lock:
         try:
@@ -958,7 +971,8 @@ def prepare(
     each=None, # who does the work, instead of `threads`: a function with the same arguments
 ) -> Store:
     "Decode songs into a store, go on where an earlier run stopped, and open it. `UserError` names the songs that cannot be prepared; the others are kept."
-    out, settings = Path(out).expanduser(), _Settings(tuple(sources), check_rate(sample_rate), channels, dtype, allow_missing, trim)
+    settings = _Settings(tuple(sources), check_rate(sample_rate), channels, dtype, allow_missing, trim)
+    out = Path(out).expanduser()
     _check_out(takes, out, dtype)
     homes = {t.file: out / _part(t.file, parts) for t in takes}
     with _alone(out):
@@ -991,14 +1005,19 @@ def _write_parts(out, songs, sample_rate, sources, skipped):
 # %% ../nbs/01_data.ipynb #7cca26ed
 _STREAMS = ("mixture", "drums", "bass", "other", "vocals")
 _NOT_AUDIO = {".txt", ".json", ".csv", ".mid", ".midi", ".png", ".jpg", ".jpeg", ".pdf", ".npy", ".npz", ".yaml", ".yml", ".xml", ".asd", ".pkf", ".md"}
-_AUDIO = {".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".m4b", ".mp4", ".aac", ".aif", ".aiff", ".aifc", ".caf", ".w64", ".rf64", ".wma", ".wv", ".ape", ".alac", ".au"}
-_CLUTTER = {"@eadir", "__macosx", "lost+found", "#recycle", "@recycle", "#snapshot", "@snapshot", "$recycle.bin", "system volume information"}
+_AUDIO = {
+    ".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".m4b", ".mp4", ".aac", ".aif", ".aiff",
+    ".aifc", ".caf", ".w64", ".rf64", ".wma", ".wv", ".ape", ".alac", ".au"}
+_CLUTTER = {
+    "@eadir", "__macosx", "lost+found", "#recycle", "@recycle", "#snapshot", "@snapshot", "$recycle.bin",
+    "system volume information"}
 _STEM_FILE = re.compile(r"\.stem\.(mp4|m4a)$", re.IGNORECASE)
 
 def _contents(folder):
-    "(files, folders) that lie in a folder, but for hidden ones and those that systems make. `UserError` if it cannot be read."
+    "(files, folders) in a folder, but for hidden ones and those of systems. `UserError` if it cannot be read."
     try:
-        paths = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _CLUTTER)
+        clutter = lambda name: name.startswith(".") or name.lower() in _CLUTTER
+        paths = sorted(p for p in folder.iterdir() if not clutter(p.name))
         return [p for p in paths if p.is_file()], [p for p in paths if p.is_dir()]
     except OSError as e: raise UserError(f"{folder}: cannot be read ({e.strerror})") from e
 
@@ -1011,7 +1030,8 @@ def _stem_file(path, split, above=()):
 def _song_folder(folder, split, sources, above=()):
     "A `Take` of a folder with one file a stem, and maybe a mixture."
     names, found = {s.lower(): s for s in (*sources, "mixture")}, {}
-    files = [p for p in _contents(folder)[0] if p.suffix.lower() not in _NOT_AUDIO and not _STEM_FILE.search(p.name)]
+    files = [p for p in _contents(folder)[0] if p.suffix.lower() not in _NOT_AUDIO]
+    files = [p for p in files if not _STEM_FILE.search(p.name)]
     for path in files: found.setdefault(names.get(path.stem.lower()), []).append(path)
     extra = tuple(p.name for p in found.pop(None, []) if p.suffix.lower() in _AUDIO)
     found = {n: [p for p in ps if p.suffix.lower() in _AUDIO] or ps for n, ps in found.items()}
@@ -1023,7 +1043,7 @@ def _song_folder(folder, split, sources, above=()):
 
 # %% ../nbs/01_data.ipynb #b52c7ba7
 def _search(folder, split, sources, left, skip=(), above=(), depth=2):
-    "The songs in a folder; where there are none, those in its folders. `left` gets the folders that are not taken, and why."
+    "The songs in a folder; where there are none, those in its folders. `left` gets what is not taken, and why."
     files, folders = _contents(folder)
     takes, others = [_stem_file(p, split, above) for p in files if _STEM_FILE.search(p.name)], []
     for path in (p for p in folders if not _is_store(p, skip)):
@@ -1037,16 +1057,19 @@ def _search(folder, split, sources, left, skip=(), above=(), depth=2):
     return takes
 
 def _leave(path, take, sources, left):
-    "A folder without stems: a song that has a problem, if there is other sound in it; else it is left, and its folders are not spoken of."
+    "A folder without stems: a song that has a problem, if there is other sound in it; else it is left, as a whole."
     if take.extra: return [take]
     deeper = any(_song_folder(p, "train", sources).stems for p in _contents(path)[1])
     for p in [p for p in left if path in p.parents]: del left[p]
-    left[path] = "its songs lie a level deeper than the others" if deeper else f"no {', '.join(sources)} in it"
+    left[path] = "its songs lie a level deeper than the others" if deeper else _none_of(sources)
     return []
 
 def _is_store(path, skip=()):
     "Whether a folder is one to skip, a store, or one that is being prepared."
-    return path.resolve() in skip or (path / "store.json").is_file() or (path / ".lock").is_file() and (path / "songs").is_dir()
+    begun = (path / ".lock").is_file() and (path / "songs").is_dir()
+    return begun or path.resolve() in skip or (path / "store.json").is_file()
+
+def _none_of(sources): return f"no {', '.join(sources)} in it"
 
 # %% ../nbs/01_data.ipynb #d1c0a006
 def _folder(path, what):
@@ -1068,34 +1091,39 @@ class _Survey:
     def notes(self, sources):
         "Lines about what was left out."
         reasons = {}
-        for path, why in self.left.items(): reasons.setdefault(why, []).append(str(path.relative_to(self.root)))
+        for path, why in self.left.items():
+            reasons.setdefault(why, []).append(str(path.relative_to(self.root)))
         said = "; ".join(f"{_list(paths)} ({why})" for why, paths in reasons.items())
         if said: yield f"{_plural(len(self.left), 'folder')} not taken: {said}"
-        if self.beside: yield f"{_plural(len(self.beside), 'song')} beside the folders {', '.join(sorted(self.splits))} taken for training: {_list(t.title for t in self.beside)}"
+        where = f"beside the folders {', '.join(sorted(self.splits))} taken for training"
+        if self.beside: yield f"{_plural(len(self.beside), 'song')} {where}: {_list(t.title for t in self.beside)}"
         extra = Counter(name for t in self.takes if t.stems for name in t.extra)
         said = _list(f"{name} in {_plural(count, 'song')}" for name, count in extra.most_common())
         if extra: yield f"sound files not used, for they are not called {', '.join(sources)}: {said}"
 
 # %% ../nbs/01_data.ipynb #d1c0a003
 def _split_folders(folder, sources, skip=()):
-    "(folder, {a folder in it: its split}): those called train, valid or test; where there are none, those of the only folder in it."
+    "(folder, {a folder in it: its split}): those called train, valid or test, or those of the only folder in it."
     folders = [p for p in _contents(folder)[1] if not _is_store(p, skip)]
-    found = {p: _SPLITS[p.name.lower()] for p in folders if p.name.lower() in _SPLITS and not _song_folder(p, "train", sources).stems}
+    found = {p: _SPLITS[p.name.lower()] for p in folders if p.name.lower() in _SPLITS}
+    found = {p: split for p, split in found.items() if not _song_folder(p, split, sources).stems}
     if found or len(folders) != 1: return folder, found
     inner = any(p.name.lower() in _SPLITS for p in _contents(folders[0])[1])
     return _split_folders(folders[0], sources, skip) if inner else (folder, {})
 
 def _survey(folder, sources, out=None):
-    "Find the songs of a folder. A folder of a split counts if it has songs; others beside it are not searched."
+    "Find the songs of a folder. The folder of a split counts if it has songs; others beside are not searched."
     skip = {Path(out).expanduser().resolve()} if out else set()
     (root, places), left, beside = _split_folders(folder, sources, skip), {}, []
     found = {path: _search(path, split, sources, left, skip) for path, split in places.items()}
     splits = {split for path, split in places.items() if any(t.stems for t in found[path])}
-    if not splits: return _Survey(root, _search(root, "train", sources, left := {}, skip), splits, left, beside)
-    for path in (p for p in places if not found[p]): left[path] = f"no {', '.join(sources)} in it"
+    if not splits:
+        takes = _search(root, "train", sources, left := {}, skip)
+        return _Survey(root, takes, splits, left, beside)
+    for path in (p for p in places if not found[p]): left[path] = _none_of(sources)
     for take in _search(root, "train", sources, left, skip | {p.resolve() for p in places}, depth=1):
         if take.stems: beside.append(take)
-        else: left[root / take.title] = f"no {', '.join(sources)} in it"
+        else: left[root / take.title] = _none_of(sources)
     return _Survey(root, [*(t for takes in found.values() for t in takes), *beside], splits, left, beside)
 
 # %% ../nbs/01_data.ipynb #905fd3e9
@@ -1113,7 +1141,7 @@ def assign_splits(
 
 # %% ../nbs/01_data.ipynb #e8f40f05
 def prepare_stems(
-    folder, # song/{drums,bass,other,vocals}.*, directly, under train/, valid/ and test/, or in folders of artists; .stem.mp4 files too
+    folder, # song/{drums,bass,other,vocals}.* or .stem.mp4, directly, under train/, valid/, test/, or under artists
     out, # folder of the store
     sources=SOURCES, # names of the stem files
     valid=0.1, # share of validation songs, where the folder has no split for them
@@ -1121,25 +1149,32 @@ def prepare_stems(
     seed=0, # of that split
     **settings, # as for `prepare`
 ) -> Store:
-    "Decode any folder of stems into a store: any audio format, rates brought to `sample_rate`. Warns with `DataNote` of what is left out. `UserError` for a folder without songs, and as `prepare`."
+    "Decode any folder of stems into a store. Warns of what is left out. `UserError` as `prepare`, and without songs."
     folder = _folder(folder, "songs, each a folder with drums, bass, other and vocals in it")
     _check_shares(valid, test)
     found = _survey(folder, sources, out)
     takes = _check_found(folder, found, sources)
     if "valid" not in found.splits:
-        drawn = assign_splits([t.title for t in takes if t.split == "train"], valid, 0 if "test" in found.splits else test, seed)
+        test = 0 if "test" in found.splits else test
+        drawn = assign_splits([t.title for t in takes if t.split == "train"], valid, test, seed)
         takes = [replace(t, split=drawn[t.title]) if t.split == "train" else t for t in takes]
-        if valid and "valid" not in drawn.values(): _note(folder, f"{_plural(len(drawn), 'song')} cannot be split: no song is for validation{_HOW_TO_SPLIT}")
+        if valid and "valid" not in drawn.values():
+            few = f"{_plural(len(drawn), 'song')} cannot be split: no song is for validation"
+            _note(folder, few + _HOW_TO_SPLIT)
     for line in found.notes(sources): _note(folder, line)
     return prepare(takes, out, sources=sources, **settings)
 
 def _check_shares(valid, test):
-    if not (valid >= 0 and test >= 0 and valid + test <= 1): raise UserError(f"valid={valid!r} and test={test!r} are shares of the songs, from 0 on and at most 1 together")
+    "`UserError` for shares that are none."
+    if not (valid >= 0 and test >= 0 and valid + test <= 1):
+        given = f"valid={valid!r} and test={test!r}"
+        raise UserError(f"{given} are shares of the songs, from 0 on and at most 1 together")
 
 def _check_found(folder, found, sources):
     "The songs that were found, or one line that says why there are none."
     if any(t.stems for t in found.takes): return found.takes
-    if (folder / "store.json").is_file(): raise UserError(f"{folder}: this is a store; there is nothing to prepare")
+    if (folder / "store.json").is_file():
+        raise UserError(f"{folder}: this is a store; there is nothing to prepare")
     if _song_folder(folder, "train", sources).stems: raise UserError(f"{folder}: these are the stems of one song; give the folder that holds the song folders")
     expected = f"expected folders with {', '.join(sources)} in them (any audio format), or .stem.mp4 files"
     raise UserError("; ".join([f"{folder}: no songs here; {expected}", *found.notes(sources)]))
@@ -1163,8 +1198,12 @@ def prepare_musdb(
     "Decode MUSDB18 in any of its forms into a store, with the split of the `musdb` package: 80 train, 14 valid, 50 test songs when it is complete."
     root = _folder(root, "MUSDB18, with train/ and test/ in it")
     found = _survey(root, SOURCES, out)
-    if not found.splits: raise UserError(f"{root}: no MUSDB18 here; expected train/ and test/ with .stem.mp4 files, or with folders of wav files")
-    takes = [replace(t, split="valid") if t.split == "train" and t.title in validation_titles() else t for t in sorted(found.takes, key=lambda t: t.split != "train")]
+    if not found.splits:
+        expected = "train/ and test/ with .stem.mp4 files, or with folders of wav files"
+        raise UserError(f"{root}: no MUSDB18 here; expected {expected}")
+    valid = lambda t: t.split == "train" and t.title in validation_titles()
+    takes = sorted(found.takes, key=lambda t: t.split != "train")
+    takes = [replace(t, split="valid") if valid(t) else t for t in takes]
     for line in found.notes(SOURCES): _note(root, line)
     return prepare(takes, out, **settings)
 
@@ -1242,17 +1281,19 @@ def cache_folder() -> Path:
 
 # %% ../nbs/01_data.ipynb #781f3f09
 def is_musdb(path) -> bool:
-    "Whether a folder, or the only one in it, looks like MUSDB18: train/ or test/ with .stem.mp4 files and no valid/, or train/ with songs of its validation list."
+    "Whether a folder, or the only one in it, is like MUSDB18: stem files in train/ or test/ and no valid/, or its songs."
     root, places = _split_folders(Path(path), SOURCES)
     if "valid" in places.values(): return False
     if any(_STEM_FILE.search(p.name) for place in places for p in _contents(place)[0]): return True
-    return any((place / t).is_dir() for place, split in places.items() if split == "train" for t in validation_titles())
+    train = [place for place, split in places.items() if split == "train"]
+    return any((place / t).is_dir() for place in train for t in validation_titles())
 
 def _state(path, settings):
-    "A digest of the songs under a folder, with the sizes and times of their files, and of the settings; what else lies there does not count."
+    "A digest of the songs under a folder, with the sizes and times of their files, and of the settings; of nothing else."
     takes = _survey(path, settings.get("sources", SOURCES)).takes
     songs = sorted((t.title, t.split, t.fingerprint()) for t in takes)
-    return hashlib.sha256(repr((str(path.resolve()), songs, sorted(settings.items()), FORMAT)).encode()).hexdigest()
+    state = str(path.resolve()), songs, sorted(settings.items()), FORMAT
+    return hashlib.sha256(repr(state).encode()).hexdigest()
 
 # %% ../nbs/01_data.ipynb #a75f17a7
 def _elsewhere(url):
@@ -1281,8 +1322,11 @@ def _fetch(self: Store, song):
     fs, root = _elsewhere(self.index["elsewhere"])
     songs = [s for s in map(_song, self.index["songs"]) if s.part == song.part] if song.part else [song]
     with _alone(self.path / song.part):
-        for path, dtype, digest in ((path, s.dtype, digest) for s in songs for path, digest in _arrays(self.path, s) if not path.is_file()):
+        arrays = ((path, s.dtype, digest) for s in songs for path, digest in _arrays(self.path, s))
+        for path, dtype, digest in (x for x in arrays if not x[0].is_file()):
             with atomic_path(path) as part:
                 try: fs.get_file(f"{root}/{path.relative_to(self.path).as_posix()}", str(part))
                 except FileNotFoundError as e: raise UserError(f"{self.index['elsewhere']}: {path.name} is gone; prepare the store again") from e
-                if not _intact(part, dtype, digest): raise UserError(f"{self.index['elsewhere']}: {path.name} is not what the index of the store says; try again, or prepare the store again")
+                if not _intact(part, dtype, digest):
+                    what = f"{path.name} is not what the index of the store says"
+                    raise UserError(f"{self.index['elsewhere']}: {what}; try again, or prepare the store again")
