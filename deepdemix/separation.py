@@ -132,14 +132,14 @@ def _quick(threads):
     before = torch.get_num_threads()
     if threads: torch.set_num_threads(threads)
     try:
-        with torch.no_grad(): yield
+        with torch.inference_mode(): yield
     finally:
         if threads: torch.set_num_threads(before)
 
 
 @patch
 def _stems(self:Separator, batch):
-    "The network on a batch of chunks `(b, channels, time)`, in `(b, s, channels, time)`; `UserError` if it gives NaN."
+    "The network on a batch of chunks `(b, channels, time)`: ordinary `(b, s, channels, time)`. `UserError` if it gives NaN."
     try:
         with _quick(self.threads):
             stems = by_groups(self.network, batch.to(self.device), self.channels).float().cpu()
@@ -147,7 +147,7 @@ def _stems(self:Separator, batch):
     if not torch.isfinite(stems).all():
         if (peak := float(batch.abs().max())) > 1e4: raise UserError(f"samples as large as {peak:.0e}, where full scale is 1: not a sound")
         raise UserError(f"the model {self.name} turns sound into NaN: its weights are broken, train it again")
-    return stems
+    return stems.clone()
 
 
 @patch

@@ -24,7 +24,7 @@ from deepdemix.data import toy_song
 from deepdemix.deepdemix import DeepDeMix
 from deepdemix.metrics import framewise_sdr
 from deepdemix.recurrent import Recurrent
-from deepdemix.separation import Cancelled, Separator, by_groups, describe_pretrained, find_songs, pretrained_names, push_to_hub, segment_of
+from deepdemix.separation import Cancelled, Separator, by_groups, describe_pretrained, find_songs, pretrained_names, push_to_hub, segment_of, segment_of
 from deepdemix.serving.export import export
 from deepdemix.training import build_network, known_networks, recipe_for, Recipe, save_network
 
@@ -659,6 +659,18 @@ def test_threads_of_other_threads_stay():
         patch.setattr(torch, "set_num_threads", lambda n: calls.append(n))
         Separator(Shares(), chunk=1.0)(noise(2, RATE))
     assert calls == []
+
+
+@pytest.mark.parametrize("name", [x for x in known_networks() if x not in ("encoder", "ensemble")])
+def test_a_network_that_separates_can_go_on_training(name):
+    "Nothing that it has kept from separating stands in the way of a gradient."
+    torch.manual_seed(0)
+    try: network = build_network(name, **recipe_for(name, "demo").network_args)
+    except UserError as e: pytest.skip(str(e))
+    x = noise(network.channels or 1, segment_of(network) or 22_050)
+    Separator(network, device="cpu")(x)
+    network.train()(x[None]).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in network.parameters())
 
 
 @pytest.fixture
