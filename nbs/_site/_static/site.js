@@ -7,7 +7,7 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const box of boxes) { size(box); watch.observe(box); box.addEventListener("scroll", () => look(box), { passive: true }); }
   for (const code of document.querySelectorAll("article p code, article li code")) if (code.textContent.length > 40) code.classList.add("long");
   for (const word of document.querySelectorAll("article code span.pre")) if (word.textContent.length < 24) word.classList.add("whole");
-  for (const link of document.querySelectorAll(".bd-toc-nav a")) link.innerHTML = link.innerHTML.replace(/[._](?=\w)(?![^<]*>)/g, "$&<wbr>");
+  for (const link of document.querySelectorAll(".page-toc a")) link.innerHTML = link.innerHTML.replace(/[._](?=\w)(?![^<]*>)/g, "$&<wbr>");
   for (const table of document.querySelectorAll("article table.dataframe")) {
     const rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows], width = Math.max(...rows.map(row => row.cells.length));
     for (let k = 1; k <= width; k++) {
