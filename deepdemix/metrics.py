@@ -38,11 +38,11 @@ def _pair(references, estimates) -> tuple[Tensor, Tensor]:
     references, estimates = _tensor(references), _tensor(estimates, "estimates")
     shape = tuple(references.shape)
     if len(shape) < 3: raise UserError(f"references have shape {shape}; give (sources, channels, time)")
-    if shape != estimates.shape:
-        raise UserError(f"references have shape {shape}, estimates {tuple(estimates.shape)}; they must be equal")
+    other = tuple(estimates.shape)
+    if shape != other: raise UserError(f"references have shape {shape}, estimates {other}; they must be equal")
     if not references.numel(): raise UserError(f"nothing to score: the shape is {shape}")
-    if shape[-2] > max(shape[-1], MANY):
-        raise UserError(f"{shape} looks like museval's (sources, time, channels); give (sources, channels, time)")
+    swapped = shape[-2] > max(shape[-1], MANY)
+    if swapped: raise UserError(f"{shape} looks like museval's (sources, time, channels); swap the last two axes")
     return references, estimates
 
 
@@ -61,7 +61,8 @@ def _samples(seconds: float, sample_rate: float, name: str) -> int:
     "A length in samples; `UserError` unless it is one at least."
     numbers = all(isinstance(x, Real) and math.isfinite(x) for x in (seconds, sample_rate))
     if numbers and sample_rate > 0 and seconds * sample_rate >= 1: return int(seconds * sample_rate)
-    raise UserError(f"a {name} of {seconds!r} s at {sample_rate!r} Hz: give a sample or more, and a rate above 0")
+    wrong = f"a {name} of {seconds!r} s at {sample_rate!r} Hz"
+    raise UserError(f"{wrong}: give a sample or more, and a rate above 0")
 
 
 def _frames(length: int, window: int, hop: int) -> list[tuple[int, int]]:
@@ -82,7 +83,7 @@ def framewise_sdr(
     sample_rate: float=SAMPLE_RATE,  # samples per second
     window: float=1.,                # frame length in seconds
     hop: float=1.,                   # from one frame to the next, in seconds
-) -> Tensor:                         # dB (…, sources, frames) in float64; NaN where a source is silent, `PERFECT` where perfect
+) -> Tensor:                         # dB (…, sources, frames), float64; NaN where a source is silent
     "SDR of each frame, as `museval.evaluate(...)[0]` (BSS Eval v4, Stöter et al. 2018)."
     references, estimates = _pair(references, estimates)
     signal, error, silent = [], [], []

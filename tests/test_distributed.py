@@ -168,7 +168,7 @@ def test_open_unmix_begins_alike_whatever_the_first_process_looks_at(tmp_path):
         def own_batch(self, step):
             if T.is_first() and step == 0 and self.share[1] > 1: self.network(torch.rand(1, 1, 4000))
             return super().own_batch(step)
-    r = recipe(network="open_unmix", network_args=dict(window_length=256, hop_length=64, hidden=8, layers=1, bandwidth=3000., shared=True, channels=1, dropout=0.), epochs=1, lr=1e-12)
+    r = recipe(network="open_unmix", network_args=dict(sample_rate=8000, window_length=256, hop_length=64, hidden=8, layers=1, bandwidth=3000., shared=True, channels=1, dropout=0.), epochs=1, lr=1e-12)
     fit(r, STORE, tmp_path/"one", progress=False)
     status, told = together(tmp_path, lambda rank: fit(r, STORE, tmp_path/"two", progress=False, task=Curious))
     assert status == [0, 0], told
@@ -301,6 +301,19 @@ def test_what_is_not_there(monkeypatch):
     with pytest.raises(UserError, match="no strategy is called 'fsdp'"): T._strategy("fsdp", 2)
     monkeypatch.setattr(sys, "ps1", ">>>", raising=False)
     with pytest.raises(UserError, match="a notebook trains with one process"): T._places("cpu", 2, None)
+
+
+def test_the_first_process_chooses_the_precision_for_all(tmp_path):
+    "There bfloat16 is slow, on the other one it is not; both train in single precision."
+    def slow_on(rank):
+        def passed(output, inputs, precision): return 9. if precision != "32" and rank == 0 else 1.
+        T.pass_seconds = passed
+        train(tmp_path/"asked", plain(precision="bf16-mixed"))
+    for name, act in dict(asked=slow_on, single=lambda rank: train(tmp_path/"single", plain())).items():
+        status, told = together(tmp_path/f"{name} processes", act)
+        assert status == [0, 0], told
+    assert read_record(tmp_path/"asked")["precision"] == "32"
+    assert close(tmp_path/"asked", tmp_path/"single")
 
 
 def command(tmp_path, *words, before=(), timeout=240, **env):
