@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from test_listening import browser, opened, program # noqa: F401 (the browser is a fixture)
+from test_listening import browser, program # noqa: F401 (the browser is a fixture)
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = runpy.run_path(str(ROOT / "nbs/_site/listing.py"))["notebooks"]()
@@ -61,21 +61,23 @@ def test_saved_in_jupyterlab_and_cleaned(browser, folder): # noqa: F811
     with program(["-m", "jupyterlab", *LAB, f"--ServerApp.root_dir={folder}"], folder, "is running at") as address:
         for name, original in kept.items():
             path = folder / "nbs" / name
-            with opened(browser, f"{address}lab/tree/nbs/{name}?reset", True) as tab:
-                tab.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120000)
-                assert tab.locator(".jp-Dialog").count() == 0
-                tab.locator(".jp-Notebook .jp-Cell").first.click()
-                tab.keyboard.press("Control+s")
-                assert "language_info" in saved(path)["metadata"]
+            tab = browser.new_page()
+            tab.goto(f"{address}lab/tree/nbs/{name}?reset", timeout=120000)
+            tab.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120000)
+            assert tab.locator(".jp-Dialog").count() == 0
+            tab.locator(".jp-Notebook .jp-Cell").first.click()
+            assert "language_info" in saved(path, tab)["metadata"]
+            tab.close()
             clean(path, folder)
             assert path.read_bytes() == original.read_bytes(), name
 
 
-def saved(path):
-    "A notebook, once JupyterLab has written what its kernel is."
+def saved(path, tab):
+    "A notebook, saved until JupyterLab has written what its kernel is, which it knows a moment after it shows the notebook."
     end = time.monotonic() + 60
     while True:
+        tab.keyboard.press("Control+s")
+        tab.wait_for_timeout(1000)
         try: notebook = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError: notebook = {"metadata": {}}
+        except ValueError: continue
         if "language_info" in notebook["metadata"] or time.monotonic() > end: return notebook
-        time.sleep(.1)
