@@ -347,6 +347,7 @@ def _separate_on_ray(
     from deepdemix.separation import Separator, pick_device
     if args.stems: _sort_words(args, Separator.from_pretrained(args.model, device="cpu").sources)
     if "-" in args.files: raise UserError("standard input is for one song, without --ray")
+    if args.backend != "auto": raise UserError("--backend goes without --ray: export the model, and name the file with --model")
     device = args.device if args.device != "auto" else "cpu" if args.address else pick_device("auto").type
     loading = dict(device=device, threads=args.threads or 1) | _chosen(args, "overlap", "batch_size")
     options = {k: getattr(args, k) for k in STEM_OPTIONS} | _chosen(args, "track")

@@ -1,7 +1,7 @@
 """Separate a wav file with NumPy and onnxruntime alone: `python separate.py model.onnx song.wav OUT`
 
-`deepdemix export --out model.onnx` writes the model. What a file says of itself stands in its metadata: sources, sample rate, channels, and
-how a song is best cut into chunks. The stems are those of `deepdemix separate`, to 16 bits.
+`deepdemix export --out model.onnx` writes the model. What a file says of itself stands in its metadata: sources, sample
+rate, channels, and how a song is best cut into chunks. The stems are those of `deepdemix separate`, to 16 bits.
 """
 import sys
 import wave
@@ -45,9 +45,10 @@ def starts(samples, chunk, step, hop):
 
 
 def weights(chunk, step, context, first, last):
-    "The weight of each sample of a chunk: none in the context, up and down over the cross-fade; flat where the song begins and ends."
+    "The weight of each sample of a chunk: none in the context, up and down over the cross-fade, flat at the song's ends."
     width = chunk - step - 2 * context
-    side = np.concatenate([np.zeros(context), np.arange(1, width + 1) / (width + 1), np.ones(chunk - context - width)])
+    fade = np.arange(1, width + 1) / (width + 1)
+    side = np.concatenate([np.zeros(context), fade, np.ones(chunk - context - width)])
     return (np.ones(chunk) if first else side) * (np.ones(chunk) if last else side[::-1])
 
 
@@ -58,7 +59,8 @@ def separate(session, song, progress=lambda part: None):
     samples, places = song.shape[1], list(starts(song.shape[1], chunk, step, hop))
     stems, total = np.zeros((len(about["sources"].split(",")), *song.shape), np.float32), np.zeros(samples, np.float32)
     for i, at in enumerate(places):
-        x, weight = song[:, at:at + chunk], weights(chunk, step, context, i == 0, i == len(places) - 1)
+        x, last = song[:, at:at + chunk], i == len(places) - 1
+        weight = weights(chunk, step, context, i == 0, last)
         if at or about.get("segment"): x = np.pad(x, ((0, 0), (0, chunk - x.shape[1])))
         end = min(chunk, samples - at)
         y = session.run(["stems"], {"mixture": np.ascontiguousarray(x[None])})[0][0]
@@ -72,11 +74,14 @@ def main(model, song, out):
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about, (x, rate) = session.get_modelmeta().custom_metadata_map, read(song)
     channels = int(about["channels"])
-    if rate != int(about["sample_rate"]): sys.exit(f"{song}: {rate} Hz; this model takes {about['sample_rate']} Hz: resample it first")
+    if rate != int(about["sample_rate"]):
+        sys.exit(f"{song}: {rate} Hz; this model takes {about['sample_rate']} Hz: resample it first")
     if len(x) not in (1, channels): sys.exit(f"{song}: {len(x)} channels; this model takes {channels}, or 1")
-    stems = separate(session, np.broadcast_to(x, (channels, x.shape[1])), lambda part: print(f"\r{part:4.0%}", end="", file=sys.stderr))
+    report = lambda part: print(f"\r{part:4.0%}", end="", file=sys.stderr)
+    stems = separate(session, np.broadcast_to(x, (channels, x.shape[1])), report)
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name, stem in zip(about["sources"].split(","), stems): write(Path(out) / f"{name}.wav", stem if len(x) > 1 else stem.mean(0, keepdims=True), rate)
+    for name, stem in zip(about["sources"].split(","), stems):
+        write(Path(out) / f"{name}.wav", stem if len(x) > 1 else stem.mean(0, keepdims=True), rate)
     print(f"\r{song}: {len(stems)} stems in {out}")
 
 

@@ -138,7 +138,7 @@ def test_command_line(default, tmp_path, capsys):
         assert main(["separate", str(tmp_path / "song.wav"), "--out", str(tmp_path / name), "--subtype", "FLOAT", "--clip", "none", *options]) == 0
         stems[name] = [read(tmp_path / name / "song" / f"{stem}.wav")[0] for stem in ("drums", "bass", "other", "vocals")]
     for name in "file", "onnx": assert max(map(apart, stems[name], stems["torch"])) < 1e-4
-    for bad, words in (["--backend", "torch"], "ONNX file"), (["--device", "cuda"], "processor"):
+    for bad, words in (["--backend", "torch"], "ONNX file"), (["--device", "cuda"], "processor"), (["--ray", "--backend", "onnx"], "without --ray"):
         assert main(["separate", str(tmp_path / "song.wav"), "--out", str(tmp_path / "no"), "--model", str(default / "half.onnx"), *bad]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "no").exists()
 
