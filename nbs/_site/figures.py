@@ -28,7 +28,8 @@ def picture(fig, base64=False, **kwargs):
     with patch.object(RendererAgg, "draw_text", letters_drawn(sizes)):
         fig.canvas.print_figure(out, format="png", dpi=2 * PER_INCH, bbox_inches="tight", pad_inches=0.02, facecolor=fig.get_facecolor())
     width, height = Image.open(out).size
-    about = {"width": width // 2, "height": height // 2} | ({"letters": round(min(sizes) * PER_INCH / POINTS, 1)} if sizes else {})
+    letters = round(min(sizes, default=0) * PER_INCH / POINTS, 1)
+    about = {"width": width // 2, "height": height // 2} | ({"letters": int(letters) if letters == int(letters) else letters} if sizes else {})
     return b64encode(out.getvalue()).decode() if base64 else out.getvalue(), about
 
 
