@@ -182,13 +182,15 @@ def pretrain(
 
 # %% ../nbs/11_cli.ipynb #09c9baf2
 def evaluate(
-    args:argparse.Namespace, # model, data, split, out, channels
+    args:argparse.Namespace, # model, estimates, museval, data, split, out, channels, device
 ):
-    "Score a model on the songs of one split, beside the reference rows."
-    from deepdemix.experiment import score_model
-    scores = score_model(args.model, _open(args).split(args.split), channels=args.channels, device=args.device)
+    "Score models and the stems of other tools on the songs of one split, beside the reference rows."
+    from deepdemix.studies.field import score_field, verdicts
+    rows = args.model, args.estimates, args.museval
+    scores = score_field(_open(args).split(args.split), *rows, channels=args.channels, device=args.device)
     scores.save(args.out)
     print(scores.table())
+    for verdict in verdicts(scores): print(verdict.sentence)
     print(f"saved: {args.out}")
     return int(bool(scores.failed))
 
@@ -450,11 +452,13 @@ def _add_score_commands(
     commands, # argparse's subparsers
 ):
     "evaluate, compare, experiment, label-efficiency, contest and demo"
-    p = commands.add_parser("evaluate", help="score a model, beside the reference rows")
-    p.add_argument("--model", required=True, metavar="RUN|NAME", help="a run folder or a bundled model"); _data_option(p)
+    p = commands.add_parser("evaluate", help="score models and the stems of other tools, beside the reference rows")
+    p.add_argument("--model", action="append", default=[], metavar="[NAME=]RUN|NAME", help="a run folder or a bundled model; may be repeated")
+    p.add_argument("--estimates", action="append", default=[], metavar="[NAME=]DIR", help="stems that another tool has written, as DIR/song/stem.*; may be repeated")
+    p.add_argument("--museval", action="append", default=[], metavar="[NAME=]DIR", help="results in museval's files, as DIR/song.json; may be repeated"); _data_option(p)
     p.add_argument("--split", default="test", choices=("train", "valid", "test"), help="which songs (default: test)")
     p.add_argument("-o", "--out", required=True, metavar="scores.json", help="where the scores go")
-    p.add_argument("--channels", choices=("mono", "stereo"), help="the protocol (default: the network's own)")
+    p.add_argument("--channels", choices=("mono", "stereo"), help="the protocol (default: stereo where a row is stereo, else mono)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: a GPU if there is one)"); p.set_defaults(run=evaluate)
     p = commands.add_parser("compare", help="the paired verdict on two models")
     p.add_argument("a", metavar="SCORES_A", help="a scores.json"); p.add_argument("b", metavar="SCORES_B", nargs="?", help="another; without it both models stand in the first")

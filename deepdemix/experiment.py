@@ -7,7 +7,7 @@ __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'HANDOVER', 'SPLITS', 'PAIRS', 'RANDO
            'step_recipe', 'find_step', 'finished', 'train_steps', 'score_steps', 'Experiment', 'detectable',
            'seeds_needed', 'run_experiment', 'save_report', 'name_origins', 'publish_run', 'publish', 'excerpt_path',
            'separate_and_score', 'demo_songs', 'songs_text', 'Promise', 'promises', 'run_demo', 'score_model',
-           'device_of', 'weights_of', 'song_subset', 'label_efficiency', 'plot_efficiency']
+           'device_of', 'song_subset', 'label_efficiency', 'plot_efficiency']
 
 # %% ../nbs/09_experiment.ipynb #e9ddd49f
 import importlib.util
@@ -29,7 +29,7 @@ from .evaluation import Scores, average_songs, compare, evaluate, plot_scores, r
 from .foundations.console import say
 from .metrics import sdr, si_sdr
 from .pretraining import draw_excerpts, embed_excerpts, neighbour_accuracy, probe, project, random_twin, show_embedding
-from .separation import Separator, find_model
+from .separation import Separator
 from .training import ORIGINS, comes_along, file_digest, fit, load_network, read_record, recipe_for, show_metrics
 
 # %% ../nbs/09_experiment.ipynb #3c236b27
@@ -548,32 +548,28 @@ def run_demo(
 
 # %% ../nbs/09_experiment.ipynb #ee4183a7
 def score_model(
-    model:str, # a run folder or the name of a bundled model
+    model, # a run folder, the name of a bundled model or of another project's, or a `Separator`
     store:Store, # the songs of one split
     channels:str|None=None, # "mono" or "stereo"; None: as the network was made
     device:str="auto", # where to compute
-) -> Scores: # with all reference rows
-    "Score a model beside every reference row."
-    separator = Separator.from_pretrained(model, device=device)
-    network = separator.network
+    references=True, # all reference rows beside it, or none
+    name:str|None=None, # of the row; None: the model's
+    progress:bool=False, # show a progress bar
+) -> Scores:
+    "Score a model, beside every reference row if asked."
+    separator = model if isinstance(model, Separator) else Separator.from_pretrained(model, device=device)
+    network, name = separator.network, name or separator.name
     channels = channels or ("mono" if separator.channels == 1 else "stereo")
     whole = windowed(network, device=device_of(network)) if separator.channels == 1 else separator
-    whole.stft = getattr(network, "stft", None)
-    record = {"model": separator.name, "weights": file_digest(weights_of(model))}
-    return evaluate(whole, store, channels=channels, name=separator.name, references=True, info=record)
+    whole.stft, whole.notes = getattr(network, "stft", None), getattr(network, "notes", None)
+    record = {"model": name, "weights": file_digest(separator.origin) if separator.origin else None}
+    return evaluate(whole, store, channels=channels, name=name, references=references, info=record, progress=progress)
 
 def device_of(
     network, # with parameters
 ): # a torch device
     "Where a network is."
     return next((p.device for p in network.parameters()), torch.device("cpu"))
-
-def weights_of(
-    model:str, # a run folder, the name of a bundled model, or an ONNX file
-) -> Path:
-    "The file that holds a model's weights."
-    found = find_model(model)
-    return found if found.is_file() else found / "model.safetensors"
 
 # %% ../nbs/09_experiment.ipynb #82a9294d
 def song_subset(

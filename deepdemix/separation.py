@@ -118,7 +118,7 @@ class Separator:
         self.device, self.name, self.threads = pick_device(device), str(name), threads
         if threads is not None and not 1 <= threads <= 1024: raise UserError(f"threads={threads}: use 1 to 1024")
         if batch_size < 1: raise UserError(f"batch_size={batch_size}: use 1 or more")
-        self.network = network.to(self.device).float().eval()
+        self.network, self.origin = network.to(self.device).float().eval(), None
         self.sources, self.sample_rate = check_names(network.sources), check_rate(network.sample_rate)
         self.channels = network.channels or 1
         self.plan = plan_chunks(network, chunk, overlap, context) | dict(batch_size=batch_size)
@@ -368,14 +368,23 @@ def from_pretrained(cls:Separator,
                     **kwargs): # device, chunk, overlap, context, batch_size, threads
     "A separator from weights on disk. `UserError` for unknown names, pickles, and weights that don't fit their recipe."
     folder = find_model(name)
-    if folder.suffix == ".onnx": return cls(_onnx_network(folder, kwargs), name=folder.stem, **kwargs | dict(device="cpu"))
+    if folder.suffix == ".onnx":
+        return cls(_onnx_network(folder, kwargs), name=folder.stem, **kwargs | dict(device="cpu"))._from(folder)
     try: network, kind = load_network(folder), (read_record(folder).get("recipe") or {}).get("kind")
     except UserError: raise
     except Exception as e: raise UserError(f"{folder} holds no model that can be read ({type(e).__name__}: {str(e)[:200]})") from e
     missing = [x for x in ("sources", "sample_rate", "channels") if not hasattr(network, x)]
     if missing or kind == "pretraining":
         raise UserError(f"{folder} holds no separator{f': its network has no ' + ', '.join(missing) if missing else ' but an encoder'}. A pretrained encoder is used with train --encoder")
-    return cls(network, name=str(name) if str(name) in pretrained_names() or str(name).startswith("hf:") else folder.name, **kwargs)
+    known = str(name) in pretrained_names() or str(name).startswith("hf:")
+    return cls(network, name=str(name) if known else folder.name, **kwargs)._from(folder / "model.safetensors")
+
+
+@patch
+def _from(self:Separator, path):
+    "The same, with the file that its weights come from."
+    self.origin = path
+    return self
 
 # %% ../nbs/08_separation.ipynb #57cc76dc
 def _hub():

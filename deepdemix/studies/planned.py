@@ -243,7 +243,7 @@ def score_run(
     network, name = load_network(folder), run.label if epoch is None else f"{run.label} @ {epoch}"
     if epoch is not None:
         load_into(network, read_weights(folder / f"epoch{epoch}.safetensors"), f"epoch {epoch} of {folder}")
-    return evaluate(network, songs, name=name, seed=seed, references=False, **plan.scoring, **kwargs)
+    return evaluate(network, songs, name=name, seed=seed, references=False, **{"channels": "mono"} | plan.scoring, **kwargs)
 
 def seal_run(
     plan:Plan, # of the study
