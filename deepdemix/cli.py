@@ -47,6 +47,13 @@ def _port(text):
 
 
 # %% ../nbs/11_cli.ipynb #51958a00
+def _import_option(
+    parser:argparse.ArgumentParser, # the command's parser
+):
+    "Add `--import`, which every command takes."
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE.py|MODULE",
+                        help="import networks of your own first; may be repeated")
+
 def _data_option(
     parser:argparse.ArgumentParser, # the command's parser
     several:bool=False, # whether it may be given more than once
@@ -368,7 +375,7 @@ def models(
     print("bundled models, for separate and evaluate:")
     for name, line in describe_pretrained().items(): print(f"  {name:12} {line}")
     print("networks, for train:")
-    for name in known_networks(): print(f"  {name:12} {(NETWORKS[name].__doc__ or '').strip().splitlines()[0]}")
+    for name in known_networks(): print(f"  {name:12} {next(iter((NETWORKS[name].__doc__ or '').strip().splitlines()), '')}".rstrip())
 
 def join(
     args:argparse.Namespace, # runs, out, refine
@@ -558,6 +565,7 @@ def make_parser() -> argparse.ArgumentParser: # the parser of the whole command
     parser.add_argument("--version", action="version", version=f"deepdemix {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_separate_command, _add_data_commands, _add_training_commands, _add_score_commands, _add_model_commands): add(commands)
+    for command in commands.choices.values(): _import_option(command)
     return parser
 
 # %% ../nbs/11_cli.ipynb #c0de1a12
@@ -632,6 +640,9 @@ def _run_command(
     args:argparse.Namespace, # of the parser
 ) -> int: # exit status
     "Check what can be checked before the work, and do it."
+    if args.imports:
+        from deepdemix.foundations.outside import import_code
+        for name in args.imports: import_code(name)
     if getattr(args, "out", None):
         from deepdemix.audio import check_writable
         check_writable(args.out, folder=args.run not in (evaluate, export))

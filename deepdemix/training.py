@@ -7,15 +7,15 @@ __all__ = ['NETWORKS', 'ROOMS', 'FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE',
            'HALF', 'SMALL', 'FEW_EPOCHS', 'PROFILES', 'MODELS', 'LOSSES', 'TASKS', 'TERMS', 'VALID_SEED', 'PICKLES',
            'HEADER_LIMIT', 'SHAPED', 'ROOM', 'WEIGHT', 'LAYER', 'WEIGHTS', 'ORIGINS', 'M_TRIM_THRESHOLD',
            'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED', 'ALLOWED', 'LEAST', 'TRIAL', 'WORTH', 'NO_GRADIENT', 'MEASURED',
-           'MAY_CHANGE', 'KEPT', 'register_network', 'known_networks', 'build_network', 'Recipe', 'read_record',
-           'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude', 'l1_waveform', 'Task',
-           'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask', 'song_sdr', 'read_weights',
-           'write_weights', 'load_into', 'numbers_asked', 'Budget', 'load_network', 'file_digest', 'comes_along',
-           'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start', 'recipe_from', 'write_state',
-           'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory', 'lr_factor', 'build_optimizer',
-           'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first', 'Interrupted', 'Loop', 'write_metrics',
-           'read_metrics', 'pass_seconds', 'choose_precision', 'thawed', 'thaw', 'show_metrics', 'Reporter',
-           'check_monitor', 'sole_writer', 'fit']
+           'MAY_CHANGE', 'KEPT', 'report_once', 'register_network', 'known_networks', 'build_network', 'Recipe',
+           'read_record', 'read_settings', 'recipe_for', 'profile_table', 'register_loss', 'l1_magnitude',
+           'l1_waveform', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms', 'SeparationTask',
+           'song_sdr', 'read_weights', 'write_weights', 'load_into', 'numbers_asked', 'Budget', 'load_network',
+           'file_digest', 'comes_along', 'run_folder', 'new_record', 'save_network', 'load_encoder', 'load_start',
+           'recipe_from', 'write_state', 'read_state', 'random_state', 'set_random_state', 'seeded', 'keep_memory',
+           'lr_factor', 'build_optimizer', 'Average', 'measuring', 'measure', 'own_rows', 'Ranks', 'is_first',
+           'Interrupted', 'Loop', 'write_metrics', 'read_metrics', 'pass_seconds', 'choose_precision', 'thawed', 'thaw',
+           'show_metrics', 'Reporter', 'check_monitor', 'sole_writer', 'fit']
 
 # %% ../nbs/03_training.ipynb #96d6dd00
 import contextlib, copy, csv, ctypes, datetime, difflib, functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, logging, math, os, platform, random
@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 import deepdemix
 from .audio import STFT, SOURCES, UserError, atomic_path, check_writable, overlap_add, to_mono
 from .foundations.console import on_terminal, progress_bar, say
+from .foundations.outside import import_from_environment, missing_line, needed, packaged_networks
 
 # %% ../nbs/03_training.ipynb #428904d7
 NETWORKS = {}
@@ -41,9 +42,16 @@ ROOMS = ("deepdemix.baseline", "deepdemix.pretraining", "deepdemix.deepdemix", "
          "deepdemix.contrast.dense")
 
 def _import_rooms():
-    "Import the rooms that exist, so that they register what they define."
+    "Import the rooms that exist, and what others have added, so that they register what they define."
     for room in ROOMS:
         if importlib.util.find_spec(room): importlib.import_module(room)
+    import_from_environment()
+    for name, factory in packaged_networks(report_once).items(): NETWORKS.setdefault(name, factory)
+
+@functools.cache
+def report_once(line:str):
+    "Say a line, the first time."
+    say(line)
 
 # %% ../nbs/03_training.ipynb #5f079e97
 def register_network(
@@ -99,7 +107,9 @@ def build_network(
 ) -> nn.Module: # in single precision, with fresh weights, drawn from torch's generator
     "Build a network by name. An unknown name or setting raises a `UserError`; an unknown name lists the known ones."
     if name not in NETWORKS: _import_rooms()
-    if name not in NETWORKS: raise UserError(f"no network is called '{name}'; known: {', '.join(sorted(NETWORKS))}")
+    if name not in NETWORKS:
+        known = f"known: {', '.join(sorted(NETWORKS))}; one of your own comes with --import FILE.py"
+        raise UserError(f"no network is called '{name}'; {known}")
     _check_settings(f"setting of the network '{name}'", args, NETWORKS[name])
     return NETWORKS[name](**args).float()
 
@@ -360,7 +370,8 @@ def recipe_for(
     "The recipe of one of the paper's models at the scale of a profile."
     if profile not in PROFILES: raise _no_such("profile", profile, PROFILES)
     for network in (name, overrides.get("network", name)):
-        if network not in PAPER_EPOCHS and network not in known_networks(): raise _no_such("network", network, NETWORKS)
+        if network not in PAPER_EPOCHS and network not in known_networks():
+            raise UserError(f"{_no_such('network', network, NETWORKS)}; one of your own comes with --import FILE.py")
     p = dict(PROFILES[profile])
     duration, own = dict(duration=p.pop("duration")), p.pop("models", {}).get(name, {})
     sizes = dict(network_args=p["network_args"].get(name, {}), epochs=p["epochs"].get(name, PAPER_EPOCHS["ddm"]))
@@ -735,6 +746,8 @@ def _stored_network(
     "The network that a record describes, unless it asks for more memory than its weights fill; one at a time."
     try:
         name, args = record.get("network") or (record["recipe"]["network"], record["recipe"].get("network_args", {}))
+        if name not in NETWORKS: _import_rooms()
+        if name not in NETWORKS and (line := missing_line(record, run)): raise UserError(line)
         with _loading, torch.random.fork_rng(devices=[]), Budget(limit, run):
             return build_network(name, **args)
     except UserError: raise
@@ -816,8 +829,9 @@ def new_record(
     count = sum(p.numel() for p in network.parameters())
     data = {"digest": store.digest, "songs": len(store), **getattr(store, "parts", {})} if store is not None else {}
     data |= _origins(recipe)
+    imports = {"imports": found} if (found := needed()) else {}
     return dict(format=FORMAT, status="running", finished=False, recipe=recipe.to_dict(), network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
-                parameters=count, versions=_versions(), revision=_revision(), step=0, epoch=0, examples=0, hours=0.)
+                parameters=count, versions=_versions(), revision=_revision(), step=0, epoch=0, examples=0, hours=0.) | imports
 
 def save_network(
     network, # its `.args` rebuild it
