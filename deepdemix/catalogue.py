@@ -148,9 +148,12 @@ def level(
 def model_digest(
     folder, # of a model
 ) -> str:
-    "SHA-256 of a model's weights and of its recipe: another model, another digest."
-    folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
-    return hashlib.sha256("".join(file_digest(folder / x) for x in ("model.safetensors", "recipe.json")).encode()).hexdigest()
+    "SHA-256 of a model's weights and of its recipe: another model, another digest. Another project's model goes by its name."
+    path = Path(folder)
+    if not path.exists(): return hashlib.sha256(f"{path.name} of another project".encode()).hexdigest()
+    if path.is_dir(): files = [path / x for x in ("model.safetensors", "recipe.json")]
+    else: files = [x for x in (path, path.with_suffix(".json")) if x.is_file()]
+    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
 
 def versions():
     "What must be the same on all machines for the stems to be the same."
@@ -166,14 +169,14 @@ class SongWorker:
                  overwrite=False, # do finished songs again
                  loading=None, # options of `Separator`: device, threads, overlap, batch_size
                  **options): # options of `Separator.separate_file`
-        folder = find_model(model)
-        self.model = str(model) if str(model) in pretrained_names() else os.path.abspath(folder)
+        folder = find_model(model, peers=True)
+        self.model = os.path.abspath(folder) if folder.exists() and str(model) not in pretrained_names() else str(model)
         self.state, self.run, self.overwrite = Path(out) / ".catalogue", run, overwrite
         self.loading, self.options, self.separator = loading or {}, options, None
         self.digest = model_digest(folder)
         self.settings = settings_of(options | dict(model=self.digest, overlap=self.loading.get("overlap")))
 
-    def identity(self): return {**versions(), "model": model_digest(find_model(self.model))[:12]}
+    def identity(self): return {**versions(), "model": model_digest(find_model(self.model, peers=True))[:12]}
 
     def __call__(self, job): # a `Job`
         "The row of a song: what is known of it if it is finished, else what came of separating it."

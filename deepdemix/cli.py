@@ -322,6 +322,7 @@ def separate(
     if args.skip_existing and args.overwrite: raise UserError("--skip-existing and --overwrite: choose one")
     if _on_ray(args): return _separate_on_ray(args)
     separator = load_separator(args.model, args.backend, device=args.device, **_chosen(args, "overlap", "batch_size", "threads"))
+    for line in getattr(separator.network, "notes", ()): say(line)
     _sort_words(args, separator.sources)
     options = {k: getattr(args, k) for k in (*STEM_OPTIONS, "overwrite", "skip_existing")}
     with _with_stdin(args.files) as (files, named):
@@ -371,9 +372,12 @@ def models(
 ):
     "List the bundled models and the networks that can be trained."
     from deepdemix.separation import describe_pretrained
+    from deepdemix.networks.peers import PEERS
     from deepdemix.training import NETWORKS, known_networks
     print("bundled models, for separate and evaluate:")
     for name, line in describe_pretrained().items(): print(f"  {name:12} {line}")
+    print("models of other projects, for separate, evaluate and listen (pip install 'deepdemix[peers]'):")
+    for name, peer in PEERS.items(): print(f"  {name:12} {peer.what}; trained on {peer.trained_on}; {peer.licence}")
     print("networks, for train:")
     for name in known_networks(): print(f"  {name:12} {next(iter((NETWORKS[name].__doc__ or '').strip().splitlines()), '')}".rstrip())
 
@@ -389,8 +393,9 @@ def export(
     args:argparse.Namespace, # model, out, half
 ):
     "Write a model as one ONNX file, or without its STFT as TorchScript."
-    from deepdemix.separation import Separator
+    from deepdemix.separation import Separator, find_model
     from deepdemix.serving.export import export, licence_of
+    find_model(args.model)
     separator = Separator.from_pretrained(args.model, device="cpu")
     print(export(separator.network, args.out, licence_of(args.model), separator.name, args.half))
 
@@ -529,8 +534,8 @@ def _add_separate_command(
                    help="songs, folders of songs, - for standard input; with --ray lists too (.txt, .m3u)")
     p.add_argument("-o", "--out", default="separated", metavar="DIR",
                    help="a folder for each song is made here (default: separated)")
-    p.add_argument("--model", default="default", metavar="RUN|NAME|FILE.onnx",
-                   help="a bundled model, a run folder or an exported file (default: default)")
+    p.add_argument("--model", default="default", metavar="RUN|NAME|FILE",
+                   help="a bundled model, a run folder, another project's model (see `deepdemix models`) or a file: ONNX, TorchScript (default: default)")
     p.add_argument("--backend", choices=("auto", "torch", "onnx"), default="auto",
                    help="what runs the network (default: onnxruntime for FILE.onnx, else PyTorch)")
     p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one")

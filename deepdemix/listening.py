@@ -644,7 +644,7 @@ def listen(
     "A listening desk in a notebook, as a widget. `UserError` for songs that can't be read and models that don't exist."
     models = [] if model is None else [model] if isinstance(model, (str, os.PathLike, Separator)) else model
     models = dict(models) if isinstance(models, Mapping) else {_label(x): x for x in models}
-    for x in models.values(): isinstance(x, Separator) or find_model(x)
+    for x in models.values(): isinstance(x, Separator) or find_model(x, peers=True)
     desk = Desk(models, height)
     desk.choice.options = [*models, *(x for x in pretrained_names() if x not in models)] if song is None else list(models)
     for name in desk.choice.options: desk.models.setdefault(name, name)
@@ -879,7 +879,7 @@ def serve_voila(
 ):
     "The desk of `listen` as a page without code, through Voila, until Ctrl-C. `UserError` if that is missing, and for a song or model that can't be read."
     if importlib.util.find_spec("voila") is None: raise UserError("the page of widgets needs Voila: pip install voila; the desk itself, without --voila, needs nothing")
-    find_model(model)
+    find_model(model, peers=True)
     _check_song(file, track)
     options = ["--Voila.ip=127.0.0.1", *([f"--port={port}"] if port else []), *([] if open_browser else ["--no-browser"])]
     with tempfile.TemporaryDirectory() as folder:

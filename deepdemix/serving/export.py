@@ -210,14 +210,14 @@ def halve(
 
 # %% ../../nbs/serving/export.ipynb #ab01e737
 def load_separator(
-    model="default", # a bundled model, a run folder, "hf:owner/name" or an ONNX file
+    model="default", # a bundled model, a run folder, "hf:owner/name", another project's model or a file
     backend:str="auto", # what runs it: torch, onnx, or auto, which is onnx for ONNX files
     **options, # of `Separator`
 ) -> Separator:
     "A separator that PyTorch or onnxruntime runs. `UserError` for what can't be."
     if backend not in ("auto", "torch", "onnx"):
         raise UserError(f"backend is auto, torch or onnx, not {backend!r}")
-    is_onnx = find_model(model).suffix == ".onnx"
+    is_onnx = find_model(model, peers=True).suffix == ".onnx"
     if backend == "torch" and is_onnx:
         raise UserError(f"{model} is an ONNX file, which the backend onnx runs: leave out the backend torch")
     if backend != "onnx" or is_onnx: return Separator.from_pretrained(model, **options)
