@@ -6,8 +6,8 @@
 __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'HANDOVER', 'SPLITS', 'PAIRS', 'RANDOM_TWINS', 'DEMO_SONGS', 'STARTS', 'Step',
            'step_recipe', 'find_step', 'finished', 'train_steps', 'score_steps', 'Experiment', 'detectable',
            'seeds_needed', 'run_experiment', 'save_report', 'name_origins', 'publish_run', 'publish', 'excerpt_path',
-           'separate_and_score', 'demo_songs', 'songs_text', 'Promise', 'promises', 'run_demo', 'score_model',
-           'device_of', 'song_subset', 'label_efficiency', 'plot_efficiency']
+           'separate_and_score', 'demo_songs', 'songs_text', 'Promise', 'promises', 'caution', 'run_demo',
+           'score_model', 'device_of', 'song_subset', 'label_efficiency', 'plot_efficiency']
 
 # %% ../nbs/09_experiment.ipynb #e9ddd49f
 import importlib.util
@@ -524,6 +524,20 @@ def promises(
     return [Promise("SNR of the baseline above mixture / 4", gain, 1., "dB"),
             Promise(f"nearest neighbours know the instrument in {learnt:.0%} of excerpts, with {RANDOM_TWINS} random encoders in {random:.0%} on average", 100 * (learnt - random), 20., "points")]
 
+# %% ../nbs/09_experiment.ipynb #caution01
+def caution(
+    scores:Scores, # of the demo's experiment
+) -> str:
+    "What the demo's change says about real songs, which is nothing."
+    quarter = scores.overall("SNR", "mixture / 4", "test")
+    found = {name: scores.overall("SNR", name, "test") for name in ("DDM", "DDM (pt)")}
+    below = [name for name, value in found.items() if value < quarter]
+    numbers = ", ".join(f"{name} {value:.2f} dB" for name, value in found.items())
+    weak = f" {' and '.join(below)} stay{'s' * (len(below) < 2)} below the mixture turned down to a quarter, without any network." if below else ""
+    return (f"What the change above says about real songs: nothing. It comes from one short run on a synthetic band "
+            f"(SNR: {numbers}; mixture / 4 {quarter:.2f} dB).{weak}\n"
+            "For real songs see the page \"Does pretraining help?\" (nbs/pages/pretraining_helps.ipynb).")
+
 # %% ../nbs/09_experiment.ipynb #d38da4e6
 DEMO_SONGS = 40
 
@@ -540,7 +554,7 @@ def run_demo(
     experiment = run_experiment(store, out / "experiment", profile="demo")
     say("separating a real excerpt and a toy song with the bundled weights")
     songs, kept = demo_songs(out, seed), promises(experiment, store)
-    print("", experiment.text(), "", songs_text(songs), "", *kept, "", sep="\n")
+    print("", experiment.text(), "", songs_text(songs), "", *kept, "", caution(experiment.scores), "", sep="\n")
     with atomic_path(out / "songs.json") as part: Path(part).write_text(json.dumps(songs, indent=1))
     for name in ("table.txt", "table.json", "table.png", "loss_curve.png"): shutil.copyfile(experiment.out / name, out / name)
     say(f"stems, table (txt, json, png) and loss curve (png) are in {out.resolve()}")
