@@ -145,6 +145,24 @@ def test_private_code_is_folded(site):
     assert len(kept) > 30 and not any("_room" in c.source and "def toy_song" in c.source for c in kept) and any("def _room(" in c.source for c in kept)
 
 
+def test_tests_are_folded(site):
+    "A cell that ends in a check is folded under a line that says so; what draws, plays or shows a value stays open."
+    for code in ("test_eq(1, 1)", "x = 1\nassert x", "for x in (1, 2):\n    test_close(x, x)", "with open(p) as f: test_eq(f.read(), 'x')", "assert_ = 1\nfc.test_fail(f)"):
+        folded = cell(code, outputs=[])
+        site.shown(folded)
+        assert folded.metadata["tags"] == ["hide-input"] and folded.metadata["mystnb"]["code_prompt_show"] == "Show the tests", code
+    for code in ("x = 1\nx", "test_eq(1, 1)\nx", "%time test_eq(1, 1)", "testing(1)"):
+        opened = cell(code, outputs=[])
+        site.shown(opened)
+        assert "tags" not in opened.metadata, code
+    drawn = cell("test_eq(1, 1)", outputs=[{"image/png": "x"}])
+    site.shown(drawn)
+    assert "tags" not in drawn.metadata
+    silent = cell("#| echo: false\ntest_eq(1, 1)", outputs=[])
+    site.shown(silent)
+    assert silent.metadata["tags"] == ["remove-input"]
+
+
 def test_a_class_stands_before_its_methods(site):
     def shown(name): return cell(f"#| output: asis\nshow_doc({name})", outputs=[{"text/markdown": f"### {name}\n\n*Words.*"}])
     cells = [cell("# before", "markdown"), shown("measure"), shown("Standardise.reset_parameters"), shown("Standardise"), cell("x = 1"), shown("Painter")]
@@ -506,7 +524,7 @@ def test_formulas_and_callouts_are_drawn(browser, address, built):
 def test_private_code_opens(browser, address):
     "Code without a public name is folded; its line opens by the keyboard."
     with opened(browser, address, HTML["data"]) as tab:
-        folds = tab.locator("article details.hide")
+        folds = tab.locator("article details.hide", has_text="Show the code")
         assert folds.count() > 30 and not folds.first.locator("pre").is_visible()
         folds.first.locator("summary").press("Enter")
         assert folds.first.locator("pre").is_visible() and "def " in folds.first.locator("pre").inner_text()

@@ -169,12 +169,36 @@ def describe(cell, words: str) -> None:
         if found: output["data"]["text/html"] = re.sub(r"<audio(?![^>]*aria-label)", f'<audio aria-label="{html.escape(words)}"', "".join(found))
 
 
+def is_test(node: ast.stmt) -> bool:
+    "Whether a statement checks something: an assert, or a call of `test_eq` and its like; a loop or a block does if its last statement does."
+    if isinstance(node, (ast.For, ast.With, ast.If)): return is_test(node.body[-1])
+    call = node.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
+    name = getattr(call.func, "id", getattr(call.func, "attr", "")) if call else ""
+    return isinstance(node, ast.Assert) or name.startswith("test_")
+
+
+def tests(cell) -> bool:
+    "Whether a cell is a test: its last statement checks something, and it draws and plays nothing."
+    rich = any(kind.startswith("image/") or kind == "text/html" for o in cell.get("outputs", []) for kind in o.get("data", {}))
+    try: body = ast.parse(cell.source).body
+    except SyntaxError: return False # a magic command
+    return bool(body) and not rich and is_test(body[-1])
+
+
+def fold(cell, show: str, hide: str) -> None:
+    "Fold the code of a cell under a line of its own; what it printed stays in sight."
+    cell.metadata["tags"] = ["hide-input"]
+    cell.metadata.setdefault("mystnb", {}).update(code_prompt_show=show, code_prompt_hide=hide)
+
+
 def shown(cell) -> None:
-    "A code cell as readers see it: without directives, without its code if it says `echo: false`, and folded if it is private."
+    "A code cell as readers see it: without directives, without its code if it says `echo: false`, and folded if it is private or a test."
     wanted = directives(cell.source)
-    if "echo:false" in wanted: cell.metadata["tags"] = ["remove-input"]
-    elif cell.metadata.pop("private", False): cell.metadata["tags"] = ["hide-input"]
+    private = cell.metadata.pop("private", False)
     cell.source = re.sub(r"^\s*#\|.*\n?", "", cell.source, flags=re.M).strip()
+    if "echo:false" in wanted: cell.metadata["tags"] = ["remove-input"]
+    elif private: cell.metadata["tags"] = ["hide-input"]
+    elif tests(cell): fold(cell, "Show the tests", "Hide the tests")
 
 
 def runs_alone(page: str) -> bool:
@@ -267,6 +291,7 @@ def write_sources() -> None:
     "Write every page into the folder that Sphinx reads."
     os.chdir(root)
     shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(root / "nbs/images", source / "images")
     for page in pages():
         path = source / (name_of(page) + Path(page).suffix)
         path.parent.mkdir(parents=True, exist_ok=True)

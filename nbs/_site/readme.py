@@ -21,11 +21,12 @@ def from_top(markdown: str) -> str:
 
 
 def plain(notebook, opening: str):
-    "The processed notebook with its opening cell, tables as text, and without the code of cells that say `echo: false`."
+    "The processed notebook with its opening cell, tables as text, and without the code of cells that say `echo: false`, and without players, which are silent there."
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type != "raw"]
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell(opening))
     for cell in notebook.cells:
         if cell.cell_type != "code": continue
+        cell.outputs = [o for o in cell.outputs if "<audio" not in "".join(o.get("data", {}).get("text/html", ""))]
         for output in cell.outputs: output.get("data", {}).pop("text/html", None)
         if re.search(r"^#\|\s*echo:\s*false", cell.source, re.M): cell.source = ""
     return notebook
