@@ -2,9 +2,10 @@
 import tempfile, time
 from pathlib import Path
 
-from deepdemix.audio import write
-from deepdemix.catalogue import OnRay, alone, cluster, read_manifest, separate_catalogue
-from deepdemix.data import toy_song
+from deepdemix.foundations.encoding import write
+from deepdemix.serving.cluster import OnRay, cluster
+from deepdemix.serving.catalogue import alone, read_manifest, separate_catalogue
+from deepdemix.foundations.toy_band import toy_song
 from report import report, row
 
 

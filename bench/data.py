@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deepdemix.audio import read_streams
-from deepdemix.augmentation import Bank, Mixer
-from deepdemix.data import Store, find_musdb, prepare_musdb
+from deepdemix.foundations.codecs import read_streams
+from deepdemix.foundations.augmentation_cache import Bank
+from deepdemix.augmentation import Mixer
+from deepdemix.foundations.store import Store
+from deepdemix.data import find_musdb, prepare_musdb
 from report import absent, report, row, seconds
 
 
@@ -114,7 +116,7 @@ def soak(store, minutes):
 def large(folder, gigabytes=30):
     "A store of many full-length stereo songs (sparse files): the cost of opening it and of reading from it."
     import json, psutil
-    from deepdemix.data import FORMAT
+    from deepdemix.foundations.store import FORMAT
     frames, songs = 4 * 60 * 44100, []
     (Path(folder) / "songs").mkdir(parents=True)
     for k in range(round(gigabytes * 2**30 / (frames * 2 * 4 * 4))):

@@ -5,12 +5,12 @@
 import itertools, sys, tempfile, time
 
 import torch
-from deepdemix.compact import wiener_filter
+from deepdemix.networks.wiener import wiener_filter
 from deepdemix.data import open_data
-from deepdemix.ensemble import join_runs
+from deepdemix.networks.ensemble import join_runs
 from deepdemix.metrics import sdr
-from deepdemix.separation import find_model
-from deepdemix.training import load_network
+from deepdemix.foundations.model_names import find_model
+from deepdemix.foundations.runs import load_network
 from report import report, row
 
 SHARE = 0.75

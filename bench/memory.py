@@ -8,7 +8,9 @@ ROUNDS, FIRST, STEPS = 2, 3, 5
 def steps(name, args, loss, keep):
     "Processor seconds of some steps on eight examples of three seconds, after the `FIRST` ones, and the highest memory in GiB."
     import torch
-    from deepdemix.training import LOSSES, build_network, keep_memory
+    from deepdemix.foundations.separation_losses import LOSSES
+    from deepdemix.foundations.registry import build_network
+    from deepdemix.foundations.memory import keep_memory
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network, sources, taken = build_network(name, **args), 0.1 * torch.randn(8, 4, 2, 3 * 44100), []
@@ -30,7 +32,7 @@ def run(*case):
 
 def measure():
     "Two rows a network: the time of a step, and the memory."
-    from deepdemix.contest import ENTRIES
+    from deepdemix.studies.contest import ENTRIES
     from report import row
     for e in ENTRIES:
         found = {keep: [] for keep in (True, False)}

@@ -3,9 +3,10 @@ import tempfile
 from pathlib import Path
 
 from deepdemix.data import prepare_toy
-from deepdemix.experiment import DEMO_SONGS
-from deepdemix.pretraining import pretrain, probe
-from deepdemix.training import load_network
+from deepdemix.studies.demo import DEMO_SONGS
+from deepdemix.pretraining import pretrain
+from deepdemix.contrast.probing import probe
+from deepdemix.foundations.runs import load_network
 from report import report, row, seconds
 
 

@@ -2,7 +2,7 @@
 import time
 
 import torch
-from deepdemix.compact import wiener_filter
+from deepdemix.networks.wiener import wiener_filter
 from deepdemix.data import open_data
 from deepdemix.metrics import sdr
 from deepdemix.separation import Separator

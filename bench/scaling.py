@@ -10,7 +10,9 @@ def train(model, processes, threads, store, out):
     "Some steps of four examples; every process leaves the wall and processor seconds of each of its steps but the first."
     import torch
     torch.set_num_threads(threads)
-    from deepdemix.training import SeparationTask, fit, recipe_for
+    from deepdemix.tasks import SeparationTask
+    from deepdemix.training import fit
+    from deepdemix.foundations.profiles import recipe_for
     marks = []
     class Timed(SeparationTask):
         def training_loss(self, batch):

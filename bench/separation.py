@@ -4,8 +4,9 @@ from statistics import median
 
 import torch
 
-from deepdemix.audio import read, write
-from deepdemix.data import toy_song
+from deepdemix.foundations.codecs import read
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.toy_band import toy_song
 from deepdemix.metrics import sdr
 from deepdemix.separation import Separator
 from deepdemix.serving.export import load_separator
@@ -70,7 +71,7 @@ print(time.perf_counter() - began, re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/se
 
 def hour(song, rate, folder):
     "An hour of stereo in a process of its own: time and peak memory, as Linux counts it."
-    from deepdemix.audio import Writer
+    from deepdemix.foundations.encoding import Writer
     path, length = f"{folder}/hour.wav", 3600 * rate
     with Writer(path, rate, 2) as out:
         for start in range(0, length, song.shape[-1]): out.write(song[:, :length - start])

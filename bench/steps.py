@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 from deepdemix.audio import SOURCES
-from deepdemix.training import read_metrics, read_record
+from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.recipe import read_record
 
 BEST, LAST = "valid_sdr", 3
 

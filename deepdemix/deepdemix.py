@@ -11,10 +11,13 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from .audio import UserError, overlap_add, to_channels
-from .baseline import MaskNetwork
+from .foundations.files import UserError
+from .audio import overlap_add
+from .foundations.waveforms import to_channels
+from .networks.protocol import MaskNetwork
 from .pretraining import DeepDeMixEncoder, SameConv2d
-from .training import load_encoder, register_network
+from .foundations.runs import load_encoder
+from .foundations.registry import register_network
 
 # %% ../nbs/06_deepdemix.ipynb #358e5408
 class Decoder(nn.Module):

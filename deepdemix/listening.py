@@ -29,11 +29,15 @@ from urllib.parse import parse_qs, urlsplit
 import torch
 from fastcore.basics import patch
 
-from .audio import (
-    SOURCE_COLORS, SOURCES, UserError, as_waveform, check_finite, check_rate,
-    probe, read, read_streams, resample)
+from .audio import SOURCE_COLORS, SOURCES
+from .foundations.files import UserError, check_finite
+from .foundations.waveforms import as_waveform, check_rate, resample
+from .foundations.decoding import probe
+from .foundations.codecs import read, read_streams
 from .metrics import sdr
-from .separation import AUDIO, Separator, find_model, pretrained_names, stream_of
+from .foundations.song_files import AUDIO
+from .separation import Separator, stream_of
+from .foundations.model_names import find_model, pretrained_names
 
 # %% ../nbs/10_listening.ipynb #233ca623
 def as_sets(

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, UserError
+from .foundations.waveforms import SAMPLE_RATE
+from .foundations.files import UserError
 
 # %% ../nbs/02a_metrics.ipynb #50714834
 MANY = 64 # channels: where there are more of them than samples, they are samples

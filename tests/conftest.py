@@ -51,7 +51,7 @@ def musdb_path() -> Path:
 @pytest.fixture(scope="session")
 def nussl():
     "nussl with the shim that it needs on today's SciPy, or a skip that says why."
-    from deepdemix.baseline import import_nussl
+    from deepdemix.networks.nussl_bridge import import_nussl
     try: return import_nussl()
     except ImportError as e: pytest.skip(f"nussl is not installed: {e}")
 

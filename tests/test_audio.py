@@ -16,8 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdemix import audio
-from deepdemix.audio import (ChangedAudio, DamagedAudio, OverlapAdd, STFT, UserError, Writer, abandoned, amplitude_to_db, as_waveform, atomic_path, hidden_name,
-                             overlap_add, overlap_add_blocks, probe, read, read_blocks, read_streams, resample, resample_blocks, to_channels, write)
+from deepdemix.foundations.files import (
+    ChangedAudio, DamagedAudio, UserError, abandoned, atomic_path, hidden_name)
+from deepdemix.audio import OverlapAdd, STFT, amplitude_to_db, overlap_add, overlap_add_blocks
+from deepdemix.foundations.encoding import Writer, write
+from deepdemix.foundations.waveforms import as_waveform, resample, resample_blocks, to_channels
+from deepdemix.foundations.decoding import probe
+from deepdemix.foundations.codecs import read, read_blocks, read_streams
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 RATE = 44100
@@ -371,7 +376,9 @@ FUZZ = """
 import sys, warnings
 import numpy as np
 from pathlib import Path
-from deepdemix.audio import UserError, probe, read
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.decoding import probe
+from deepdemix.foundations.codecs import read
 warnings.simplefilter("ignore")
 rng, count = np.random.default_rng(0), 0
 for path in map(Path, sys.argv[1:]):
@@ -675,7 +682,8 @@ def test_the_same_sound_makes_the_same_bytes(tmp_path, monkeypatch):
 
 FULL = """
 import resource, signal, sys, torch
-from deepdemix.audio import write, UserError
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.files import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for path in sys.argv[1:]:
@@ -757,7 +765,9 @@ def test_musdb_previews_are_whole(musdb_path):
 
 MEMORY = """
 import sys, resource, torch
-from deepdemix.audio import read_blocks, Writer, overlap_add_blocks
+from deepdemix.foundations.codecs import read_blocks
+from deepdemix.foundations.encoding import Writer
+from deepdemix.audio import overlap_add_blocks
 torch.set_num_threads(1)
 fn = lambda b: torch.stack([b] * 4, 1)
 def through(seconds):

@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from deepdemix.audio import UserError
-from deepdemix.augmentation import BalancedBatches, Bank, Loudness, Mixer, Triplets, shift
+from deepdemix.foundations.files import UserError
+from deepdemix.augmentation import BalancedBatches, Mixer, Triplets
+from deepdemix.foundations.augmentation_cache import Bank
+from deepdemix.foundations.loudness import Loudness
+from deepdemix.foundations.effects import shift
 
 RATE = 8000
 NAMES = ("drums", "bass", "other", "vocals")
@@ -276,7 +279,8 @@ def test_an_instrument_that_nobody_plays_is_named():
 @pytest.fixture(scope="session")
 def real_store(musdb_path, tmp_path_factory):
     "Three training songs of the previews as a store; the whole set takes its time to decode and is tested where that is the matter."
-    from deepdemix.data import prepare_musdb, Store
+    from deepdemix.data import prepare_musdb
+    from deepdemix.foundations.store import Store
     import shutil
     root = tmp_path_factory.mktemp("musdb")
     for split in ("train", "test"):

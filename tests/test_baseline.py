@@ -9,11 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdemix.audio import UserError, read_streams
-from deepdemix.baseline import (Baseline, MaskNetwork, count_parameters, from_nussl_weights, import_nussl, nussl_separator, to_nussl,
-                                to_nussl_weights, trace_shapes)
-from deepdemix.data import toy_song
-from deepdemix.training import Recipe, build_network, load_network, save_network
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.codecs import read_streams
+from deepdemix.baseline import Baseline, count_parameters
+from deepdemix.networks.protocol import MaskNetwork
+from deepdemix.networks.nussl_bridge import (
+    from_nussl_weights, import_nussl, nussl_separator, to_nussl, to_nussl_weights)
+from deepdemix.networks.drawing import trace_shapes
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.foundations.recipe import Recipe
+from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.runs import load_network, save_network
 
 SMALL = dict(hidden_size=5, window_length=64, hop_length=16)
 
@@ -118,7 +124,7 @@ def test_a_separation_model_is_built_again_from_its_configuration(nussl):
 
 @pytest.mark.slow
 def test_importing_nussl_is_quiet(nussl):
-    code = "from deepdemix.baseline import import_nussl; import_nussl().ml.SeparationModel"
+    code = "from deepdemix.networks.nussl_bridge import import_nussl; import_nussl().ml.SeparationModel"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 

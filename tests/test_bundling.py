@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from deepdemix.audio import read_streams, to_mono
-from deepdemix.bundling import bundle, made_by
+from deepdemix.foundations.codecs import read_streams
+from deepdemix.foundations.waveforms import to_mono
+from deepdemix.studies.bundling import bundle, made_by
 from deepdemix.cli import make_parser
 from deepdemix.data import prepare_toy
-from deepdemix.ensemble import join_runs
+from deepdemix.networks.ensemble import join_runs
 from deepdemix.metrics import sdr
-from deepdemix.separation import WEIGHTS, Separator, pretrained_names
-from deepdemix.training import Recipe, build_network, fit, load_network, read_record, recipe_for, recipe_from
+from deepdemix.foundations.runs import WEIGHTS
+from deepdemix.separation import Separator
+from deepdemix.foundations.model_names import pretrained_names
+from deepdemix.foundations.recipe import Recipe, read_record
+from deepdemix.foundations.registry import build_network
+from deepdemix.training import fit
+from deepdemix.foundations.runs import load_network, recipe_from
+from deepdemix.foundations.profiles import recipe_for
 
 
 FEW = dict(epochs=1, examples_per_epoch=4, batch_size=2, valid_examples=2, device="cpu", validation="songs")

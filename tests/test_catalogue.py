@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from deepdemix.audio import SOURCES, UserError, write
+from deepdemix.audio import SOURCES
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.encoding import write
 from deepdemix.augmentation import Mixer
-from deepdemix.catalogue import OnRay, SongWorker, alone, cluster, list_jobs, objections, read_manifest, separate_catalogue
+from deepdemix.serving.cluster import OnRay, cluster, objections
+from deepdemix.serving.catalogue import SongWorker, alone, list_jobs, read_manifest, separate_catalogue
 from deepdemix.cli import main
-from deepdemix.data import FORMAT, Store, prepare_stems, prepare_toy
-from deepdemix.recurrent import Recurrent
-from deepdemix.training import Recipe, save_network
+from deepdemix.foundations.store import FORMAT, Store
+from deepdemix.data import prepare_stems, prepare_toy
+from deepdemix.networks.recurrent import Recurrent
+from deepdemix.foundations.recipe import Recipe
+from deepdemix.foundations.runs import save_network
 
 RATE = 8000
 
@@ -229,7 +234,7 @@ def test_a_server_that_speaks_as_ray_does_and_is_not(tmp_path, tiny):
 @pytest.mark.slow
 def test_every_machine_is_asked(tmp_path, tiny, on_ray):
     import ray
-    from deepdemix.catalogue import check_machines
+    from deepdemix.serving.cluster import check_machines
     songs, call = make_songs(tmp_path / "in", 2, 0.3), SongWorker(tmp_path / "out", tiny)
     check_machines(ray, call, tmp_path / "out" / ".catalogue", [str(songs / "song 00.wav")])
     assert not list((tmp_path / "out" / ".catalogue").iterdir())

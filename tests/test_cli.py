@@ -39,7 +39,7 @@ def test_evaluate_and_compare(folder, capsys):
 def test_two_models_of_one_file_are_compared(tmp_path, capsys):
     rows = {m: [0.0 + k, 1.0 + k] for k, m in enumerate(("early", "late"))}
     import pandas as pd
-    from deepdemix.evaluation import Scores
+    from deepdemix.scoring.scores import Scores
     frame = pd.DataFrame([dict(model=m, seed=0, split="test", song=f"song {i}", source=s, metric="SDR", value=v) for m, values in rows.items() for i in range(8) for s, v in zip(("drums", "bass"), values)])
     Scores(frame, dict(channels="mono", mixture="sum")).save(tmp_path / "scores.json")
     assert main(["compare", str(tmp_path / "scores.json"), "--model-a", "early", "--model-b", "late"]) == 0
@@ -138,7 +138,7 @@ def test_an_encoder_is_no_separator(folder, capsys, tmp_path):
 
 
 def test_a_toy_store_in_16_bits(tmp_path):
-    from deepdemix.data import Store
+    from deepdemix.foundations.store import Store
     assert main(["prepare", "--toy", "1", "--out", str(tmp_path / "toy"), "--dtype", "int16"]) == 0
     assert Store.open(tmp_path / "toy").songs[0].dtype == "int16"
 
@@ -158,7 +158,7 @@ def test_a_stopped_training_has_the_status_of_its_signal(folder, tmp_path):
 
 
 def test_a_contest_prints_its_table_and_what_pretraining_changed(folder, tmp_path, monkeypatch, capsys):
-    from deepdemix import contest
+    from deepdemix.studies import contest
     monkeypatch.setattr(contest, "ENTRIES", (contest.Entry("Narrow", "recurrent", dict(window_length=2048, hop_length=1024, hidden=8, layers=1), {}),))
     words = [w for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32") for w in ("--set", s)]
     assert main(["contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--cores", "1", "--seeds", "1", *TINY, *words]) == 0
@@ -171,7 +171,7 @@ def test_two_processes_share_a_contest(folder, tmp_path):
     import csv, subprocess, sys
     code = """
 import sys
-from deepdemix import contest
+from deepdemix.studies import contest
 size = dict(window_length=2048, hop_length=1024, layers=1)
 contest.ENTRIES = tuple(contest.Entry(name, "recurrent", dict(size, hidden=hidden), {}) for name, hidden in (("Narrow", 8), ("Wide", 16)))
 from deepdemix.cli import main
@@ -183,7 +183,7 @@ sys.exit(main())
     printed = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert printed[0][0] == printed[1][0] and "Wide (pt) changes SDR by" in printed[0][0]
-    from deepdemix.contest import Contest
+    from deepdemix.studies.contest import Contest
     rows = Contest(tmp_path / "run").scores.rows.query("metric == 'SDR' and source == 'drums'").groupby("model").song.agg(["count", "nunique"])
     assert set(rows.index) >= {"Narrow", "Narrow (pt)", "Wide", "Wide (pt)"} and (rows["count"] == rows["nunique"]).all()
     curves = [list(csv.DictReader(path.open())) for path in (tmp_path / "run").rglob("separator/metrics.csv")]
@@ -211,7 +211,8 @@ COMMAND = [sys.executable, "-c", "import torch; torch.set_num_threads(1); import
 def tiny(tmp_path_factory):
     "A run folder with a small separator at 8 kHz."
     from deepdemix.baseline import Baseline
-    from deepdemix.training import Recipe, save_network
+    from deepdemix.foundations.recipe import Recipe
+    from deepdemix.foundations.runs import save_network
     network = Baseline(hidden_size=3, window_length=256, hop_length=64, sample_rate=8000)
     folder = tmp_path_factory.mktemp("tiny") / "run"
     save_network(network, Recipe(network="baseline", network_args=network.args), folder)
@@ -221,7 +222,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def desk(tiny, tmp_path, monkeypatch):
     "A working folder with a song in it, and `separate` with the small model there."
-    from deepdemix.audio import write
+    from deepdemix.foundations.encoding import write
     monkeypatch.chdir(tmp_path)
     write("song.wav", torch.rand(2, 8000, generator=torch.Generator().manual_seed(0)) / 2, 8000)
     return lambda *words: main(["separate", *map(str, words), "--model", str(tiny)])
@@ -272,7 +273,8 @@ def test_a_name_with_a_dash_that_is_not_there(desk, capsys):
 @pytest.mark.parametrize("words", ["--stems vocals song.mp3", "--stems vocals drums song.mp3", "--stems vocals,drums song.mp3", "song.mp3 --stems vocals,drums", "--stems drums vocals ./vocals --two"])
 def test_songs_behind_the_names_of_stems(desk, words, capsys):
     "A folder may have a stem's name too: the stem is meant."
-    from deepdemix.audio import read, write
+    from deepdemix.foundations.codecs import read
+    from deepdemix.foundations.encoding import write
     write("song.mp3", *read("song.wav"))
     if "--two" in words:
         Path("vocals").mkdir()
@@ -428,7 +430,7 @@ def test_output_that_cannot_be_written():
 
 def write_scores(path, **models):
     import pandas as pd
-    from deepdemix.evaluation import Scores
+    from deepdemix.scoring.scores import Scores
     rows = [dict(model=m, seed=0, split="test", song=f"song {i}", source=s, metric="SDR", value=value + i) for m, value in models.items() for i in range(8) for s in ("drums", "bass")]
     Scores(pd.DataFrame(rows), dict(channels="mono", mixture="sum")).save(path)
     return str(path)
@@ -447,8 +449,8 @@ def test_a_model_is_not_compared_with_itself(tmp_path, capsys):
 
 
 def test_scores_have_a_place_before_songs_are_scored(folder, tmp_path, monkeypatch, capsys):
-    from deepdemix import experiment
-    monkeypatch.setattr(experiment, "score_model", lambda *args, **kwargs: pytest.fail("the songs were scored first"))
+    from deepdemix.studies import score_model as room
+    monkeypatch.setattr(room, "score_model", lambda *args, **kwargs: pytest.fail("the songs were scored first"))
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file" / "scores.json"):
         assert main(["evaluate", "--model", str(folder / "baseline"), "--data", str(folder / "toy"), "--out", str(out)]) == 2

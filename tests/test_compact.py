@@ -1,13 +1,19 @@
 "The compact network on the sounds that break networks, its round trips, and what its recipe promises."
 import pytest
 import torch
-from deepdemix.audio import UserError
+from deepdemix.foundations.files import UserError
 from deepdemix.baseline import count_parameters
-from deepdemix.compact import Attention, Cells, Compact, band_features, cell_errors, covariance, l1_cells, wiener_filter
-from deepdemix.data import toy_song
+from deepdemix.networks.compact import (
+    Attention, Cells, Compact, band_features, cell_errors, covariance, l1_cells)
+from deepdemix.networks.wiener import wiener_filter
+from deepdemix.foundations.toy_band import toy_song
 from deepdemix.metrics import si_sdr
 from deepdemix.separation import Separator
-from deepdemix.training import LOSSES, Recipe, build_network, load_encoder, load_network, new_record, recipe_for, save_network
+from deepdemix.foundations.separation_losses import LOSSES
+from deepdemix.foundations.recipe import Recipe
+from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.runs import load_encoder, load_network, new_record, save_network
+from deepdemix.foundations.profiles import recipe_for
 
 TINY = dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000., width=16, hidden=16, layers=1)
 

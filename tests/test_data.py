@@ -9,9 +9,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepdemix.audio import SOURCES, UserError, write
-from deepdemix.data import (FORMAT, DataNote, Store, Take, assign_splits, compose, download_musdb7, find_musdb, is_musdb, open_data, prepare, prepare_musdb, prepare_stems,
-                            prepare_toy, toy_song, validation_titles)
+from deepdemix.audio import SOURCES
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.store import FORMAT, Store
+from deepdemix.foundations.store_preparing import DataNote, prepare
+from deepdemix.foundations.store_songs import Take
+from deepdemix.data import (
+    assign_splits, download_musdb7, find_musdb, is_musdb, open_data, prepare_musdb, prepare_stems,
+    prepare_toy, validation_titles)
+from deepdemix.foundations.toy_band import compose, toy_song
 
 RATE = 8000
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -39,7 +46,7 @@ def interruptible():
 
 def script(code, *args, **kw):
     "Start Python on some lines that have the data room at hand."
-    lines = "import sys, torch\ntorch.set_num_threads(1)\nfrom deepdemix.data import *\nfrom deepdemix.audio import UserError\n" + code
+    lines = "import sys, torch\ntorch.set_num_threads(1)\nfrom deepdemix.data import *\nfrom deepdemix.foundations.store import *\nfrom deepdemix.foundations.toy_band import *\nfrom deepdemix.foundations.files import UserError\n" + code
     return subprocess.Popen([sys.executable, "-c", lines, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible, **kw)
 
 

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from deepdemix.audio import UserError
+from deepdemix.foundations.files import UserError
 from deepdemix.baseline import count_parameters
 from deepdemix.deepdemix import Decoder, DeepDeMix, SkipDecoder, SkipDeepDeMix, compact_rows
-from deepdemix.training import Recipe, build_network, load_encoder, load_network, save_network
+from deepdemix.foundations.recipe import Recipe
+from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.runs import load_encoder, load_network, save_network
 
 TINY = dict(duration=0.25, window_length=64, hop_length=32, sample_rate=8000, conv_channels=[2, 2, 3, 3], kernels=[[3, 3]] * 4, pools=[[4, 2], [2, 2]], linears=[12, 8], latent=6)
 BOTH = pytest.mark.parametrize("name", ["ddm", "ddm_skip"])

@@ -4,10 +4,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deepdemix.audio import UserError
+from deepdemix.foundations.files import UserError
 from deepdemix.contrast.dense import DenseContrast, Grid, gradient_ratio, owners, weight_for
 from deepdemix.data import prepare_toy
-from deepdemix.training import Recipe, build_network, build_task, fit, load_network, read_metrics, read_weights
+from deepdemix.foundations.recipe import Recipe
+from deepdemix.foundations.registry import build_network
+from deepdemix.tasks import build_task
+from deepdemix.training import fit
+from deepdemix.foundations.runs import load_network
+from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.weights import read_weights
 
 SMALL = dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000., width=16, hidden=16, layers=1)
 NETWORKS = {"compact": (SMALL, "l1_cells"),

@@ -8,10 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from deepdemix import training as T
-from deepdemix.audio import SOURCES, STFT, UserError
+from deepdemix.foundations import distributed
+from deepdemix.foundations.distributed import _places, _started, is_first
+from deepdemix.foundations.precision import pass_seconds
+from deepdemix.foundations.randomness import seeded
+from deepdemix.foundations.trainer import _strategy
+from deepdemix.foundations.weights import write_weights
+from deepdemix.tasks import SeparationTask
+from deepdemix.audio import SOURCES, STFT
+from deepdemix.foundations.files import UserError
 from deepdemix.data import prepare_toy
-from deepdemix.training import Interrupted, Recipe, build_task, fit, read_metrics, read_record, read_state, read_weights, register_network
+from deepdemix.training import Interrupted, fit
+from deepdemix.foundations.recipe import Recipe, read_record
+from deepdemix.tasks import build_task
+from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.state import read_state
+from deepdemix.foundations.weights import read_weights
+from deepdemix.foundations.registry import register_network
 from test_training import PLAIN, STORE, WHOLE, recipe, same_runs, stopping_after
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="these tests fork")
@@ -71,13 +84,13 @@ def plain(**fields): return recipe(**{**dict(network="no_statistics", epochs=1, 
 
 def save_gradients(task, folder):
     folder.mkdir(exist_ok=True)
-    T.write_weights(folder/"gradients.safetensors", {k: p.grad for k, p in task.network.named_parameters() if p.grad is not None})
+    write_weights(folder/"gradients.safetensors", {k: p.grad for k, p in task.network.named_parameters() if p.grad is not None})
 
 def train(out, r, store=STORE, **args):
     "Train, and keep the last step's gradients."
-    with T.seeded(r.seed): task = build_task(r, store)
+    with seeded(r.seed): task = build_task(r, store)
     fit(r, store, out, progress=False, task=task, **args)
-    if T.is_first(): save_gradients(task, out)
+    if is_first(): save_gradients(task, out)
 
 def close(a, b):
     "Whether two runs hold the same gradients, weights and figures, up to rounding. Where a gradient is rounding itself, Adam makes whole steps of it: those weights are left out."
@@ -132,7 +145,7 @@ def test_two_processes_are_one_for_contrast(tmp_path, toy, settings):
 @pytest.mark.slow
 def test_a_loss_that_sees_only_its_own_embeddings_is_another(tmp_path, toy, monkeypatch):
     "The test above can fail: without the exchange the gradients differ."
-    monkeypatch.setattr("deepdemix.pretraining.together", lambda part, world=1: part)
+    monkeypatch.setattr("deepdemix.contrast.losses.together", lambda part, world=1: part)
     r = Recipe(**CONTRAST, loss="supcon", task_args=dict(places=2))
     train(tmp_path/"one", r, toy)
     assert together(tmp_path, lambda rank: train(tmp_path/"two", r, toy))[0] == [0, 0]
@@ -147,7 +160,7 @@ def test_a_term_beside_separation(tmp_path, toy):
 
 
 def test_open_unmix_hears_the_whole_batch_and_nobody_waits_for_a_process_alone(tmp_path):
-    from deepdemix.open_unmix import Standardise
+    from deepdemix.networks.open_unmix import Standardise
     x = torch.rand(6, 30, 2, 9, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 9)
     def apart(rank):
         torch.distributed.init_process_group("gloo")
@@ -164,9 +177,9 @@ def test_open_unmix_hears_the_whole_batch_and_nobody_waits_for_a_process_alone(t
     assert status == [0, 0], told
 
 def test_open_unmix_begins_alike_whatever_the_first_process_looks_at(tmp_path):
-    class Curious(T.SeparationTask):
+    class Curious(SeparationTask):
         def own_batch(self, step):
-            if T.is_first() and step == 0 and self.share[1] > 1: self.network(torch.rand(1, 1, 4000))
+            if is_first() and step == 0 and self.share[1] > 1: self.network(torch.rand(1, 1, 4000))
             return super().own_batch(step)
     r = recipe(network="open_unmix", network_args=dict(sample_rate=8000, window_length=256, hop_length=64, hidden=8, layers=1, bandwidth=3000., shared=True, channels=1, dropout=0.), epochs=1, lr=1e-12)
     fit(r, STORE, tmp_path/"one", progress=False)
@@ -232,7 +245,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, first, then):
     assert read_record(tmp_path/"run")["finished"] and close(tmp_path/"whole", tmp_path/"run")
 
 def test_patience_ends_all_at_the_same_epoch(tmp_path):
-    class Worse(T.SeparationTask):
+    class Worse(SeparationTask):
         def validate(self):
             self.n = getattr(self, "n", 0) + 1
             return dict(valid_loss=float(self.n))
@@ -247,7 +260,7 @@ def told_once(status, told, text):
 
 def test_processes_that_differ_do_not_begin(tmp_path):
     def versions(rank):
-        if rank: T._versions = lambda: {"torch": "1.0"}
+        if rank: distributed._versions = lambda: {"torch": "1.0"}
         fit(plain(), STORE, tmp_path/"run", progress=False)
     assert told_once(*together(tmp_path, versions), "differ in their versions: torch is 2") == 1
     class Other(type(STORE)): digest = "other songs"
@@ -256,14 +269,14 @@ def test_processes_that_differ_do_not_begin(tmp_path):
     assert not (tmp_path/"run"/"recipe.json").exists()
 
 def test_an_error_of_the_first_process_is_told_once(tmp_path):
-    class Failing(T.SeparationTask):
+    class Failing(SeparationTask):
         def validate(self): raise UserError("nothing to validate on")
     assert told_once(*together(tmp_path, lambda rank: fit(plain(), STORE, tmp_path/"run", progress=False, task=Failing)), "nothing to validate on") == 1
     assert read_record(tmp_path/"run")["status"] == "failed"
 
 def test_numbers_that_are_not_finite_end_all(tmp_path):
     def exploding(rank):
-        class Exploding(T.SeparationTask):
+        class Exploding(SeparationTask):
             count = 0
             def training_loss(self, batch):
                 self.count += 1
@@ -290,24 +303,24 @@ def test_a_port_that_is_taken(tmp_path):
 
 def test_slurm_is_understood(monkeypatch):
     for k, v in dict(SLURM_NTASKS="8", SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="4", SLURM_JOB_NAME="train", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0").items(): monkeypatch.setenv(k, v)
-    assert T._started() == (4, 2) and T._places("cpu", None, None) == (4, 2)
-    with pytest.raises(UserError, match="devices is 3, but 4 were started"): T._places("cpu", 3, None)
+    assert _started() == (4, 2) and _places("cpu", None, None) == (4, 2)
+    with pytest.raises(UserError, match="devices is 3, but 4 were started"): _places("cpu", 3, None)
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert T._started() is None
+    assert _started() is None
 
 def test_what_is_not_there(monkeypatch):
     for args, text in ((("cuda", torch.cuda.device_count() + 1, None), "devices are wanted, this machine has"), (("cpu", None, 2), "nothing says where the other machines are"), (("cpu", -1, None), "1 or more"), (("cpu", 1, 0), "1 or more")):
-        with pytest.raises(UserError, match=text): T._places(*args)
-    with pytest.raises(UserError, match="no strategy is called 'fsdp'"): T._strategy("fsdp", 2)
+        with pytest.raises(UserError, match=text): _places(*args)
+    with pytest.raises(UserError, match="no strategy is called 'fsdp'"): _strategy("fsdp", 2)
     monkeypatch.setattr(sys, "ps1", ">>>", raising=False)
-    with pytest.raises(UserError, match="a notebook trains with one process"): T._places("cpu", 2, None)
+    with pytest.raises(UserError, match="a notebook trains with one process"): _places("cpu", 2, None)
 
 
 def test_the_first_process_chooses_the_precision_for_all(tmp_path):
     "There bfloat16 is slow, on the other one it is not; both train in single precision."
     def slow_on(rank):
         def passed(output, inputs, precision): return 9. if precision != "32" and rank == 0 else 1.
-        T.pass_seconds = passed
+        pass_seconds = passed
         train(tmp_path/"asked", plain(precision="bf16-mixed"))
     for name, act in dict(asked=slow_on, single=lambda rank: train(tmp_path/"single", plain())).items():
         status, told = together(tmp_path/f"{name} processes", act)

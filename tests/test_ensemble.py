@@ -4,13 +4,15 @@ import json
 import pytest
 import torch
 
-from deepdemix.audio import UserError
+from deepdemix.foundations.files import UserError
 from deepdemix.cli import main
-from deepdemix.data import toy_song
-from deepdemix.ensemble import Ensemble, join_runs
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.networks.ensemble import Ensemble, join_runs
 from deepdemix.separation import Separator
 from deepdemix.serving.export import export
-from deepdemix.training import Recipe, build_network, file_digest, known_networks, load_network, read_record, save_network
+from deepdemix.foundations.recipe import Recipe, read_record
+from deepdemix.foundations.registry import build_network, known_networks
+from deepdemix.foundations.runs import file_digest, load_network, save_network
 
 COMPACT = dict(octave=16, band=8, bandwidth=16000., width=16, hidden=16, layers=1)
 WIDE, NARROW = dict(COMPACT, window_length=1024, hop_length=512), dict(COMPACT, window_length=512, hop_length=256)

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from deepdemix import evaluation as E
-from deepdemix.audio import SOURCES, STFT, UserError, probe, read_streams
-from deepdemix.data import Store, prepare_toy
+from deepdemix.scoring.oracles import PLAIN, REFERENCES, _masked, binary_mask, complex_mask, grid_mask, ratio_mask, real_mask
+from deepdemix.scoring.pictures import show_songs
+from deepdemix.scoring.scores import Scores
+from deepdemix.scoring.verdicts import compare
+from deepdemix.audio import SOURCES, STFT
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.decoding import probe
+from deepdemix.foundations.codecs import read_streams
+from deepdemix.foundations.store import Store
+from deepdemix.data import prepare_toy
 
 RATE = 4000
 
@@ -124,7 +132,7 @@ def test_a_separator_of_one_source_has_no_overall_score():
     table = scores.summary(["SNR"])["SNR"]
     assert table.loc[("test", "voice")].isna().to_dict() == {"overall": True, "vocals": False, "drums": True, "bass": True, "other": True}
     assert abs(table.loc[("test", "voice"), "vocals"] - table.loc[("test", "all"), "vocals"]) < .5
-    verdict = E.compare(scores, scores, "SNR", "all", "voice")
+    verdict = compare(scores, scores, "SNR", "all", "voice")
     assert list(verdict.per_source) == ["vocals"] and "voice is scored on vocals only" in str(scores.table(["SNR"]))
 
 
@@ -159,12 +167,12 @@ def test_results_in_museval_files_become_a_row(tmp_path):
     scores = E.evaluate(oracle(Songs(3)), Songs(3), name="mine", references=False, bss=True)
     scores.save_songs(tmp_path)
     (tmp_path / "test" / "Song 0.json").write_text((tmp_path / "test" / "Song 0.json").read_text().replace('"name": "bass"', '"name": "accompaniment"'))
-    read = E.Scores.from_museval(tmp_path, "theirs")
+    read = Scores.from_museval(tmp_path, "theirs")
     assert read.models == ["theirs"] and set(read.rows.metric) == {"SDR", "ISR", "SIR", "SAR"} and set(read.rows.split) == {"test"}
     a, b = scores.by_song("SDR"), read.by_song("SDR")
     assert math.isnan(b.loc["Song 0", "bass"]) and np.allclose(a.drop("Song 0"), b.drop("Song 0")[a.columns], atol=1e-4)
     (tmp_path / "test" / "Song 0.json").write_text("{}")
-    with pytest.raises(UserError, match="not one of museval's files"): E.Scores.from_museval(tmp_path)
+    with pytest.raises(UserError, match="not one of museval's files"): Scores.from_museval(tmp_path)
 
 
 def test_bad_data_are_named():
@@ -212,7 +220,7 @@ def test_scores_survive_the_disk(tmp_path):
     store = Songs(3)
     store.stem[1][3] = 0
     scores = E.evaluate(oracle(store), store, name="a", info={"weights": "abc"}) + E.evaluate(oracle(store, seed=1), store, name="a", seed=1)
-    again = E.Scores.load(scores.save(tmp_path / "scores.json"))
+    again = Scores.load(scores.save(tmp_path / "scores.json"))
     assert again.rows.equals(scores.rows) and again.frames == scores.frames and again.info["weights"] == "abc"
     assert str(again.table()) == str(scores.table()) and "a (2 seeds)" in str(again.table())
     assert json.loads((tmp_path / "scores.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
@@ -221,7 +229,7 @@ def test_scores_survive_the_disk(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"songs": []}'])
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "scores.json").write_text(text)
-    with pytest.raises(UserError, match="scores.json"): E.Scores.load(tmp_path / "scores.json")
+    with pytest.raises(UserError, match="scores.json"): Scores.load(tmp_path / "scores.json")
 
 
 def test_museval_reads_and_aggregates_the_songs(tmp_path, monkeypatch):
@@ -250,9 +258,9 @@ def test_verdict_of_a_model_with_itself_and_with_a_better_one(tmp_path):
     store = Songs(12)
     a = E.evaluate(oracle(store, .5), store, name="A", references=False)
     b = E.evaluate(oracle(store, .3, 1), store, name="B", references=False)
-    same = E.compare(a, a)
+    same = compare(a, a)
     assert (same.difference, same.low, same.high, same.improved, same.p) == (0, 0, 0, 0, 1) and not same.significant and same.negligible
-    better = E.compare(E.Scores.load(a.save(tmp_path / "a.json")), b, name="less noise")
+    better = compare(Scores.load(a.save(tmp_path / "a.json")), b, name="less noise")
     assert better.significant and better.sentence.startswith("less noise changes SDR by +4.") and "12 of 12 songs improve" in better.sentence
     assert abs(better.difference - 20 * math.log10(.5 / .3)) < .2 and list(better.per_source) == list(SOURCES)
     json.dumps(better.to_dict(), allow_nan=False)
@@ -261,10 +269,10 @@ def test_verdict_of_a_model_with_itself_and_with_a_better_one(tmp_path):
 def test_songs_of_one_only_are_left_out_and_said():
     store = Songs(4)
     a, b = (E.evaluate(oracle(store, .5, k), store, name=n, references=False) for k, n in enumerate("AB"))
-    verdict = E.compare(a, b.only(song=["Song 0", "Song 2"]))
+    verdict = compare(a, b.only(song=["Song 0", "Song 2"]))
     assert verdict.songs == 2 and any("2 songs" in n for n in verdict.notes)
-    with pytest.raises(UserError, match="in common"): E.compare(a.only(song=["Song 1"]), b.only(song=["Song 0"]))
-    with pytest.raises(UserError, match="name one of the models: A, B"): E.compare(a + b, b)
+    with pytest.raises(UserError, match="in common"): compare(a.only(song=["Song 1"]), b.only(song=["Song 0"]))
+    with pytest.raises(UserError, match="name one of the models: A, B"): compare(a + b, b)
 
 
 # The best and the worst
@@ -274,7 +282,7 @@ def test_best_and_worst_songs_are_drawn_once_each(songs, n, rows):
     import matplotlib.pyplot as plt
     store = Songs(songs)
     scores = E.evaluate(oracle(store), store, metrics=("SDR",), references=False)
-    figure = E.show_songs(quarter, store, scores, n=n)
+    figure = show_songs(quarter, store, scores, n=n)
     drawn, order = [ax.get_ylabel().splitlines()[0] for ax in figure.axes[::3]], scores.ranked(source="vocals")
     plt.close(figure)
     assert len(set(drawn)) == len(drawn) == rows
@@ -309,11 +317,11 @@ def test_masks_are_optimal_among_their_kind():
     stems = torch.randn(1, 24, 36, 1, 2, dtype=torch.cfloat, generator=g)
     mixture = stems.sum(-1, keepdim=True)
     def error(mask): return (mask * mixture - stems).abs().square().sum()
-    best = E.real_mask(stems, mixture)
-    for mask in (E.binary_mask(stems, mixture), E.ratio_mask(stems, mixture), best * .9, torch.rand(best.shape, generator=g)): assert error(best) <= error(mask)
-    grid = E.grid_mask(stems, mixture)
+    best = real_mask(stems, mixture)
+    for mask in (binary_mask(stems, mixture), ratio_mask(stems, mixture), best * .9, torch.rand(best.shape, generator=g)): assert error(best) <= error(mask)
+    grid = grid_mask(stems, mixture)
     for mask in (grid * .9, (grid + .02).clamp(max=1), torch.full_like(grid, .5)): assert error(grid) < error(mask)
-    assert (error(E.complex_mask(stems, mixture)) <= error(best))
+    assert (error(complex_mask(stems, mixture)) <= error(best))
 
 
 def test_grids_are_what_upsampling_makes_of_them():
@@ -321,15 +329,15 @@ def test_grids_are_what_upsampling_makes_of_them():
     mixture = torch.randn(1, 100, 65, 1, 1, dtype=torch.cfloat, generator=torch.Generator().manual_seed(1))
     for mode, up in (("nearest", "nearest"), ("linear", "bilinear")):
         true = torch.nn.functional.interpolate(values, size=(100, 65), mode=up)[0, 0]
-        found = E.grid_mask(true[None, :, :, None, None] * mixture, mixture, mode=mode)
+        found = grid_mask(true[None, :, :, None, None] * mixture, mixture, mode=mode)
         assert (found[0, ..., 0, 0] - true).abs().max() < 1e-2
 
 
 def test_long_songs_are_masked_in_pieces_without_a_seam():
     store = Songs(1, seconds=9)
     stems = store.stem[0]
-    whole = E._masked(stems, stems.sum(0), STFT(), [E.ratio_mask], 10 ** 6)
-    pieces = E._masked(stems, stems.sum(0), STFT(), [E.ratio_mask], 8192, context=512)
+    whole = _masked(stems, stems.sum(0), STFT(), [ratio_mask], 10 ** 6)
+    pieces = _masked(stems, stems.sum(0), STFT(), [ratio_mask], 8192, context=512)
     assert (whole - pieces).abs().max() < 1e-5
 
 
@@ -341,7 +349,7 @@ def test_reference_rows_come_with_every_evaluation(tmp_path):
     own, same = scores.by_song("SNR", "model"), scores.by_song("SNR", "mixture / 4")
     assert np.allclose(own, same, atol=1e-5)
     full = E.evaluate(quarter, store, references=True)
-    assert full.references == [r for r in E.REFERENCES if r != "ideal complex mask"]
+    assert full.references == [r for r in REFERENCES if r != "ideal complex mask"]
 
 
 PAPER_MD = {
@@ -366,8 +374,8 @@ def previews(musdb_path):
 
 @pytest.mark.musdb
 def test_plain_rows_on_the_real_previews(previews):
-    table = E.reference_rows(previews, rows=E.PLAIN, metrics=("SNR", "SI-SDR")).summary()
-    for name in E.PLAIN:
+    table = E.reference_rows(previews, rows=PLAIN, metrics=("SNR", "SI-SDR")).summary()
+    for name in PLAIN:
         row = table.loc["test", name]
         for column, value in PAPER_MD[name].items(): assert abs(row["SNR", column] - value) < .06, (name, column)
         assert math.isnan(row["SI-SDR", "overall"]) if name == "silence" else abs(row["SI-SDR", "overall"] - PAPER_MD_SI[name]) < .1

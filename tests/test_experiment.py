@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from deepdemix.audio import UserError
-from deepdemix.contest import Contest
+from deepdemix.foundations.files import UserError
+from deepdemix.studies.contest import Contest
 from deepdemix.data import prepare_toy
-from deepdemix.evaluation import Scores
-from deepdemix.experiment import CONTROL_STEPS, PAPER_STEPS, excerpt_path, find_step, run_experiment, song_subset, step_recipe
+from deepdemix.scoring.scores import Scores
+from deepdemix.experiment import CONTROL_STEPS, PAPER_STEPS, find_step, run_experiment, step_recipe
+from deepdemix.studies.demo import excerpt_path
+from deepdemix.studies.label_efficiency import song_subset
 from deepdemix.pretraining import PretrainingTask
-from deepdemix.training import build_network, recipe_for
+from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.profiles import recipe_for
 
 TINY = ["epochs=1", "examples_per_epoch=4", "batch_size=2", "valid_examples=2", "device=cpu"]
 

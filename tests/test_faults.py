@@ -15,10 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deepdemix.audio import DamagedAudio, UserError, read, write
+from deepdemix.foundations.files import DamagedAudio, UserError
+from deepdemix.foundations.codecs import read
+from deepdemix.foundations.encoding import write
 from deepdemix.baseline import Baseline
-from deepdemix.separation import Separator, find_model, pretrained_names
-from deepdemix.training import Recipe, save_network
+from deepdemix.separation import Separator
+from deepdemix.foundations.model_names import find_model, pretrained_names
+from deepdemix.foundations.recipe import Recipe
+from deepdemix.foundations.runs import save_network
 
 RATE = 8000
 
@@ -163,7 +167,7 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import torch
 torch.set_num_threads(1)
-from deepdemix.audio import UserError
+from deepdemix.foundations.files import UserError
 from deepdemix.baseline import Baseline
 from deepdemix.separation import Separator
 separator = Separator(Baseline(hidden_size=4, sample_rate=8000, window_length=256, hop_length=64), chunk=1.0)
@@ -409,7 +413,9 @@ def test_progress_is_shown_where_somebody_sees_it(tmp_path, monkeypatch):
     "From Python, too, a missing or closed standard error costs no result."
     from deepdemix.data import prepare_toy
     from deepdemix.evaluation import evaluate
-    from deepdemix.training import fit, load_network, recipe_for
+    from deepdemix.training import fit
+    from deepdemix.foundations.runs import load_network
+    from deepdemix.foundations.profiles import recipe_for
     closed = open(os.devnull, "w"); closed.close()
     for name, stream in dict(none=None, closed=closed).items():
         monkeypatch.setattr(sys, "stderr", stream)
@@ -426,8 +432,10 @@ import re
 import torch
 from pathlib import Path
 from torch import nn
-from deepdemix.audio import UserError
-from deepdemix.training import _stored_network, build_network, known_networks, recipe_for, register_network
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.runs import _stored_network
+from deepdemix.foundations.registry import build_network, known_networks, register_network
+from deepdemix.foundations.profiles import recipe_for
 
 @register_network("random_table")
 class RandomTable(nn.Module):
@@ -466,7 +474,7 @@ def test_a_recipe_that_asks_for_gigabytes_is_refused_before_it_gets_them():
 def test_models_are_loaded_in_threads(tmp_path):
     "Each has the weights of its own file, and nobody's random state is disturbed."
     from concurrent.futures import ThreadPoolExecutor
-    from deepdemix.training import load_network
+    from deepdemix.foundations.runs import load_network
     sizes = (2, 40, 3, 60)
     for size in sizes: save_network(Baseline(hidden_size=size, sample_rate=RATE, window_length=256, hop_length=64), Recipe(network="baseline"), tmp_path / str(size))
     before = torch.get_rng_state()

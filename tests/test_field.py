@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from deepdemix.audio import SOURCES, UserError, resample, write
+from deepdemix.audio import SOURCES
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.waveforms import resample
+from deepdemix.foundations.encoding import write
 from deepdemix.cli import main
 from deepdemix.data import prepare_toy
 from deepdemix.evaluation import evaluate

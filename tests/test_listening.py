@@ -15,10 +15,12 @@ import time
 import pytest
 import torch
 
-from deepdemix.audio import SOURCE_COLORS, SOURCES, UserError, write
-from deepdemix.data import toy_song
+from deepdemix.audio import SOURCE_COLORS, SOURCES
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.toy_band import toy_song
 from deepdemix.listening import RULES, STYLE, DeskServer, Job, desk_html, embed, open_song, serve
-from deepdemix.recurrent import Recurrent
+from deepdemix.networks.recurrent import Recurrent
 from deepdemix.separation import Separator
 
 RATE = 16000
@@ -565,7 +567,7 @@ def test_page_without_code(browser, tmp_path):
 
 
 NOTEBOOK = """import torch
-from deepdemix.exploring import explore_mix
+from deepdemix.serving.exploring import explore_mix
 from deepdemix.listening import listen
 def tone(frequency, level): return level * 2 ** .5 * torch.sin(2 * torch.pi * frequency * torch.arange(3 * 16000) / 16000)[None]
 stems = {"drums": tone(440, .1), "bass": tone(100, .01), "other": tone(1000, 0.), "vocals": tone(700, .001)}"""

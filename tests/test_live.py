@@ -16,8 +16,9 @@ import torch
 
 pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
-from deepdemix.audio import read, write
-from deepdemix.data import toy_song
+from deepdemix.foundations.codecs import read
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.toy_band import toy_song
 from deepdemix.separation import Separator
 
 ROOT = Path(__file__).parent.parent

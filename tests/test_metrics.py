@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdemix import metrics as M
-from deepdemix.audio import UserError, read_streams
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.codecs import read_streams
 
 RATE = 4000
 

@@ -3,15 +3,23 @@ import pytest
 import torch
 from torch import nn
 
-from deepdemix import conv_tasnet, mm_dense_lstm, tfc_tdf
-from deepdemix.audio import SOURCES, UserError
-from deepdemix.baseline import MaskNetwork, count_parameters
-from deepdemix.conv_tasnet import ConvTasNet
-from deepdemix.data import prepare_toy, toy_song
-from deepdemix.mm_dense_lstm import MMDenseLSTM
+from deepdemix.networks import conv_tasnet, mm_dense_lstm, tfc_tdf
+from deepdemix.audio import SOURCES
+from deepdemix.foundations.files import UserError
+from deepdemix.networks.protocol import MaskNetwork
+from deepdemix.baseline import count_parameters
+from deepdemix.networks.conv_tasnet import ConvTasNet
+from deepdemix.data import prepare_toy
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.networks.mm_dense_lstm import MMDenseLSTM
 from deepdemix.separation import Separator
-from deepdemix.tfc_tdf import PUBLISHED, TFCTDFNet
-from deepdemix.training import LOSSES, build_network, fit, known_networks, load_encoder, load_network, read_metrics, recipe_for, save_network
+from deepdemix.networks.tfc_tdf import PUBLISHED, TFCTDFNet
+from deepdemix.foundations.separation_losses import LOSSES
+from deepdemix.foundations.registry import build_network, known_networks
+from deepdemix.training import fit
+from deepdemix.foundations.runs import load_encoder, load_network, save_network
+from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.profiles import recipe_for
 
 ROOMS = dict(conv_tasnet=conv_tasnet, mm_dense_lstm=mm_dense_lstm, tfc_tdf=tfc_tdf)
 NAMES = tuple(ROOMS)
@@ -226,6 +234,6 @@ def test_sizes_that_cannot_be_are_refused(name, args, words):
 
 def test_chunks_of_conv_tasnet_begin_on_its_frames():
     from deepdemix.evaluation import windowed
-    from deepdemix.separation import plan_chunks
+    from deepdemix.foundations.inference import plan_chunks
     network = build_network("conv_tasnet", **conv_tasnet.TINY)
     assert network.hop == conv_tasnet.TINY["length"] // 2 == plan_chunks(network)["align"] == windowed(network).align

@@ -8,12 +8,21 @@ import types
 import pytest
 import torch
 
-from deepdemix.audio import UserError
+from deepdemix.foundations.files import UserError
 from deepdemix.baseline import count_parameters
-from deepdemix.data import prepare_toy, toy_song
-from deepdemix.pretraining import embedding_size, probe, random_twin
+from deepdemix.data import prepare_toy
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.pretraining import embedding_size
+from deepdemix.contrast.probing import probe, random_twin
 from deepdemix.separation import Separator
-from deepdemix.training import LOSSES, Recipe, build_network, fit, known_networks, load_encoder, load_network, read_metrics, read_record, read_weights, recipe_for, save_network
+from deepdemix.foundations.separation_losses import LOSSES
+from deepdemix.foundations.recipe import Recipe, read_record
+from deepdemix.foundations.registry import build_network, known_networks
+from deepdemix.training import fit
+from deepdemix.foundations.runs import load_encoder, load_network, save_network
+from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.weights import read_weights
+from deepdemix.foundations.profiles import recipe_for
 
 RATE = 8000
 TWINS = {
@@ -181,7 +190,7 @@ def test_an_auxiliary_contrast_trains_along(twin, store, tmp_path):
 
 @STEREO
 def test_runs_are_scored_beside_the_reference_rows(twin, store, tmp_path):
-    from deepdemix.experiment import score_model
+    from deepdemix.studies.score_model import score_model
     network = build(twin)
     save_network(network, Recipe(network=TWINS[twin][0], network_args=network.args), tmp_path / "run")
     scores = score_model(str(tmp_path / "run"), store.split("test"), device="cpu")

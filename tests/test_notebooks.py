@@ -200,7 +200,7 @@ def test_machine_paths_are_found():
 
 def mono(x, rate, new=4000):
     "A waveform (channels, time) as one channel at a low rate, of unit energy."
-    from deepdemix.audio import resample
+    from deepdemix.foundations.waveforms import resample
     x = resample(x.mean(0, keepdim=True), rate, new)[0]
     return x / x.norm().clamp_min(1e-9)
 
@@ -219,7 +219,7 @@ def likeness(part, whole):
 @pytest.mark.slow
 def test_no_saved_sound_is_in_musdb(musdb_path):
     import soundfile, torch
-    from deepdemix.audio import read_streams
+    from deepdemix.foundations.codecs import read_streams
     sounds = []
     for path in NOTEBOOKS:
         for _, sound in players(read(path)):

@@ -5,7 +5,10 @@ import pytest
 import soundfile
 import torch
 
-from deepdemix.audio import SOURCES, ChangedAudio, read, write
+from deepdemix.audio import SOURCES
+from deepdemix.foundations.files import ChangedAudio
+from deepdemix.foundations.codecs import read
+from deepdemix.foundations.encoding import write
 from deepdemix.data import prepare_stems
 from deepdemix.separation import Separator
 from test_separation import Shares, noise

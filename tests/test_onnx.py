@@ -10,15 +10,19 @@ import torch
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from deepdemix.audio import UserError, read, write
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.codecs import read
+from deepdemix.foundations.encoding import write
 from deepdemix.cli import main
-from deepdemix.compact import Compact
-from deepdemix.data import prepare_toy, toy_song
+from deepdemix.networks.compact import Compact
+from deepdemix.data import prepare_toy
+from deepdemix.foundations.toy_band import toy_song
 from deepdemix.networks.onnx_file import OnnxNetwork
 from deepdemix.separation import Separator
 from deepdemix.serving import export as room
 from deepdemix.serving.export import export, load_separator
-from deepdemix.training import build_network, file_digest
+from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.runs import file_digest
 
 EXAMPLE = Path(__file__).parent.parent / "examples/separate.py"
 SMALL = dict(width=8, layers=1, hidden=8, octave=8, band=4, window_length=256, hop_length=64, refine=0.75)

@@ -8,14 +8,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from deepdemix.audio import write
-from deepdemix.data import prepare_toy, toy_song
+from deepdemix.foundations.encoding import write
+from deepdemix.data import prepare_toy
+from deepdemix.foundations.toy_band import toy_song
 
 ROOT = Path(__file__).parent.parent
 NET = '''
 import torch
 from torch import nn
-from deepdemix.training import register_network
+from deepdemix.foundations.registry import register_network
 
 
 @register_network("shares")

@@ -47,8 +47,10 @@ def test_archives(project):
 @pytest.mark.slow
 def test_the_wheel_separates_a_song(fresh, tmp_path):
     "In an environment that holds nothing but the package, away from the repository."
-    from deepdemix.audio import SOURCES, read, write
-    from deepdemix.data import toy_song
+    from deepdemix.audio import SOURCES
+    from deepdemix.foundations.codecs import read
+    from deepdemix.foundations.encoding import write
+    from deepdemix.foundations.toy_band import toy_song
     write(tmp_path / "song.wav", toy_song(0, duration=3.).sum(0), 44100)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MUSDB_PATH", "VIRTUAL_ENV")} | {"HOME": str(tmp_path)}
     done = subprocess.run([fresh.parent / "deepdemix", "separate", "song.wav", "--out", "stems"], cwd=tmp_path, env=env, capture_output=True, text=True)

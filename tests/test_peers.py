@@ -11,12 +11,17 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from deepdemix.audio import SOURCES, UserError, read, write
-from deepdemix.catalogue import model_digest
+from deepdemix.audio import SOURCES
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.codecs import read
+from deepdemix.foundations.encoding import write
+from deepdemix.serving.catalogue import model_digest
 from deepdemix.cli import main
-from deepdemix.data import open_data, prepare_toy, toy_song
+from deepdemix.data import open_data, prepare_toy
+from deepdemix.foundations.toy_band import toy_song
 from deepdemix.networks.peers import PEERS, SIX, fetch_demucs, load_peer, peer_notes
-from deepdemix.separation import Separator, find_model
+from deepdemix.separation import Separator
+from deepdemix.foundations.model_names import find_model
 from deepdemix.studies.field import score_field
 
 demucs = pytest.importorskip("demucs")

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepdemix.audio import UserError
+from deepdemix.foundations.files import UserError
 from deepdemix.data import prepare_toy
 from deepdemix.studies import planned
-from deepdemix.studies.planned import SEALED, Plan, Run, check_committed, main, read_test, run_study, study_table, train_run, unseal
-from deepdemix.training import load_network, read_record, read_weights
+from deepdemix.studies.planned import (
+    SEALED, check_committed, main, read_test, run_study, study_table, train_run, unseal)
+from deepdemix.studies.plan import Plan, Run
+from deepdemix.foundations.runs import load_network
+from deepdemix.foundations.recipe import read_record
+from deepdemix.foundations.weights import read_weights
 
 TINY = dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000., width=8, hidden=8, layers=1)
 SHARED = dict(network="compact", network_args=TINY, batch_size=2, valid_examples=2, mixer=dict(duration=0.5, pitch=None, stretch=None))
@@ -181,7 +185,7 @@ def test_time_that_is_over_begins_nothing(study, store):
 
 def test_the_workstation_has_the_steps_of_the_author():
     from deepdemix.cli import PROFILE_NAMES
-    from deepdemix.training import PROFILES, recipe_for
+    from deepdemix.foundations.profiles import PROFILES, recipe_for
     for name in ("ddm", "pretraining"):
         here, small, author = (recipe_for(name, profile) for profile in ("workstation", "laptop", "author"))
         assert here.steps == author.steps and here.network_args == small.network_args and here.valid_examples == 64

@@ -14,12 +14,28 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from deepdemix.audio import SOURCES, UserError, write
-from deepdemix.data import Store, prepare_stems, prepare_toy
-from deepdemix.pretraining import (Contrast, DeepDeMixEncoder, EncoderNetwork, PretrainingTask, WeightedBatches, WeightedTriplets, check_classes, cloud,
-                                   collapse_value, confusion, count_parameters, draw_excerpts, embed_excerpts, explore, join_stores, metric_loss,
-                                   neighbour_accuracy, open_stores, plain_title, pretrain, probe, project, random_twin, random_view, retrieval, show_maps, triplet_indices, views_of)
-from deepdemix.training import Recipe, build_network, build_task, fit, load_encoder, load_network, read_metrics, read_record, read_state, read_weights, register_network
+from deepdemix.audio import SOURCES
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.store import Store
+from deepdemix.data import prepare_stems, prepare_toy
+from deepdemix.contrast.losses import Contrast, collapse_value, metric_loss, triplet_indices
+from deepdemix.pretraining import (
+    DeepDeMixEncoder, EncoderNetwork, PretrainingTask, check_classes, count_parameters, pretrain)
+from deepdemix.contrast.stores import WeightedBatches, WeightedTriplets, join_stores, open_stores, plain_title
+from deepdemix.contrast.probing import (
+    cloud, draw_excerpts, embed_excerpts, neighbour_accuracy, probe, random_twin, retrieval)
+from deepdemix.contrast.embedding_pictures import confusion, project, show_maps
+from deepdemix.contrast.embedding_explorer import explore
+from deepdemix.contrast.positives import random_view, views_of
+from deepdemix.foundations.recipe import Recipe, read_record
+from deepdemix.foundations.registry import build_network, register_network
+from deepdemix.tasks import build_task
+from deepdemix.training import fit
+from deepdemix.foundations.runs import load_encoder, load_network
+from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.state import read_state
+from deepdemix.foundations.weights import read_weights
 
 TINY = dict(duration=0.25, window_length=1024, hop_length=512, conv_channels=(2, 2, 4, 4), kernels=((3, 4), (3, 4), (2, 3), (2, 3)), pools=((4, 8), (4, 4)),
             linears=(16, 8), latent=6, dropout=0.2)

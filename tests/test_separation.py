@@ -17,16 +17,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deepdemix.audio import DamagedAudio, OverlapAdd, UserError, Writer, probe, read, read_streams, write
-from deepdemix.baseline import Baseline, MaskNetwork
-from deepdemix.compact import Compact
-from deepdemix.data import toy_song
+from deepdemix.foundations.files import DamagedAudio, UserError
+from deepdemix.audio import OverlapAdd
+from deepdemix.foundations.encoding import Writer, write
+from deepdemix.foundations.decoding import probe
+from deepdemix.foundations.codecs import read, read_streams
+from deepdemix.baseline import Baseline
+from deepdemix.networks.protocol import MaskNetwork
+from deepdemix.networks.compact import Compact
+from deepdemix.foundations.toy_band import toy_song
 from deepdemix.deepdemix import DeepDeMix
 from deepdemix.metrics import framewise_sdr
-from deepdemix.recurrent import Recurrent
-from deepdemix.separation import Cancelled, Separator, by_groups, describe_pretrained, find_songs, pretrained_names, push_to_hub, segment_of, segment_of
+from deepdemix.networks.recurrent import Recurrent
+from deepdemix.separation import Cancelled, Separator
+from deepdemix.foundations.inference import by_groups, segment_of, segment_of
+from deepdemix.foundations.model_names import describe_pretrained, pretrained_names, push_to_hub
+from deepdemix.foundations.song_files import find_songs
 from deepdemix.serving.export import export
-from deepdemix.training import build_network, known_networks, NETWORKS, recipe_for, Recipe, save_network
+from deepdemix.foundations.registry import build_network, known_networks, NETWORKS
+from deepdemix.foundations.profiles import recipe_for
+from deepdemix.foundations.recipe import Recipe
+from deepdemix.foundations.runs import save_network
 
 RATE = 8000
 
@@ -337,7 +348,7 @@ import re, resource, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from deepdemix.recurrent import Recurrent
+from deepdemix.networks.recurrent import Recurrent
 from deepdemix.separation import Separator
 path, out, seconds, kind = sys.argv[1:5]
 class Quarter(torch.nn.Module):

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepdemix.audio import hidden_name, write
-from deepdemix.data import Store, prepare_stems
-from deepdemix.separation import Separator, sweep
+from deepdemix.foundations.files import hidden_name
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.store import Store
+from deepdemix.data import prepare_stems
+from deepdemix.separation import Separator
+from deepdemix.foundations.stem_folders import sweep
 from test_data import make_song, prepared
 from test_separation import RATE, Shares, noise
 
@@ -20,7 +23,7 @@ HOLD = """
 import fcntl, sys
 from pathlib import Path
 fcntl.flock = lambda *_: None
-from deepdemix.separation import _hidden_folder
+from deepdemix.foundations.stem_folders import _hidden_folder
 with _hidden_folder(Path(sys.argv[1])) as hidden:
     (hidden / "drums.wav").touch()
     print(hidden.name, flush=True)

@@ -141,8 +141,8 @@ def test_private_code_is_folded(site):
     folded.metadata["private"] = True
     site.shown(folded)
     assert folded.metadata["tags"] == ["hide-input"] and "private" not in folded.metadata
-    kept = [c for c in site.processed(PAGES["data"]).cells if c.metadata.get("private")]
-    assert len(kept) > 30 and not any("_room" in c.source and "def toy_song" in c.source for c in kept) and any("def _room(" in c.source for c in kept)
+    kept = [c for c in site.processed(PAGES["toy_band"]).cells if c.metadata.get("private")]
+    assert len(kept) > 15 and not any("_room" in c.source and "def toy_song" in c.source for c in kept) and any("def _room(" in c.source for c in kept)
 
 
 def test_tests_are_folded(site):
@@ -289,19 +289,21 @@ def formulas_of(path):
 
 
 def test_source_at_its_line(site):
-    lines = (ROOT / "deepdemix/data.py").read_text(encoding="utf-8").splitlines()
-    for name, words in {"toy_song": "def toy_song(", "Store.open": "def open(cls: Store", "Store": "class Store"}.items():
-        address = site.at_line("https://host/o/r/blob/main/deepdemix/data.py#LNone", name)
-        assert address.startswith("https://host/o/r/blob/main/deepdemix/data.py#L") and lines[int(address.rsplit("#L")[1]) - 1].startswith(words)
-    assert site.at_line("https://host/o/r/blob/main/deepdemix/data.py#LNone", "gone") == "https://host/o/r/blob/main/deepdemix/data.py"
+    lines = (ROOT / "deepdemix/foundations/store.py").read_text(encoding="utf-8").splitlines()
+    for name, words in {"cache_folder": "def cache_folder(", "Store.open": "def open(cls: Store", "Store": "class Store"}.items():
+        address = site.at_line("https://host/o/r/blob/main/deepdemix/foundations/store.py#LNone", name)
+        assert address.startswith("https://host/o/r/blob/main/deepdemix/foundations/store.py#L") and lines[int(address.rsplit("#L")[1]) - 1].startswith(words)
+    assert site.at_line("https://host/o/r/blob/main/deepdemix/foundations/store.py#LNone", "gone") == "https://host/o/r/blob/main/deepdemix/foundations/store.py"
 
 
 @pytest.mark.slow
 def test_quickstart_commands(tmp_path, monkeypatch):
     "Every command of the quickstart, on a toy song and six songs with stems; the browser of the desk stays closed."
-    from deepdemix.audio import SOURCES, read, write
+    from deepdemix.audio import SOURCES
+    from deepdemix.foundations.codecs import read
+    from deepdemix.foundations.encoding import write
     from deepdemix.cli import main
-    from deepdemix.data import toy_song
+    from deepdemix.foundations.toy_band import toy_song
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
     served = []

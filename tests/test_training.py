@@ -9,9 +9,25 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from deepdemix import training as T
-from deepdemix.audio import SOURCES, STFT, UserError
-from deepdemix.training import (Interrupted, Recipe, SeparationTask, fit, load_encoder, load_network, lr_factor, read_metrics, read_record, read_state,
-                                read_weights, recipe_for, register_network, save_network, write_state, write_weights)
+from deepdemix.foundations import memory, precision
+from deepdemix.foundations.memory import _glibc, _resident, keep_memory
+from deepdemix.foundations.optimisation import build_optimizer
+from deepdemix.foundations.profiles import PROFILES
+from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.runs import file_digest, recipe_from
+from deepdemix.tasks import build_task
+from deepdemix.audio import SOURCES, STFT
+from deepdemix.foundations.files import UserError
+from deepdemix.training import Interrupted, fit
+from deepdemix.foundations.recipe import Recipe, read_record
+from deepdemix.tasks import SeparationTask
+from deepdemix.foundations.runs import load_encoder, load_network, save_network
+from deepdemix.foundations.optimisation import lr_factor
+from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.state import read_state, write_state
+from deepdemix.foundations.weights import read_weights, write_weights
+from deepdemix.foundations.profiles import recipe_for
+from deepdemix.foundations.registry import register_network
 
 
 @register_network("tiny_dropout")
@@ -109,19 +125,19 @@ def test_the_processors_clock_stands_still_while_it_sleeps(tmp_path, clock):
     worked, seconds = time.process_time() - worked, 3600 * read_record(tmp_path/"run")["hours"]
     assert seconds > 2 if clock == "wall" else seconds < worked + 0.05
 
-@pytest.mark.skipif(not T._glibc(), reason="memory is kept with glibc alone")
+@pytest.mark.skipif(not _glibc(), reason="memory is kept with glibc alone")
 def test_every_batch_tidies_the_memory(tmp_path, monkeypatch):
     tidied = []
-    monkeypatch.setattr(T, "_tidier", lambda libc: lambda: tidied.append(libc))
+    monkeypatch.setattr(memory, "_tidier", lambda libc: lambda: tidied.append(libc))
     fit(recipe(**WHOLE), STORE, tmp_path/"run", progress=False)
     assert len(tidied) == 18
 
-@pytest.mark.skipif(not T._glibc(), reason="memory is kept with glibc alone")
+@pytest.mark.skipif(not _glibc(), reason="memory is kept with glibc alone")
 def test_memory_is_kept_in_a_run_and_given_back_at_its_end():
-    with T.keep_memory():
+    with keep_memory():
         del [torch.ones(2**24) for _ in range(12)][:]
-        kept = T._resident()
-    assert kept - T._resident() > 2**29
+        kept = _resident()
+    assert kept - _resident() > 2**29
 
 def test_killed_and_resumed_is_the_same(tmp_path, whole):
     "SIGKILL in the fifth step of nine; the state was saved after each of the four before."
@@ -200,7 +216,7 @@ def test_frozen_encoder_stays_and_thaws(tmp_path):
         after[str(freeze)] = read_state(tmp_path/str(freeze)/"resume.safetensors")["network"]["encoder.0.weight"]
     assert torch.equal(after["True"], before) and torch.equal(after["2"], before)
     assert not torch.equal(after["1"], before) and not torch.equal(after["False"], before)
-    assert read_record(tmp_path/"True")["data"]["encoder"] == T.file_digest(tmp_path/"first"/"model.safetensors")
+    assert read_record(tmp_path/"True")["data"]["encoder"] == file_digest(tmp_path/"first"/"model.safetensors")
 
 def test_a_run_goes_on_with_the_encoder_that_it_began_with(tmp_path):
     for k in range(2): fit(recipe(epochs=1, seed=k), STORE, tmp_path/str(k), progress=False)
@@ -210,33 +226,33 @@ def test_a_run_goes_on_with_the_encoder_that_it_began_with(tmp_path):
     with pytest.raises(UserError, match="without an encoder"): fit(recipe(epochs=2, encoder=str(tmp_path/"1")), STORE, tmp_path/"0", resume=True, progress=False)
     (tmp_path/"0").rename(tmp_path/"moved")
     fit(recipe(epochs=2, encoder=str(tmp_path/"moved")), STORE, tmp_path/"run", resume=True, progress=False)
-    assert read_record(tmp_path/"run")["data"]["encoder"] == T.file_digest(tmp_path/"moved"/"model.safetensors")
+    assert read_record(tmp_path/"run")["data"]["encoder"] == file_digest(tmp_path/"moved"/"model.safetensors")
 
 def test_a_network_is_trained_further(tmp_path):
     "With a step size of next to nothing it stays what it was; what comes from the run and what begins anew."
     first = fit(recipe(epochs=2, freeze_encoder=1), STORE, tmp_path/"first", progress=False)
-    further = T.recipe_from(first, epochs=1, lr=1e-12, seed=3, ema=0.9)
+    further = recipe_from(first, epochs=1, lr=1e-12, seed=3, ema=0.9)
     assert (further.network, further.mixer, further.freeze_encoder) == ("tiny_dropout", PLAIN, False)
     second = fit(further, STORE, tmp_path/"second", progress=False)
     before, after = read_weights(first/"model.safetensors"), read_weights(second/"model.safetensors")
     for k in ("encoder.0.weight", "norm.weight", "decoder.bias"): assert torch.allclose(before[k], after[k], atol=1e-8), k
     record = read_record(second)
-    assert (record["step"], record["data"]["start"]) == (6, T.file_digest(first/"model.safetensors"))
-    assert not torch.equal(read_weights(fit(T.recipe_from(second, lr=0.01), STORE, tmp_path/"third", progress=False)/"model.safetensors")["decoder.bias"], after["decoder.bias"])
+    assert (record["step"], record["data"]["start"]) == (6, file_digest(first/"model.safetensors"))
+    assert not torch.equal(read_weights(fit(recipe_from(second, lr=0.01), STORE, tmp_path/"third", progress=False)/"model.safetensors")["decoder.bias"], after["decoder.bias"])
 
 def test_a_run_goes_on_with_the_start_that_it_began_with(tmp_path):
     a, b = (fit(recipe(epochs=1, seed=k), STORE, tmp_path/str(k), progress=False) for k in range(2))
-    run = fit(T.recipe_from(a), STORE, tmp_path/"run", progress=False)
-    with pytest.raises(UserError, match="with another start"): fit(T.recipe_from(b, epochs=2, seed=0), STORE, run, resume=True, progress=False)
+    run = fit(recipe_from(a), STORE, tmp_path/"run", progress=False)
+    with pytest.raises(UserError, match="with another start"): fit(recipe_from(b, epochs=2, seed=0), STORE, run, resume=True, progress=False)
     with pytest.raises(UserError, match="without a start"): fit(recipe(epochs=2, start=str(b)), STORE, a, resume=True, progress=False)
-    fit(T.recipe_from(a, epochs=2), STORE, run, resume=True, progress=False)
-    whole = fit(T.recipe_from(a, epochs=2), STORE, tmp_path/"whole", progress=False)
+    fit(recipe_from(a, epochs=2), STORE, run, resume=True, progress=False)
+    whole = fit(recipe_from(a, epochs=2), STORE, tmp_path/"whole", progress=False)
     for k, v in read_state(whole/"resume.safetensors")["network"].items(): assert torch.equal(v, read_state(run/"resume.safetensors")["network"][k]), k
 
 def test_what_a_network_can_not_start_from(tmp_path):
     first = fit(recipe(epochs=1), STORE, tmp_path/"first", progress=False)
-    with pytest.raises(UserError, match="does not fit the network"): fit(T.recipe_from(first, network_args=dict(hidden=5)), STORE, tmp_path/"run", progress=False)
-    with pytest.raises(UserError, match="exclude each other"): T.recipe_from(first, encoder=str(first))
+    with pytest.raises(UserError, match="does not fit the network"): fit(recipe_from(first, network_args=dict(hidden=5)), STORE, tmp_path/"run", progress=False)
+    with pytest.raises(UserError, match="exclude each other"): recipe_from(first, encoder=str(first))
     with pytest.raises(UserError, match="default has sample_rate 44100, the network to be trained 8000"): fit(recipe(start="default"), STORE, tmp_path/"run", progress=False)
     with pytest.raises(UserError, match="the encoder of .*weights/default does not fit"): fit(recipe(encoder="default"), STORE, tmp_path/"run", progress=False)
     with pytest.raises(UserError, match="nowhere"): fit(recipe(start="nowhere"), STORE, tmp_path/"run", progress=False)
@@ -290,7 +306,7 @@ def test_the_last_weights_can_be_loaded_too(tmp_path):
 
 def test_encoder_learns_at_its_own_rate():
     task = SimpleNamespace(network=Tiny(), heads=None)
-    groups = T.build_optimizer(task, recipe(encoder_lr_scale=0.1)).param_groups
+    groups = build_optimizer(task, recipe(encoder_lr_scale=0.1)).param_groups
     assert [round(g["lr"], 6) for g in groups] == [0.01, 0.001]
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in task.network.parameters())
 
@@ -381,7 +397,11 @@ def test_lower_precision_trains(tmp_path):
 AVX2_ONLY = """
 import sys, torch
 from deepdemix.data import prepare_toy
-from deepdemix.training import build_network, fit, known_networks, load_network, read_record, recipe_for
+from deepdemix.foundations.registry import build_network, known_networks
+from deepdemix.training import fit
+from deepdemix.foundations.runs import load_network
+from deepdemix.foundations.recipe import read_record
+from deepdemix.foundations.profiles import recipe_for
 torch.set_num_threads(1)
 home = sys.argv[1]
 store = prepare_toy(8, home + "/toy", duration=1., valid=0.25, test=0.25, progress=False)
@@ -414,7 +434,7 @@ def slow_or_missing(monkeypatch, seconds):
         if precision == "32": return 1.
         if seconds is None: raise RuntimeError("no such primitive")
         return seconds
-    monkeypatch.setattr(T, "pass_seconds", passed)
+    monkeypatch.setattr(precision, "pass_seconds", passed)
 
 @pytest.mark.parametrize("seconds,used,line", [(None, "32", "can't train with precision=bf16-mixed"), (3.5, "32", "takes 3.5 times as long as single"), (0.9, "bf16-mixed", ""), (1.1, "bf16-mixed", "")])
 def test_a_precision_that_is_missing_or_no_gain_becomes_single_precision(tmp_path, monkeypatch, capsys, seconds, used, line):
@@ -544,13 +564,13 @@ def test_learning_rates_stay_between_nothing_and_lr(schedule, epochs, share):
     r = Recipe(lr_schedule=schedule, epochs=epochs, examples_per_epoch=64)
     assert 0 <= lr_factor(r, int(share * r.steps), [1.0] * int(share * epochs)) <= 1
 
-@pytest.mark.parametrize("profile", list(T.PROFILES))
+@pytest.mark.parametrize("profile", list(PROFILES))
 @pytest.mark.parametrize("name", ["baseline", "ddm", "ddm_skip", "recurrent", "pretraining"])
 def test_every_model_has_a_recipe_in_every_profile_that_builds(profile, name):
     if profile in ("author", "paper") and name in ("ddm", "ddm_skip", "pretraining"): pytest.skip("the paper's sizes: their own rooms build them")
     r = recipe_for(name, profile, seed=3)
     assert (r.seed, r.batch_size <= 16, Recipe.from_dict(r.to_dict())) == (3, True, r)
-    T.build_network(r.network, **r.network_args)
+    build_network(r.network, **r.network_args)
 
 @pytest.mark.musdb
 def test_the_baseline_learns_and_resumes_on_real_songs(tmp_path, musdb_path):
@@ -599,8 +619,8 @@ def test_every_figure_of_separation_can_be_monitored(tmp_path, fields):
     r = recipe(epochs=1, **fields)
     run = fit(r, STORE, tmp_path/"run", progress=False)
     figures = set(read_metrics(run).columns) - {"epoch", "step", "examples", "lr", "seconds"}
-    assert figures == set(T.build_task(r, STORE).figures)
-    for name in figures: T.check_monitor(T.build_task(r, STORE), name)
+    assert figures == set(build_task(r, STORE).figures)
+    for name in figures: T.check_monitor(build_task(r, STORE), name)
 
 def test_a_task_that_validates_in_its_own_way_may_monitor_anything(tmp_path):
     class Own(SeparationTask):

@@ -17,10 +17,13 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from ..audio import STFT, UserError
+from ..audio import STFT
+from ..foundations.files import UserError
 from ..augmentation import Mixer
-from ..pretraining import Contrast, cloud, neighbour_accuracy
-from ..training import VALID_SEED, Task, build_task, register_task, register_term, seeded
+from .losses import Contrast
+from .probing import cloud, neighbour_accuracy
+from ..tasks import VALID_SEED, Task, build_task, register_task, register_term
+from ..foundations.randomness import seeded
 
 # %% ../../nbs/contrast/dense.ipynb #f2685163
 class Grid(nn.Module):

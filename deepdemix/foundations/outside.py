@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ..audio import UserError
+from .files import UserError
 
 # %% ../../nbs/foundations/outside.ipynb #8c7e8c1f
 IMPORTED = {}

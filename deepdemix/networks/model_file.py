@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..audio import UserError
+from ..foundations.files import UserError
 from .onnx_file import open_session
 
 # %% ../../nbs/networks/model_file.ipynb #dc31ffb7

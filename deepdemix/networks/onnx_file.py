@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..audio import UserError
+from ..foundations.files import UserError
 
 # %% ../../nbs/networks/onnx_file.ipynb #7c3e1006
 ABOUT = ("sources", "sample_rate", "channels", "hop")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..audio import UserError
+from ..foundations.files import UserError
 
 # %% ../../nbs/networks/peers.ipynb #58f7d1f4
 SIX = ("drums", "bass", "other", "vocals", "guitar", "piano")

@@ -16,8 +16,11 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch.nn import functional as F
 
-from ..audio import SAMPLE_RATE, SOURCES, UserError, read, to_channels
-from ..separation import AUDIO
+from ..foundations.waveforms import SAMPLE_RATE, to_channels
+from ..audio import SOURCES
+from ..foundations.files import UserError
+from ..foundations.codecs import read
+from ..foundations.song_files import AUDIO
 
 # %% ../../nbs/scoring/estimates.ipynb #337e8f00
 ENDINGS = re.compile(r"(\.stem)?\.(wav|flac|mp3|m4a|mp4|ogg|opus|aiff?)$|\.stem$", re.IGNORECASE)

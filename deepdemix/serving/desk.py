@@ -16,7 +16,9 @@ from base64 import b64encode
 from collections.abc import Mapping
 from importlib.resources import files
 
-from ..audio import SOURCE_COLORS, SOURCES, UserError, as_waveform, check_finite, check_rate, resample
+from ..audio import SOURCE_COLORS, SOURCES
+from ..foundations.files import UserError, check_finite
+from ..foundations.waveforms import as_waveform, check_rate, resample
 
 # %% ../../nbs/serving/desk.ipynb #def071a5
 def as_sets(

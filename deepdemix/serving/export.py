@@ -18,10 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..audio import UserError, atomic_path
+from ..foundations.files import UserError, atomic_path
 from ..networks.onnx_file import OnnxNetwork, open_session
-from ..separation import Separator, find_model, plan_chunks, segment_of
-from .graphs import centred, real_graph
+from ..separation import Separator
+from ..foundations.model_names import find_model
+from ..foundations.inference import plan_chunks, segment_of
+from .graph_layers import centred
+from .graphs import real_graph
 
 # %% ../../nbs/serving/export.ipynb #96a20c81
 class WithoutSTFT(nn.Module):

@@ -18,9 +18,14 @@ from pathlib import Path
 
 import torch
 
-from ..audio import SOURCES, UserError, check_rate, read, read_streams
+from ..audio import SOURCES
+from ..foundations.files import UserError
+from ..foundations.waveforms import check_rate
+from ..foundations.codecs import read, read_streams
 from ..metrics import sdr
-from ..separation import AUDIO, Separator, describe_pretrained, find_model, pretrained_names, stream_of
+from ..foundations.song_files import AUDIO
+from ..separation import Separator, stream_of
+from ..foundations.model_names import describe_pretrained, find_model, pretrained_names
 from .desk import as_sets, desk_html
 
 # %% ../../nbs/serving/songs.ipynb #4995d893

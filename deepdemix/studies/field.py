@@ -10,9 +10,11 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from ..audio import UserError
-from ..evaluation import Scores, compare, evaluate, reference_rows
-from ..experiment import score_model
+from ..foundations.files import UserError
+from ..scoring.scores import Scores
+from ..scoring.verdicts import compare
+from ..evaluation import evaluate, reference_rows
+from .score_model import score_model
 from ..scoring.estimates import Estimates, plain_title
 from ..separation import Separator
 

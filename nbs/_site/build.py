@@ -24,7 +24,7 @@ from deepdemix.pages import fill_cell, page_addresses
 site = root / "nbs/_site"
 source = site / "build/source"
 FRESH = ("pretraining_helps", "comparison")
-TIED = ("09_experiment", "06f_hybrid_demucs", "08a_catalogue", "cost", "writing_pages") # to results/, to the packages demucs and ray, to bench/, to settings.ini
+TIED = ("09_experiment", "hybrid_demucs", "catalogue", "cost", "writing_pages") # to results/, to the packages demucs and ray, to bench/, to settings.ini
 
 
 def quarto() -> dict:

@@ -55,8 +55,8 @@ def model(out: Path) -> dict:
 
 def excerpt(out: Path) -> None:
     "The toy band."
-    from deepdemix.audio import write
-    from deepdemix.data import toy_song
+    from deepdemix.foundations.encoding import write
+    from deepdemix.foundations.toy_band import toy_song
     song = toy_song(SEED, duration=SECONDS).sum(0)
     write(out / "toy.flac", song * min(1.0, 0.99 / float(song.abs().max())), 44100)
 
