@@ -15,7 +15,7 @@ minor = lambda version: int(version.split(".")[1])
 pythons = [f"Programming Language :: Python :: 3.{n}" for n in range(minor(cfg["min_python"]), minor(cfg["max_python"]) + 1)]
 
 words = lambda key: cfg.get(key, "").split()
-extras = {name: words(f"{name}_requirements") for name in ("dev", "nussl", "bench", "docs", "browser", "onnx", "export", "hub", "ray")}
+extras = {key.removesuffix("_requirements"): words(key) for key in cfg if key.endswith("_requirements")}
 extras["dev-core"] = extras["dev"]
 extras["dev"] = extras["dev-core"] + extras["ray"] + extras["nussl"]
 
@@ -39,7 +39,7 @@ setup(
         *pythons,
     ],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_name"]: ["weights/*/*", "serving/desk_files/*"]},
+    package_data={cfg["lib_name"]: ["py.typed", "weights/*/*", "serving/desk_files/*"]},
     include_package_data=False,
     install_requires=words("requirements"),
     extras_require=extras,

@@ -1,0 +1,51 @@
+"What `import deepdemix` offers, and what it leaves unread until it is asked for."
+import re
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+
+import deepdemix
+
+PACKAGE = Path(deepdemix.__file__).parent
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+
+
+def test_the_import_reads_no_heavy_package():
+    code = "import sys, deepdemix; print([m for m in ('torch', 'numpy', 'lightning', 'av') if m in sys.modules], deepdemix.__version__)"
+    assert run("-c", code).stdout == f"[] {deepdemix.__version__}\n"
+
+
+@pytest.mark.parametrize("name", deepdemix.__all__)
+def test_a_name_is_that_of_its_room(name):
+    assert name in dir(deepdemix) and callable(getattr(deepdemix, name))
+    if name in deepdemix._ROOMS:
+        assert getattr(deepdemix, name) is getattr(import_module(f"deepdemix.{deepdemix._ROOMS[name]}"), name)
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="has no attribute 'Seperator'"): deepdemix.Seperator
+
+
+def test_a_song_is_separated_in_one_line(tmp_path):
+    from deepdemix.audio import write
+    from deepdemix.foundations.toy_band import toy_song
+    write(tmp_path / "song.wav", toy_song(1, duration=1.).sum(0), 44100)
+    made = deepdemix.separate(tmp_path / "song.wav", tmp_path / "stems", stems=["vocals"])
+    assert [Path(x).name for x in made["outputs"].values()] == ["vocals.wav"] and Path(made["outputs"]["vocals"]).is_file()
+
+
+def test_the_module_is_the_command():
+    done = run("-m", "deepdemix", "--version")
+    assert done.returncode == 0 and deepdemix.__version__ in done.stdout
+
+
+def test_every_extra_that_a_message_names_is_declared():
+    named = {x for p in PACKAGE.rglob("*.py") for x in re.findall(r"deepdemix\[(\w+)\]", p.read_text(encoding="utf-8"))}
+    assert "peers" in named and named <= set(metadata("deepdemix").get_all("Provides-Extra"))
