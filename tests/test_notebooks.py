@@ -158,6 +158,18 @@ def test_figures_can_be_read_on_a_phone(path):
     for picture in pictures(read(path)): check_picture(*picture)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_figure_was_saved(path):
+    "A cell that describes its figure, or ends in drawing one, has it: a kernel whose plots go elsewhere saves none, and nobody notices."
+    for cell in read(path)["cells"]:
+        source = "".join(cell["source"])
+        draws = source.rstrip().endswith(";") and re.search(r"\b(plt|ax|axes|fig|show_\w+|plot_\w+)\b", source)
+        skipped = re.search(r"^#\|\s*(export|slow|cuda|notest|hide|eval: false)", source, re.M)
+        if cell["cell_type"] != "code" or skipped or not (draws or re.search(r"^#\|\s*fig-alt:", source, re.M)): continue
+        kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
+        assert any(k.startswith("image/") for k in kinds) or "text/html" in kinds, source[:200]
+
+
 def test_small_letters_are_found():
     "As the running kernel notes them, of what is drawn and nothing else."
     import matplotlib

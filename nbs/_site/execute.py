@@ -2,7 +2,7 @@
 
 Cells that carry one of the flags in `tst_flags` of settings.ini, or `eval: false`, are left as they are, just as `nbdev_test` leaves them.
 """
-import base64, io, re, sys
+import base64, io, os, re, sys
 from configparser import ConfigParser
 from itertools import product
 from pathlib import Path
@@ -71,5 +71,6 @@ def execute(path: Path, timeout: int = 600) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.pop("MPLBACKEND", None) # another back end than the notebook's would save no figures
     for path in (Path(name).resolve() for name in sys.argv[1:]):
         for notebook in below(path, ".ipynb") if path.is_dir() else [path]: execute(notebook)
