@@ -49,3 +49,26 @@ def test_the_module_is_the_command():
 def test_every_extra_that_a_message_names_is_declared():
     named = {x for p in PACKAGE.rglob("*.py") for x in re.findall(r"deepdemix\[(\w+)\]", p.read_text(encoding="utf-8"))}
     assert "peers" in named and named <= set(metadata("deepdemix").get_all("Provides-Extra"))
+
+
+CONTRACT = {
+    "audio": "read write resample probe to_mono STFT",
+    "data": "Store prepare prepare_musdb prepare_stems prepare_toy toy_song",
+    "augmentation": "Mixer",
+    "metrics": "framewise_sdr si_sdr",
+    "training": "fit",
+    "baseline": "Baseline",
+    "pretraining": "DeepDeMixEncoder",
+    "deepdemix": "DeepDeMix",
+    "evaluation": "evaluate",
+    "separation": "Separator",
+    "experiment": "run_experiment",
+    "listening": "listen",
+    "cli": "main",
+}
+
+
+@pytest.mark.parametrize("room", CONTRACT)
+def test_the_story_offers_what_scripts_import(room):
+    "Names that moved to a foundation can still be imported from the room that tells of them."
+    for name in CONTRACT[room].split(): assert callable(getattr(import_module(f"deepdemix.{room}"), name))
