@@ -43,7 +43,7 @@ demo: $(VENV)/.package ## the first run: train, print Table 1, separate two song
 check: $(VENV)/.nussl ## the notebooks are clean, and package and README follow from them
 	@$(BIN)/python nbs/_site/check.py
 
-test: export OMP_NUM_THREADS := 1
+test test-all: export OMP_NUM_THREADS := 1
 test: check ## what CI runs: notebooks, then tests
 	@$(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/python -m pytest tests -q -n 2 --dist worksteal -m "not browser" -p no:cacheprovider
