@@ -19,7 +19,7 @@ def train(model, processes, threads, store, out):
             marks.append((time.monotonic(), time.process_time()))
             return super().training_loss(batch)
     recipe = recipe_for(model, "laptop", device="cpu", precision="32", epochs=1, batch_size=4, examples_per_epoch=4 * (STEPS + 1), valid_examples=1)
-    fit(recipe.override(["mixer.pitch=null", "mixer.stretch=null"]), store, out, devices=processes, progress=False, task=Timed)
+    fit(recipe.override({"mixer.pitch": None, "mixer.stretch": None}), store, out, devices=processes, progress=False, task=Timed)
     Path(f"{out}-{os.environ.get('LOCAL_RANK', 0)}.json").write_text(json.dumps([[b - a for a, b in zip(x, y)] for x, y in zip(marks, marks[1:])]))
 
 

@@ -38,6 +38,7 @@ def _port(text):
     raise argparse.ArgumentTypeError(f"{text} is no port: 1 to 65535, or 0 for any that is free")
 
 
+
 # %% ../nbs/11_cli.ipynb #51958a00
 def _import_option(
     parser:argparse.ArgumentParser, # the command's parser
@@ -116,7 +117,7 @@ def _recipe(
     **fields, # fields that the command itself sets
 ):
     "The recipe that the options ask for."
-    from deepdemix.foundations.recipe import Recipe
+    from deepdemix.foundations.recipe import Recipe, parse_settings
     from deepdemix.foundations.profiles import recipe_for
     from deepdemix.foundations.runs import recipe_from
     if network and args.recipe: fields["network"] = network
@@ -124,7 +125,7 @@ def _recipe(
     elif fields.get("start") and not name: recipe = recipe_from(fields["start"])
     else: recipe = recipe_for(name, args.profile, **({"network": network} if network else {}))
     fields |= {"seed": args.seed, "device": args.device}
-    return recipe.override([*(f"{k}={v}" for k, v in fields.items() if v is not None), *args.set])
+    return recipe.override({k: v for k, v in fields.items() if v is not None} | parse_settings(args.set))
 
 # %% ../nbs/11_cli.ipynb #2365755a
 def _start(
@@ -211,10 +212,10 @@ def _check_two(
 # %% ../nbs/11_cli.ipynb #85e66100
 def _fields(
     args:argparse.Namespace, # recipe, set
-) -> list: # such as ["lr=0.01"]
+) -> dict: # for `Recipe.override`
     "Recipe fields for all models: those of `--recipe`, then those of `--set`."
-    from deepdemix.foundations.recipe import read_settings
-    return [*(read_settings(args.recipe) if args.recipe else ()), *args.set]
+    from deepdemix.foundations.recipe import parse_settings, read_settings
+    return (read_settings(args.recipe) if args.recipe else {}) | parse_settings(args.set)
 
 # %% ../nbs/11_cli.ipynb #dc8de5c2
 def experiment(

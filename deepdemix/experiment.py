@@ -8,7 +8,7 @@ __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'HANDOVER', 'SPLITS', 'PAIRS', 'Step'
 
 # %% ../nbs/09_experiment.ipynb #ec5339a2
 import json, math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from .evaluation import evaluate, reference_rows, windowed
 from .foundations.console import say
 from .foundations.files import UserError, atomic_path
 from .foundations.profiles import recipe_for
-from .foundations.recipe import read_record
+from .foundations.recipe import kept_settings, read_record
 from .foundations.run_metrics import show_metrics
 from .foundations.runs import load_network
 from .foundations.statistics import average_songs
@@ -42,7 +42,7 @@ class Step:
     network:str # a network's name, or "pretraining"
     label:str = "" # how the table calls it
     encoder:str|None = None # the step whose encoder it starts from
-    settings:tuple = () # recipe fields, as `field=value`
+    settings:dict = field(default_factory=dict) # recipe fields of its own
     longer:tuple = () # steps whose epochs it is trained for on top of its own
 
 PAPER_STEPS = (
@@ -53,7 +53,7 @@ PAPER_STEPS = (
 
 CONTROL_STEPS = (
     Step("ddm_long", "ddm", "DDM, as long as both", longer=("encoder",)),
-    Step("encoder_shuffled", "pretraining", settings=("task_args.shuffle_labels=true",)),
+    Step("encoder_shuffled", "pretraining", settings={"task_args.shuffle_labels": True}),
     Step("ddm_shuffled", "ddm", "DDM (pt, shuffled labels)", encoder="encoder_shuffled"),
     Step("ddm_skip", "ddm_skip", "DDM skip"),
     Step("ddm_skip_pt", "ddm_skip", "DDM skip (pt)", encoder="encoder"))
@@ -66,14 +66,15 @@ def step_recipe(
     profile:str, # "demo", "laptop", "author" or "paper"
     seed:int, # the run's seed
     root:Path, # folder of this seed's runs
-    settings=(), # further recipe fields, as `field=value`
+    settings:dict|None=None, # further recipe fields
 ): # a Recipe
     "The recipe of one step. Fields that say how an encoder is handed over reach the steps that start from one, and no others."
     recipe = recipe_for(step.network, profile, seed=seed)
-    if not (step.encoder or any(s.startswith("encoder=") for s in settings)): settings = [s for s in settings if s.split("=")[0] not in HANDOVER]
+    settings = settings or {}
+    if not (step.encoder or "encoder" in settings): settings = {k: v for k, v in settings.items() if k not in HANDOVER}
     epochs = recipe.epochs + sum(recipe_for(find_step(name).network, profile).epochs for name in step.longer)
-    encoder = [f"encoder={root / step.encoder}"] if step.encoder else []
-    return recipe.override([f"epochs={epochs}", *encoder, *step.settings, *settings])
+    encoder = {"encoder": str(root / step.encoder)} if step.encoder else {}
+    return recipe.override({"epochs": epochs, **encoder, **step.settings, **settings})
 
 def find_step(
     name:str, # a step's name
@@ -94,7 +95,7 @@ def train_steps(
     steps:tuple, # what to train, in order
     profile:str, # sizes and counts
     seed:int, # of every run
-    settings=(), # further recipe fields, as `field=value`
+    settings:dict|None=None, # further recipe fields
     progress:bool=True, # show progress
     logger:str="csv", # "tensorboard" writes event files besides
 ):
@@ -357,7 +358,7 @@ def run_experiment(
     profile:str="laptop", # "demo", "laptop", "author" or "paper"
     seeds:int=1, # how many runs of everything
     controls:bool=False, # train the control rows too
-    settings=(), # further recipe fields, as `field=value`
+    settings:dict|None=None, # further recipe fields
     splits:tuple=SPLITS, # which songs to score
     progress:bool=True, # show progress
     logger:str="csv", # "tensorboard" writes event files besides
@@ -368,7 +369,7 @@ def run_experiment(
     for split in SPLITS: store.split(split)
     for split in SPLITS[:2]: Triplets(store.split(split))
     out.mkdir(parents=True, exist_ok=True)
-    about = dict(profile=profile, steps=[s.name for s in steps], seeds=list(range(seeds)), settings=list(settings), data=store.digest,
+    about = dict(profile=profile, steps=[s.name for s in steps], seeds=list(range(seeds)), settings=settings or {}, data=store.digest,
                  real=all(s.mixture == "stream" for s in store.songs))
     _same_experiment(out, about)
     for seed in range(seeds):
@@ -383,7 +384,9 @@ def _same_experiment(
 ):
     "Write down what the experiment is; refuse to mix two in one folder."
     path = out / "experiment.json"
+    about = json.loads(json.dumps(about))
     old = json.loads(path.read_text()) if path.exists() else about
+    old["settings"] = kept_settings(old["settings"])
     for key in ("profile", "settings", "data"):
         if old[key] != about[key]: raise UserError(f"{out} holds an experiment with another {key} ({old[key]}): choose another folder")
     with atomic_path(path) as part: Path(part).write_text(json.dumps(about, indent=1))

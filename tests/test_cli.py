@@ -1,6 +1,7 @@
 "The command, run as a user runs it: every step from a toy store to a verdict."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,19 @@ def test_a_model_is_trained_further(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(words("nobody", "none")) == 2
     assert "default" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["2024", "null", "1e5"])
+def test_a_run_may_be_called_anything(folder, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "encoder", name)
+    common = ["--data", str(folder / "toy"), "--profile", "demo", "--device", "cpu", *TINY]
+    assert main(["train", "--model", "ddm", "--encoder", name, "--out", "ddm", *common]) == 0
+    shutil.copytree("ddm", f"whole/{name}")
+    monkeypatch.chdir("whole")
+    assert main(["train", "--start", name, "--out", "further", *common]) == 0
+    kept = [json.loads(Path(run, "recipe.json").read_text())["recipe"] for run in ("../ddm", "further")]
+    assert (kept[0]["encoder"], kept[1]["start"]) == (name, name)
 
 
 def test_pretraining_takes_several_stores(folder, tmp_path, capsys):

@@ -16,7 +16,7 @@ from deepdemix.pretraining import PretrainingTask
 from deepdemix.foundations.registry import build_network
 from deepdemix.foundations.profiles import recipe_for
 
-TINY = ["epochs=1", "examples_per_epoch=4", "batch_size=2", "valid_examples=2", "device=cpu"]
+TINY = dict(epochs=1, examples_per_epoch=4, batch_size=2, valid_examples=2, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,19 @@ def seconds(sound):
     return soundfile.info(io.BytesIO(sound)).duration
 
 
+def missing_files(cells, folder):
+    "Files and folders of the project that a cell names and that are not there, seen from the notebook's folder."
+    names = [name for source in cells for name in re.findall(r"""["']((?:\.\./)+(?:results|bench|tests)/[^"'{}]+)["']""", source)]
+    return [name for name in names if not (folder / name).exists()]
+
+
+def test_files_of_the_project_are_where_notebooks_look_for_them():
+    assert missing_files(['Path("../results/none.json")', "f'../tests/conftest.py'"], ROOT / "nbs") == ["../results/none.json"]
+    for path in NOTEBOOKS:
+        cells = ["".join(c["source"]) for c in read(path)["cells"] if c["cell_type"] == "code"]
+        assert not missing_files(cells, path.parent), path.stem
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_no_sound_of_real_songs(path): check_audio(read(path))
 

@@ -405,12 +405,12 @@ from deepdemix.foundations.profiles import recipe_for
 torch.set_num_threads(1)
 home = sys.argv[1]
 store = prepare_toy(8, home + "/toy", duration=1., valid=0.25, test=0.25, progress=False)
-short = ["precision=bf16-mixed", "epochs=1", "examples_per_epoch=2", "batch_size=2", "valid_examples=1", "validation=mixes", "device=cpu", "mixer.pitch=null", "mixer.stretch=null"]
+short = {"precision": "bf16-mixed", "epochs": 1, "examples_per_epoch": 2, "batch_size": 2, "valid_examples": 1, "validation": "mixes", "device": "cpu", "mixer.pitch": None, "mixer.stretch": None}
 for name in known_networks():
     if name == "ensemble": continue # it has the networks of others
     r = recipe_for("pretraining" if name == "encoder" else name, "demo", network=name).override(short)
     whole = hasattr(build_network(name, **r.network_args), "duration") # of excerpts of one length only
-    if not whole: r = r.override(["mixer.duration=0.2"])
+    if not whole: r = r.override({"mixer.duration": 0.2})
     network = load_network(fit(r, store, f"{home}/{name}"))
     x = torch.randn(1, network.channels, 44100 if whole else 8820, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -554,7 +554,7 @@ NAMES = st.sampled_from(["lr", "betas", "mixer.pitch", "network", "freeze_encode
 @settings(max_examples=200, deadline=None)
 @given(name=NAMES, value=st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5) | st.lists(st.floats(0, 1), max_size=3))
 def test_override_accepts_or_says_which_field(name, value):
-    try: new = Recipe().override([f"{name}={json.dumps(value)}"])
+    try: new = Recipe().override({name: value})
     except UserError as e: assert name.split(".")[0] in str(e)
     else: assert Recipe.from_dict(json.loads(json.dumps(new.to_dict()))) == new
 

@@ -30,7 +30,7 @@ from ..scoring.scores import Scores, with_interval
 from ..scoring.verdicts import compare
 from ..evaluation import evaluate, reference_rows
 from .records import publish_run
-from ..foundations.recipe import Recipe, read_record
+from ..foundations.recipe import Recipe, kept_settings, read_record
 from ..foundations.registry import build_network
 from ..tasks import build_task
 from ..training import fit
@@ -67,12 +67,12 @@ SHARE = 0.2
 def part_recipes(
     entry:Entry, # the network
     seed:int, # of weights and mixes
-    settings=(), # further recipe fields for all, as `field=value`
+    settings:dict|None=None, # further recipe fields for all
 ) -> dict: # "encoder" and "separator": `Recipe`
     "The two things that can be trained, without a budget."
     shared = dict(SHARED, network_args=entry.args, seed=seed)
     recipes = dict(encoder=Recipe.from_dict({"network": entry.network, **shared, **CONTRAST}), separator=recipe_for(entry.network, "laptop", **{**shared, **COMMON, **entry.settings}))
-    return {part: recipe.override(settings) for part, recipe in recipes.items()}
+    return {part: recipe.override(settings or {}) for part, recipe in recipes.items()}
 
 # %% ../../nbs/studies/contest.ipynb #75f80ba8
 FIRST, STEPS, TURNS = 2, 8, 2
@@ -104,7 +104,7 @@ def paces(
     out:Path, # the contest's folder
     entries:tuple, # who takes part
     cores:int, # that the time is counted on
-    settings=(), # further recipe fields for all
+    settings:dict|None=None, # further recipe fields for all
 ) -> dict: # by name: "encoder" and "separator", the median seconds of a step
     "Measure everybody in turns, once; what paces.json holds is not measured again."
     path = Path(out) / "paces.json"
@@ -125,14 +125,14 @@ def contest_recipes(
     seed:int, # of weights and mixes
     root:Path, # folder of these runs
     pace:dict, # seconds of a step of its "encoder" and its "separator"
-    settings=(), # further recipe fields for all, as `field=value`
+    settings:dict|None=None, # further recipe fields for all
 ) -> dict: # "encoder" (if pretrained) and "separator": `Recipe`
     "One budget, with `SHARE` of it for the encoder where there is one to pretrain. Raises `UserError` for an unknown start."
     if start not in STARTS: raise UserError(f"no start is called '{start}'; known: {', '.join(STARTS)}")
     shares, recipes = {"encoder": SHARE, "separator": 1 - SHARE} if start == "pretrained" else {"separator": 1.}, part_recipes(entry, seed)
     if "encoder" in shares: recipes["separator"] = replace(recipes["separator"], encoder=str(Path(root) / "encoder"))
     steps = {part: max(1, round(60 * minutes * share / pace[part] / recipes[part].epochs)) for part, share in shares.items()}
-    return {part: replace(recipes[part], examples_per_epoch=n * recipes[part].batch_size).override(settings) for part, n in steps.items()}
+    return {part: replace(recipes[part], examples_per_epoch=n * recipes[part].batch_size).override(settings or {}) for part, n in steps.items()}
 
 # %% ../../nbs/studies/contest.ipynb #6de55748
 def _over(run:Path) -> bool:
@@ -147,7 +147,7 @@ def train_entry(
     seed:int, # of the run
     minutes:float, # the budget
     pace:dict, # of its steps
-    settings=(), # further recipe fields for all, as `field=value`
+    settings:dict|None=None, # further recipe fields for all
     progress:bool=True, # show the training
     logger:str="csv", # "tensorboard" writes event files besides
 ) -> Path: # the separator's run folder
@@ -190,6 +190,7 @@ def _same_contest(path:Path, about:dict):
     about = json.loads(json.dumps(about))
     if path.exists():
         old = json.loads(path.read_text())
+        old["settings"] = kept_settings(old.get("settings", {}))
         other = [k for k in about if k != "seeds" and old.get(k) != about[k]]
         if other: raise UserError(f"{path.parent} holds another contest (other {', '.join(other)}): choose another folder")
     with atomic_path(path) as part: Path(part).write_text(json.dumps(about, indent=1))
@@ -203,7 +204,7 @@ def run_contest(
     cores:int=2, # that the minutes are counted on, whatever a run has
     seeds:int=2, # runs of each
     starts:tuple=tuple(STARTS), # with and without a pretrained encoder
-    settings=(), # further recipe fields for all, as `field=value`
+    settings:dict|None=None, # further recipe fields for all
     progress:bool=True, # show the training
     logger:str="csv", # "tensorboard" writes event files besides
 ): # a `Contest`
@@ -211,7 +212,7 @@ def run_contest(
     if minutes <= 0 or cores < 1 or seeds < 1: raise UserError(f"minutes={minutes:g}, cores={cores}, seeds={seeds}: a contest needs time, a core and 1 seed or more")
     out, songs = Path(out), store.split("test")
     out.mkdir(parents=True, exist_ok=True)
-    about = dict(minutes=minutes, cores=cores, seeds=seeds, starts=list(starts), data=store.digest, entries=[[e.name, e.network, e.args, e.settings] for e in entries], settings=list(settings))
+    about = dict(minutes=minutes, cores=cores, seeds=seeds, starts=list(starts), data=store.digest, entries=[[e.name, e.network, e.args, e.settings] for e in entries], settings=settings or {})
     with FileLock(out / ".lock"):
         _same_contest(out / "contest.json", about)
         pace = paces(store, out, entries, cores, settings)

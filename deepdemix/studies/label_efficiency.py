@@ -36,7 +36,7 @@ def label_efficiency(
     profile:str="demo", # sizes and counts
     seeds:int=3, # runs of everything
     songs=(4, 8, 20, 40, 80), # sizes of the training set; those beyond the store's are left out
-    settings=(), # further recipe fields, as `field=value`
+    settings:dict|None=None, # further recipe fields
     progress:bool=True, # show progress
     logger:str="csv", # "tensorboard" writes event files besides
 ): # a data frame: songs, start, seed, and test SNR and SDR
@@ -47,7 +47,7 @@ def label_efficiency(
     for seed in range(seeds):
         for count in sorted({min(n, everything) for n in songs}):
             rows += _label_point(store, out, profile, seed, count, settings, progress, logger)
-    _write_about(out, dict(profile=profile, seeds=seeds, songs=sorted(songs), settings=list(settings), data=store.digest))
+    _write_about(out, dict(profile=profile, seeds=seeds, songs=sorted(songs), settings=settings or {}, data=store.digest))
     return _save_curve(rows, out)
 
 # %% ../../nbs/studies/label_efficiency.ipynb #38bef6d4
@@ -59,7 +59,7 @@ def _label_point(
     profile:str, # sizes and counts
     seed:int, # of runs and of the order of songs
     count:int, # training songs
-    settings, # further recipe fields
+    settings:dict|None, # further recipe fields
     progress:bool, # show progress
     logger:str, # where the curves go
 ) -> list: # a row for each start
@@ -73,8 +73,8 @@ def _label_point(
             rows.append({**rows[-1], "start": start})
             continue
         step = Step("ddm_" + start.replace(" ", "_"), "ddm", f"{label}, {start}, {count} songs")
-        encoder = [f"encoder={encoders[which][1] / f'seed{seed}' / 'encoder'}"] if which else []
-        train_steps(few, out / f"songs{count}", (step,), profile, seed, [*settings, *encoder], progress, logger)
+        encoder = {"encoder": str(encoders[which][1] / f"seed{seed}" / "encoder")} if which else {}
+        train_steps(few, out / f"songs{count}", (step,), profile, seed, {**(settings or {}), **encoder}, progress, logger)
         scores = score_steps(few, out / f"songs{count}", (step,), seed, ("test",), progress)
         rows.append(dict(songs=count, start=start, seed=seed, **{m: scores.only(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")}))
     return rows
