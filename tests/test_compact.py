@@ -289,3 +289,27 @@ def test_a_tiny_twin_overfits_one_mix():
         optimizer.zero_grad(); loss.backward(); optimizer.step()
     with torch.no_grad(): gain = si_sdr(song, network.eval()(x[None])[0]) - si_sdr(song, x.expand_as(song))
     assert (gain > 6).all()
+
+
+def test_separation_holds_a_few_frequencies_at_a_time():
+    "The matrices of all bins at once would be the largest thing in memory; no tensor is larger than the stems."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Sizes(TorchDispatchMode):
+        most = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and not found._is_view(): self.most = max(self.most, found.numel() * found.element_size())
+            return found
+    network, x = tiny(refine=.75, window_length=4096, hop_length=1024), noise(1, 2, 10 * 44100)
+    with torch.no_grad():
+        spectrum = network.spectrum(x)
+        with Sizes() as sizes: stems = network.estimate(spectrum)
+    assert stems.numel() * stems.element_size() <= sizes.most < 1.2 * stems.numel() * stems.element_size()
+
+
+def test_both_ways_to_a_stem_agree():
+    "Training takes the matrices of all bins, separation some bins at a time; without the filter both are the same."
+    network, x = tiny(), noise(2, 2, 9000)
+    with torch.no_grad():
+        spectrum = network.spectrum(x)
+        assert torch.allclose((network.matrices(spectrum) * spectrum[:, None, None]).sum(3), network.estimate(spectrum), atol=1e-6)

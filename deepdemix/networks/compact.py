@@ -20,7 +20,7 @@ from ..foundations.separation_losses import register_loss
 from ..foundations.waveforms import SAMPLE_RATE
 from .layers import RecurrentStack
 from .protocol import fold_channels
-from .wiener import wiener_filter
+from .wiener import BLOCK, refine_stems
 
 # %% ../../nbs/networks/compact.ipynb #1da18fae
 class Cells(nn.Module):
@@ -43,6 +43,8 @@ class Cells(nn.Module):
         widths = [w for a, b, w in self.parts for _ in range((b - a) // w)]
         self.n_bands = len(widths) // band
         self.register_buffer("widths", torch.tensor(widths, dtype=torch.float32), persistent=False)
+        cell_of = self.spread(torch.arange(len(widths), dtype=torch.float32)).long()
+        self.register_buffer("cell_of", cell_of, persistent=False)
 
     def forward(self,
         x:torch.Tensor, # (…, n_f)
@@ -96,6 +98,7 @@ def stack_frames(
     return filled.unflatten(1, (-1, stack)).transpose(2, 3).flatten(3)
 
 
+
 # %% ../../nbs/networks/compact.ipynb #be1ecafc
 class BandLinear(nn.Module):
     "A linear layer for each band: `(b, n_t, bands, n_in)` -> `(b, n_t, bands, n_out)`."
@@ -138,6 +141,7 @@ class Attention(nn.Module):
         return x + self.dropout(self.out(found))
 
 
+
 # %% ../../nbs/networks/compact.ipynb #c62c3d6f
 class BandEncoder(nn.Module):
     "Features of bands to vectors of bands: a linear layer for each band, then blocks of a path through time and one through the bands."
@@ -166,6 +170,7 @@ class BandEncoder(nn.Module):
             x = band(x.flatten(0, 1)).unflatten(0, (b, n_t))
             if self.attention: x = self.attention[i](x)
         return x
+
 
 
 # %% ../../nbs/networks/compact.ipynb #1d2a26bb
@@ -200,6 +205,7 @@ class Maskers(nn.Module):
         y = y.float().unflatten(2, (self.shape[0], self.shape[2]))
         if self.stack > 1: y = y.unflatten(-1, (self.stack, -1)).movedim(4, 2).flatten(1, 2)
         return y.unflatten(-1, (*shape, self.cells))
+
 
 
 # %% ../../nbs/networks/compact.ipynb #cf0dd851
@@ -272,8 +278,20 @@ def estimate(self:Compact,
     x:torch.Tensor, # complex (b, channels, n_t, n_f)
 ) -> torch.Tensor: # complex (b, s, channels, n_t, n_f)
     "The stems' spectrograms: what the matrices make of the mixture, and the Wiener filter's share."
-    stems = (self.matrices(x) * x[:, None, None]).sum(3)
-    return torch.lerp(stems, wiener_filter(stems, x), self.refine) if self.refine and not self.training else stems
+    if self.training: return (self.matrices(x) * x[:, None, None]).sum(3)
+    matrices = self.cell_matrices(covariance(x, x, self.cells))
+    stems = x.new_empty(x.shape[0], len(self.sources), *x.shape[1:])
+    for part in torch.arange(x.shape[-1]).split(BLOCK):
+        bins = slice(int(part[0]), int(part[-1]) + 1)
+        stems[..., bins] = self._bins(matrices[..., self.cells.cell_of[bins]], x[..., bins])
+    return stems
+
+@patch
+def _bins(self:Compact, matrices, x):
+    "The stems in some bins, from matrices (b, s, c, c, n_t, bins) and the mixture (b, c, n_t, bins)."
+    stems = matrices[:, :, :, 0] * x[:, None, None, 0]
+    for c in range(1, x.shape[1]): stems = stems + matrices[:, :, :, c] * x[:, None, None, c]
+    return refine_stems(stems, x, self.refine)
 
 @patch
 def forward(self:Compact,

@@ -15,7 +15,7 @@ from torch import nn
 from ..audio import STFT
 from ..foundations.files import UserError
 from .protocol import fold_channels
-from .wiener import wiener_filter
+from .wiener import refine_stems
 from ..foundations.profiles import MODELS
 from ..foundations.recipe import Recipe, read_record
 from ..foundations.registry import build_network, register_network
@@ -73,7 +73,7 @@ def estimate(self:Ensemble,
             if waveform is None: waveform = self.stft.inverse(x.movedim(1, -1), length)
             found = found + self.spectrum(member(waveform))
     stems = found / len(self.members)
-    return torch.lerp(stems, wiener_filter(stems, x), self.refine) if self.refine and not self.training else stems
+    return stems if self.training else refine_stems(stems, x, self.refine)
 
 @patch
 def forward(self:Ensemble,
