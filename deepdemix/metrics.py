@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .foundations.cores import default_threads
 from .foundations.waveforms import SAMPLE_RATE
 from .foundations.files import UserError
 
@@ -45,6 +46,7 @@ def _pair(references, estimates) -> tuple[Tensor, Tensor]:
     swapped = shape[-2] > max(shape[-1], MANY)
     if swapped: raise UserError(f"{shape} looks like museval's (sources, time, channels); swap the last two axes")
     return references, estimates
+
 
 
 # %% ../nbs/02a_metrics.ipynb #1fcf840f
@@ -250,7 +252,7 @@ def _lags(spectra: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
     n_fft, spectrum, found = 2 * (len(spectrum) - 1), _full(spectrum), []
     for part in np.array_split(spectra, min(len(spectra), -(-len(spectra) * n_fft // 2 ** 21))):
         products = np.stack([other * np.conj(spectrum) for other in map(_full, part)])
-        signals = ifft(products, overwrite_x=True, workers=torch.get_num_threads()).real
+        signals = ifft(products, overwrite_x=True, workers=default_threads()).real
         found.append(np.concatenate([signals[:, n_fft + 1 - taps:], signals[:, :taps]], 1))
     return np.concatenate(found)
 
@@ -310,7 +312,7 @@ def _song_filters(references: Tensor, estimates: Tensor, taps: int, most: int=2 
 def _filtered(signals: np.ndarray, filters: np.ndarray, length: int, n_fft: int) -> np.ndarray:
     "Sums over i of signals i through filters i -> k, from half spectra (i, f) and (i, k, f): (k, length)."
     from scipy.fft import irfft
-    out = [irfft(filters[:, k] * signals, n_fft, workers=torch.get_num_threads())[:, :length].sum(0) for k in range(filters.shape[1])]
+    out = [irfft(filters[:, k] * signals, n_fft, workers=default_threads())[:, :length].sum(0) for k in range(filters.shape[1])]
     return np.stack(out)
 
 
@@ -328,7 +330,7 @@ def _decomposed(r: np.ndarray, e: np.ndarray, every: np.ndarray, own: np.ndarray
     from scipy.fft import rfft
     sources, channels, time = r.shape
     r, e = (np.pad(x, ((0, 0), (0, 0), (0, taps - 1))) for x in (r, e))
-    spectra = rfft(r, n_fft, workers=torch.get_num_threads())
+    spectra = rfft(r, n_fft, workers=default_threads())
     everything = _filtered(spectra.reshape(sources * channels, -1), every, time + taps - 1, n_fft).reshape(r.shape)
     return torch.tensor([_ratios(r[i], _filtered(spectra[i], own[i], time + taps - 1, n_fft), everything[i], e[i]) for i in range(sources)]).T
 

@@ -6,7 +6,7 @@
 __all__ = ['threads', 'DataNote', 'prepare']
 
 # %% ../../nbs/foundations/store_preparing.ipynb #361ac455
-import json, os, warnings
+import json, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..audio import SOURCES
 from .console import progress_bar
+from .cores import available_cores
 from .files import UserError
 from .store import (
     FORMAT, Store, _alone, _arrays, _digest, _intact, _new_folder, _song, _write_json)
@@ -40,7 +41,7 @@ def threads(
     workers=None, # threads; None: up to 4
 ):
     "Yield (number of a job, its result, or the `UserError` or `OSError` it ended with), as they come. When closed, jobs in work are finished and those that wait are dropped."
-    pool = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(workers or min(4, available_cores()))
     numbers = {pool.submit(call, job): k for k, job in enumerate(jobs)}
     try:
         for future in as_completed(numbers):

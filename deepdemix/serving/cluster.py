@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
+from ..foundations.cores import available_cores
 from ..foundations.files import UserError
 from .catalogue import Careful, fingerprint, versions
 
@@ -190,7 +191,7 @@ class OnRay:
     def __call__(self, call, jobs, state, inputs=()):
         "Yield (number of a job, its result or a `UserError`), each once, as they come."
         notes, seen = Path(state) / "tries" / uuid.uuid4().hex[:12], set()
-        with cluster(self.address, self.threads * (self.workers or self.room(os.cpu_count(), torch.cuda.device_count(), len(jobs))), torch.cuda.device_count() if self.gpus else 0) as ray:
+        with cluster(self.address, self.threads * (self.workers or self.room(available_cores(), torch.cuda.device_count(), len(jobs))), torch.cuda.device_count() if self.gpus else 0) as ray:
             if self.address: check_machines(ray, call, state, inputs)
             workers = self.room(*(ray.cluster_resources().get(x, 0) for x in ("CPU", "GPU")), len(jobs))
             try:
