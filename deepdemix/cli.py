@@ -335,6 +335,15 @@ def _add_score_commands(
     p.add_argument("--seed", type=_seed, default=0, help="of songs, weights and mixes (default: 0)"); p.set_defaults(run=demo)
 
 # %% ../nbs/11_cli.ipynb #57d52f50
+def _desk_options(
+    parser:argparse.ArgumentParser, # the command's parser
+    when:str="", # before each sentence
+):
+    "Add `--port` and `--no-browser`, of commands that open the listening desk."
+    parser.add_argument("--port", type=_port, default=0, metavar="N",
+                        help=f"{when}where the page is served (default: any free port)")
+    parser.add_argument("--no-browser", action="store_true", help=f"{when}print the address and open nothing")
+
 def _add_model_commands(
     commands, # argparse's subparsers
 ):
@@ -355,17 +364,17 @@ def _add_model_commands(
     p.add_argument("--half", action="store_true", help="ONNX: weights in half precision, for half the size")
     p.set_defaults(run=export)
     p = commands.add_parser("listen", help="the listening desk, in a browser")
-    p.add_argument("file", nargs="?", metavar="FILE",
-                   help="a song, a stem file or a folder of stems; without it the page asks for one")
+    p.add_argument("files", nargs="*", metavar="FILE",
+                   help="songs, stem files, folders of songs or stems; more can be added on the page")
     p.add_argument("--model", default="default", metavar="RUN|NAME",
                    help="a run folder or a bundled model (default: default)")
+    p.add_argument("--references", action="store_true",
+                   help="the stems of folders are the true ones: separate the song too, and score it")
     p.add_argument("--track", type=_positive, default=1, metavar="N",
                    help="the sound track to take, where a video has several (default: 1)")
     p.add_argument("--voila", action="store_true",
                    help="the notebook's widgets as a page, through Voila, which must be installed")
-    p.add_argument("--port", type=_port, default=0, metavar="N",
-                   help="where the page is served (default: any free port)")
-    p.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
+    _desk_options(p)
     p.set_defaults(run=listen)
 
 # %% ../nbs/11_cli.ipynb #5cca9d6b
@@ -402,6 +411,8 @@ def _add_separate_command(
     p.add_argument("--overlap", type=float, help="part of a chunk that the next one shares, 0 to 0.9")
     p.add_argument("--batch-size", type=int, help="chunks that go through the network together")
     p.add_argument("--threads", type=int, help="processor threads")
+    p.add_argument("--listen", action="store_true", help="open the listening desk with the stems when they are there")
+    _desk_options(p, "with --listen: ")
     _ray_options(p)
     p.set_defaults(run=separate)
 

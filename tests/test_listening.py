@@ -19,9 +19,12 @@ from deepdemix.audio import SOURCE_COLORS, SOURCES
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.encoding import write
 from deepdemix.foundations.toy_band import toy_song
-from deepdemix.listening import RULES, STYLE, DeskServer, Job, desk_html, embed, open_song, serve
+from deepdemix.listening import DeskServer, desk_html, embed, open_song, serve
 from deepdemix.networks.recurrent import Recurrent
-from deepdemix.separation import Separator
+from deepdemix.separation import Cancelled, Separator
+from deepdemix.serving.desk import FLAC_LIMIT, LONG, SCRIPTS, desk_text
+from deepdemix.serving.desk_queue import SongQueue
+from deepdemix.serving.songs import SeparatedSong
 
 RATE = 16000
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
@@ -55,7 +58,7 @@ def node():
 
 def run_rules(node, code):
     "What node prints, as JSON, after the desk's rules and this code."
-    done = subprocess.run([node, "-e", RULES + code], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([node, "-e", desk_text("rules.js") + code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -66,19 +69,18 @@ def test_page_holds_every_stem_and_nothing_from_outside(page):
     assert [x["name"] for x in data["sets"][0]["stems"]] == list(SOURCES)
     assert data["duration"] == 3.0 and data["rate"] == RATE
     shell = page.replace(page.split('id="data">')[1].split("</script>")[0], "")
-    assert not re.search(r"https?:|//[a-z]|\burl\(.?[a-z]|@import|\bsrc=|fetch\(|XMLHttpRequest|WebSocket", shell.replace('href="data:,"', ""))
+    assert not re.search(r"https?:|//[a-z]|\burl\(.?[a-z]|@import|\bsrc=|XMLHttpRequest|WebSocket", shell.replace('href="data:,"', ""))
     assert "default-src 'none'" in shell
 
 
 def test_every_control_has_a_name(page):
-    for tag in re.findall(r"<(?:input|meter|select)\b[^>]*>", page.split("<body>")[1].split("<script")[0]):
+    for tag in re.findall(r"<(?:input|meter|select)\b[^>]*>", page.split("<body")[1].split("<script")[0]):
         before = page.split(tag)[0]
         assert "aria-label" in tag or before.rfind("<label") > before.rfind("</label>"), tag
 
 
 def test_script_is_valid(page, node, tmp_path):
-    from deepdemix.listening import FRONT
-    for name, text in (("desk", script_of(page)), ("front", script_of(FRONT))):
+    for name, text in (("desk", script_of(page)), ("front", script_of(SongQueue({}).front()))):
         (tmp_path / f"{name}.js").write_text(text, encoding="utf-8")
         done = subprocess.run([node, "--check", tmp_path / f"{name}.js"], capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, done.stderr
@@ -89,7 +91,7 @@ def test_script_is_valid(page, node, tmp_path):
 @pytest.mark.parametrize("mute,solo,expected", [("", "", "abc"), ("a", "", "bc"), ("abc", "", ""), ("", "b", "b"), ("b", "b", "b"), ("a", "bc", "bc"), ("ac", "", "b")])
 def test_mute_and_solo(node, mute, solo, expected):
     tracks = {n: dict(mute=n in mute, solo=n in solo, db=0) for n in "abc"}
-    got = run_rules(node, f"console.log(JSON.stringify(heard([...'abc'], {json.dumps(tracks)})))")
+    got = run_rules(node, f"console.log(JSON.stringify(audible([...'abc'], {json.dumps(tracks)})))")
     assert got == [n in expected for n in "abc"]
 
 
@@ -117,9 +119,12 @@ def test_levels_survive_the_way_into_the_page():
     assert peaks[0] == pytest.approx(.99, abs=1e-3) and peaks[0] / peaks[1] == pytest.approx(4, rel=1e-3)
 
 
-def test_long_songs_travel_as_mp3(monkeypatch):
-    monkeypatch.setattr("deepdemix.listening.FLAC_LIMIT", 1000)
-    assert data_of(desk_html({"a": tone(440, .5)}, RATE))["format"] == "mp3"
+def test_long_songs_travel_as_mp3_and_the_page_says_so(monkeypatch):
+    monkeypatch.setattr("deepdemix.serving.desk.FLAC_LIMIT", 1000)
+    data = data_of(desk_html({"a": tone(440, .5)}, RATE))
+    assert data["format"] == "mp3" and data["remarks"] == [LONG]
+    monkeypatch.undo()
+    assert FLAC_LIMIT > 3 * RATE and data_of(desk_html({"a": tone(440, .5)}, RATE))["remarks"] == []
 
 
 def test_frame_gives_back_the_page(page):
@@ -129,9 +134,10 @@ def test_frame_gives_back_the_page(page):
 
 @pytest.mark.musdb
 def test_true_stems_of_a_musdb_song(musdb_path):
-    title, mixture, rate, stems = open_song(next(iter(sorted((musdb_path / "test").glob("*.stem.mp4")))))
-    assert rate == 44100 and list(stems) == list(SOURCES) and ".stem" not in title
-    error = (sum(stems.values()) - mixture).square().mean() / mixture.square().mean()
+    song = open_song(next(iter(sorted((musdb_path / "test").glob("*.stem.mp4")))))
+    assert song.sample_rate == 44100 and list(song.stems) == list(SOURCES) and ".stem" not in song.title
+    assert song.references and song.label == "true stems"
+    error = (sum(song.stems.values()) - song.mixture).square().mean() / song.mixture.square().mean()
     assert 10 * error.log10() < -15
 
 
@@ -168,7 +174,7 @@ def test_colours_survive_colour_blindness():
 def test_colours_stand_out_from_their_ground():
     "3 to 1 against the desk's cards, light and dark, as WCAG asks of graphics."
     light = lambda c: float(linear(c) @ torch.tensor([.2126, .7152, .0722], dtype=torch.float64))
-    cards = re.findall(r"--card: (#\w+)", STYLE)
+    cards = re.findall(r"--card: (#\w+)", desk_text("desk.css"))
     assert len(cards) == 2
     for card, colors in zip(cards, (SOURCE_COLORS, SOURCE_COLORS | {"mixture": "#aaa49a"})):
         for name, color in colors.items():
@@ -193,57 +199,151 @@ def ask(server, method, path, body=None, **headers):
     finally: connection.close()
 
 
+def send(server, name, body, model="untrained", **headers):
+    "The status and text of the answer to a song."
+    return ask(server, "POST", f"/songs?name={name}&model={model}", body, **dict(X_Desk="1") | headers)
+
+
 def finished(server, limit=30):
+    "The songs of a server that has nothing left to do."
+    def songs(): return json.loads(ask(server, "GET", "/songs")[1])["songs"]
     end = time.monotonic() + limit
-    while (job := json.loads(ask(server, "GET", "/progress")[1]))["busy"]:
-        assert time.monotonic() < end, "the job doesn't end"
+    while any(x["state"] in ("waiting", "working") for x in songs()):
+        assert time.monotonic() < end, "the songs don't end"
         time.sleep(.05)
-    return job
+    return songs()
 
 
-def test_server_takes_a_song_and_serves_its_desk(tmp_path):
+def test_server_takes_songs_and_serves_their_desks(tmp_path):
+    "Several, one after the other, without a restart."
     write(tmp_path / "song.wav", toy_song(1, 1., RATE).sum(0), RATE)
     sound = (tmp_path / "song.wav").read_bytes()
     with serving({"untrained": untrained()}) as server:
         assert server.server_address[0] == "127.0.0.1"
-        assert ask(server, "GET", "/desk")[0] == 404
-        assert ask(server, "POST", "/separate?name=my+song.wav&model=untrained", sound, X_Desk="1")[0] == 202
-        job = finished(server)
-        assert job["ready"] and job["error"] is None and job["done"] == pytest.approx(1.)
-        assert [x["name"] for x in data_of(ask(server, "GET", "/desk")[1])["sets"]] == ["untrained", "original"]
+        assert ask(server, "GET", "/song/1")[0] == 404
+        for name in ("my+song.wav", "another.wav"): assert send(server, name, sound)[0] == 202
+        songs = finished(server)
+        assert [(x["id"], x["name"], x["state"], x["error"]) for x in songs] == [(1, "my song", "ready", None), (2, "another", "ready", None)]
+        for number, title in ((1, "my song"), (2, "another")):
+            data = data_of(ask(server, "GET", f"/song/{number}")[1])
+            assert data["title"] == title and [x["name"] for x in data["sets"]] == ["untrained", "original"]
+        assert ask(server, "POST", "/remove?id=1", X_Desk="1")[0] == 200
+        assert ask(server, "GET", "/song/1")[0] == 404 and ask(server, "GET", "/song/2")[0] == 200
+        assert ask(server, "POST", "/remove?id=1", X_Desk="1")[0] == 404
+
+
+def fetched(server, path):
+    "A sound that a server has."
+    import io, soundfile, urllib.request
+    return soundfile.read(io.BytesIO(urllib.request.urlopen(f"{server.address}{path}").read()), dtype="float32", always_2d=True)
+
+
+def test_a_served_song_is_lossless_at_any_length(tmp_path, monkeypatch):
+    "FLAC of 24 bits, where a page of its own would already be MP3; the original comes back to the last bit."
+    monkeypatch.setattr("deepdemix.serving.desk.FLAC_LIMIT", 1000)
+    sound = tone(440, .5).expand(2, -1)
+    write(tmp_path / "song.wav", sound, RATE, subtype="PCM_24")
+    with serving({"untrained": untrained()}) as server:
+        send(server, "song.wav", (tmp_path / "song.wav").read_bytes())
+        finished(server)
+        data = data_of(ask(server, "GET", "/song/1")[1])
+        assert data["format"] == "flac" and data["remarks"] == []
+        x, rate = fetched(server, f"song/{data['sets'][1]['stems'][0]['url']}")
+        assert rate == RATE and abs(torch.from_numpy(x.T) - sound).max() <= 2 ** -23
+
+
+def stem_folder(folder, *names):
+    "Tones of known levels, as stems in a folder."
+    for name, frequency, loud in zip(SOURCES, (440, 100, 1000, 700), (.1, .01, 0., .001)):
+        if name in (names or SOURCES): write(folder / f"{name}.wav", tone(frequency, loud * 2 ** .5), RATE, subtype="FLOAT")
+    return folder
+
+
+def test_stems_are_played_as_they_are(tmp_path):
+    "Nothing is separated, called true or scored, unless somebody says that they are the truth."
+    stem_folder(tmp_path / "tones")
+    def broken(): raise AssertionError("stems that are there must not be separated")
+    with serving({"model": broken}) as server:
+        server.queue.add(tmp_path / "tones", "model", "tones")
+        assert finished(server)[0]["about"] == "stems, played as they are"
+        sets = data_of(ask(server, "GET", "/song/1")[1])["sets"]
+        assert [x["name"] for x in sets] == ["stems", "sum of the stems"] and not any(y["note"] for x in sets for y in x["stems"])
+    with serving({"untrained": untrained()}) as server:
+        for name, x in zip(SOURCES, toy_song(1, 2., RATE)): write(tmp_path / f"band/{name}.wav", x, RATE)
+        server.queue.add(tmp_path / "band", "untrained", "band", references=True)
+        assert finished(server)[0]["about"] == "separated with untrained, beside the true stems"
+        sets = data_of(ask(server, "GET", "/song/1")[1])["sets"]
+        assert [x["name"] for x in sets] == ["untrained", "true stems", "sum of the stems"] and sets[0]["stems"][0]["note"].startswith("SDR ")
+
+
+def test_what_was_separated_lies_beside_its_song(tmp_path):
+    "By the name of its model, at the level at which it was written; it isn't separated again."
+    write(tmp_path / "song.wav", tone(440, .8), RATE)
+    write(tmp_path / "vocals.wav", tone(440, .4), RATE)
+    with serving({}) as server:
+        server.queue.add(SeparatedSong({"vocals": tmp_path / "vocals.wav"}, tmp_path / "song.wav", "default", .5), "", "song.wav")
+        assert finished(server)[0]["about"] == "separated with default"
+        data = data_of(ask(server, "GET", "/song/1")[1])
+        assert [x["name"] for x in data["sets"]] == ["default", "original"]
+        peaks = [abs(fetched(server, f"song/{x['stems'][0]['url']}")[0]).max() for x in data["sets"]]
+        assert peaks == pytest.approx([.4, .4], abs=1e-3)
+
+
+def test_removing_a_song_ends_its_separation(tmp_path, monkeypatch):
+    "The one under way stops at the next few seconds of sound, one that waits never begins, and nothing is left of either."
+    import tempfile
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begun, go_on = threading.Event(), threading.Event()
+    class Slow:
+        name = "slow"
+        def separate(self, mixture, rate, progress):
+            for seconds in range(100):
+                if progress(seconds, 100) is False: raise Cancelled("slow")
+                begun.set()
+                go_on.wait(10)
+                steps.append(seconds)
+    steps = []
+    monkeypatch.setattr("deepdemix.serving.desk_queue.as_separators", lambda models: models)
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/song.wav", tone(440, .5), RATE)
+    with serving({"slow": Slow()}) as server:
+        for _ in range(2): send(server, "song.wav", (tmp_path / "in/song.wav").read_bytes(), "slow")
+        assert begun.wait(10)
+        first, second = json.loads(ask(server, "GET", "/songs")[1])["songs"]
+        assert (first["state"], first["stage"], first["total"], second["state"]) == ("working", "separating with slow", 3, "waiting")
+        for number in (2, 1): assert ask(server, "POST", f"/remove?id={number}", X_Desk="1")[0] == 200
+        go_on.set()
+        deadline = time.monotonic() + 10
+        while (server.queue.worker or len(list(tmp_path.iterdir())) > 1) and time.monotonic() < deadline: time.sleep(.02)
+        assert len(steps) == 1 and finished(server) == [] and [x.name for x in tmp_path.iterdir()] == ["in"]
 
 
 def test_server_says_what_is_wrong_with_a_song():
     with serving({"untrained": untrained()}) as server:
-        ask(server, "POST", "/separate?name=notes.txt&model=untrained", b"no sound", X_Desk="1")
-        job = finished(server)
-        assert not job["ready"] and "notes.txt" in job["error"]
-        assert ask(server, "POST", "/separate?name=a.wav&model=other", b"x", X_Desk="1")[0] == 404
+        send(server, "notes.txt", b"no sound")
+        song, = finished(server)
+        assert song["state"] == "failed" and "notes.txt" in song["error"]
+        assert send(server, "a.wav", b"x", "other")[0] == 404
 
 
 def test_server_refuses_strangers():
     "A page of another site can't send the header, and a name bent to this address isn't this host's; nor do paths lead to files."
     with serving({"untrained": untrained()}) as server:
-        assert ask(server, "POST", "/separate?name=a.wav&model=untrained", b"x")[0] == 403
+        for path in ("/songs?name=a.wav&model=untrained", "/remove?id=1"): assert ask(server, "POST", path, b"x")[0] == 403
         assert ask(server, "GET", "/", Host="evil.example")[0] == 403
-        assert ask(server, "GET", "/../../etc/passwd")[0] == 404
-        assert not server.job.busy
+        for path in ("/../../etc/passwd", "/song/1/../../etc/passwd", "/song/-1", "/song/1/0.flac", "/song/%31"): assert ask(server, "GET", path)[0] == 404
+        assert not list(server.queue)
         assert ask(server, "GET", "/")[0] == 200
-
-
-def test_one_song_at_a_time():
-    job = Job()
-    assert job.claim("a") and not job.claim("b") and job.name == "a"
 
 
 def test_serve_ends_with_ctrl_c(tmp_path, monkeypatch, capsys):
     def interrupted(self): raise KeyboardInterrupt
     monkeypatch.setattr(DeskServer, "serve_forever", interrupted)
-    monkeypatch.setattr(DeskServer, "begin", lambda self, song, label, name, track: begun.append((label, name)))
+    monkeypatch.setattr(SongQueue, "add", lambda self, song, label, name, **opening: begun.append((label, name, opening)))
     begun = []
     write(tmp_path / "song.wav", tone(440, .5), RATE)
     serve(tmp_path / "song.wav", untrained(), open_browser=False)
-    assert "http://127.0.0.1:" in capsys.readouterr().out and begun == [("untrained", "song.wav")]
+    assert "http://127.0.0.1:" in capsys.readouterr().out and begun == [("untrained", "song.wav", dict(track=1, references=False))]
 
 
 def test_serve_on_a_port_that_is_taken():
@@ -257,7 +357,7 @@ def test_the_name_of_the_host_counts_and_not_its_port(host, status):
     "Browsers leave port 80 out; a forwarded port has another number."
     with serving({"untrained": untrained()}) as server:
         assert ask(server, "GET", "/", Host=host)[0] == status
-        answer = ask(server, "POST", "/separate?name=a.wav&model=untrained", b"x", X_Desk="1", Host=host)[0]
+        answer = send(server, "a.wav", b"x", Host=host)[0]
         assert answer == (202 if status == 200 else 403)
         finished(server)
 
@@ -267,19 +367,19 @@ def test_an_upload_that_cannot_be_written_is_over(tmp_path, monkeypatch):
     with serving({"untrained": untrained()}) as server:
         with monkeypatch.context() as patch:
             patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-            status, text = ask(server, "POST", "/separate?name=a.wav&model=untrained", b"x" * 1000, X_Desk="1")
+            status, text = send(server, "a.wav", b"x" * 1000)
         assert status == 507 and text.startswith("a.wav can't be kept here: ") and "gone" not in text
-        assert not finished(server)["busy"]
-        assert ask(server, "POST", "/separate?name=a.wav&model=untrained", b"x", X_Desk="1")[0] == 202
+        assert finished(server) == []
+        assert send(server, "a.wav", b"x")[0] == 202
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "x" * 5000 + ".wav", "a%00b.wav", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "C%3A%5Csongs%5Ca.wav", "%F0%9F%98%80.wav"])
 def test_an_upload_of_any_name(name):
     with serving({"untrained": untrained()}) as server:
         for _ in range(2):
-            assert ask(server, "POST", f"/separate?name={name}&model=untrained", b"no sound", X_Desk="1")[0] == 202
-            job = finished(server)
-            assert not job["ready"] and "is not an audio file" in job["error"]
+            assert send(server, name, b"no sound")[0] == 202
+            song = finished(server)[-1]
+            assert song["state"] == "failed" and "is not an audio file" in song["error"]
 
 
 def test_a_stalled_upload_blocks_nobody(tmp_path):
@@ -287,17 +387,17 @@ def test_a_stalled_upload_blocks_nobody(tmp_path):
     write(tmp_path / "song.wav", tone(440, .5), RATE)
     with serving({"untrained": untrained()}) as server:
         server.patience = 1.
-        head = f"POST /separate?name=slow.wav&model=untrained HTTP/1.1\r\nHost: localhost:{server.server_port}\r\nX-Desk: 1\r\nContent-Length: 100000\r\n\r\nten bytes ".encode()
+        head = f"POST /songs?name=slow.wav&model=untrained HTTP/1.1\r\nHost: localhost:{server.server_port}\r\nX-Desk: 1\r\nContent-Length: 100000\r\n\r\nten bytes ".encode()
         stalled, broken = (socket.create_connection(("127.0.0.1", server.server_port), 20) for _ in range(2))
         for connection in (stalled, broken): connection.sendall(head)
         broken.shutdown(socket.SHUT_WR)
-        assert ask(server, "POST", "/separate?name=song.wav&model=untrained", (tmp_path / "song.wav").read_bytes(), X_Desk="1")[0] == 202
-        assert finished(server)["ready"]
+        assert send(server, "song.wav", (tmp_path / "song.wav").read_bytes())[0] == 202
+        assert [x["state"] for x in finished(server)] == ["ready"]
         for connection in (stalled, broken):
             answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
             assert " 408 " in answer.splitlines()[0] and answer.endswith("slow.wav has not come in whole: send it again")
             connection.close()
-        assert finished(server)["ready"], "the desk that is there stays"
+        assert [x["name"] for x in finished(server)] == ["song"], "what has not come in whole is no song"
 
 
 def test_nothing_is_left_of_uploads(tmp_path, monkeypatch):
@@ -306,8 +406,8 @@ def test_nothing_is_left_of_uploads(tmp_path, monkeypatch):
     with serving({"untrained": untrained()}) as server:
         server.patience = .2
         for body in (b"no sound", None):
-            if body: ask(server, "POST", "/separate?name=a.wav&model=untrained", body, X_Desk="1")
-            else: ask(server, "POST", "/separate?name=a.wav&model=untrained", b"", X_Desk="1", Content_Length="50")
+            if body: send(server, "a.wav", body)
+            else: send(server, "a.wav", b"", Content_Length="50")
             finished(server)
         deadline = time.monotonic() + 10
         while list(tmp_path.iterdir()) and time.monotonic() < deadline: time.sleep(.05)
@@ -316,13 +416,13 @@ def test_nothing_is_left_of_uploads(tmp_path, monkeypatch):
 
 def test_errors_speak_of_the_song_and_not_of_a_temporary_file():
     import tempfile
-    import deepdemix.listening as listening
+    import deepdemix.serving.songs as songs
     with serving({"untrained": untrained()}) as server:
         for patch, kind in ((None, "is not an audio file"), (lambda path, **_: 1 / 0, "ZeroDivisionError"), (lambda path, **_: open(f"{path}x"), "No such file")):
             with pytest.MonkeyPatch.context() as m:
-                if patch: m.setattr(listening, "read", patch)
-                ask(server, "POST", "/separate?name=my%20notes.txt&model=untrained", b"no sound", X_Desk="1")
-                error = finished(server)["error"]
+                if patch: m.setattr(songs, "read", patch)
+                send(server, "my%20notes.txt", b"no sound")
+                error = finished(server)[-1]["error"]
             assert error.startswith("my notes") and kind in error and tempfile.gettempdir() not in error
 
 
@@ -331,16 +431,16 @@ def test_a_thread_that_cannot_start_leaves_the_desk_free(monkeypatch):
     with monkeypatch.context() as patch:
         def start(self): raise RuntimeError("can't start new thread")
         patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(RuntimeError): server.begin("song.wav", "untrained", "song")
+        with pytest.raises(RuntimeError): server.queue.add("song.wav", "untrained", "song")
+    assert not list(server.queue) and server.queue.worker is None
     server.server_close()
-    assert not server.job.busy
 
 
 def test_a_browser_that_goes_away_is_no_error(capfd):
     with serving({"untrained": untrained()}) as server:
-        server.job.page = b"x" * 20_000_000
+        server.queue.sound = lambda *_: b"x" * 20_000_000
         with socket.create_connection(("127.0.0.1", server.server_port), 20) as connection:
-            connection.sendall(f"GET /desk HTTP/1.1\r\nHost: localhost:{server.server_port}\r\n\r\n".encode())
+            connection.sendall(f"GET /song/1/0.flac HTTP/1.1\r\nHost: localhost:{server.server_port}\r\n\r\n".encode())
             connection.recv(10)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         assert ask(server, "GET", "/")[0] == 200
@@ -362,10 +462,9 @@ def test_names_that_are_no_text(tmp_path):
     "A file whose name is no UTF-8: the page shows what can be shown of it."
     path = tmp_path / os.fsdecode(b"latin \xe9.wav")
     write(path, tone(440, .5, 1.), RATE)
-    job = Job()
-    job.claim(path.name)
-    job.run(path, untrained())
-    assert job.error is None and b"<h1>latin ?.wav</h1>" in job.page
+    with serving({"untrained": untrained()}) as server:
+        server.queue.add(path, "untrained", path.name)
+        assert finished(server)[0]["error"] is None and "<h1>latin ?.wav</h1>" in ask(server, "GET", "/song/1")[1]
 
 
 def test_the_second_track_of_a_film(tmp_path):
@@ -375,7 +474,7 @@ def test_the_second_track_of_a_film(tmp_path):
             frame = av.AudioFrame.from_ndarray(torch.zeros(1, 8000 * stream.layout.nb_channels).short().numpy(), format="s16", layout=stream.layout.name)
             frame.sample_rate = RATE
             for packet in [*stream.encode(frame), *stream.encode(None)]: container.mux(packet)
-    assert [len(open_song(tmp_path / "film.mkv", track=n)[1]) for n in (1, 2)] == [2, 1]
+    assert [len(open_song(tmp_path / "film.mkv", track=n).mixture) for n in (1, 2)] == [2, 1]
     with pytest.raises(UserError, match="has 2 sound track"): serve(tmp_path / "film.mkv", untrained(), open_browser=False, track=3)
 
 
@@ -387,7 +486,7 @@ def test_rates_of_songs_in_memory(rate):
 
 def test_arrays_of_songs_in_memory():
     x = tone(440, .5)[0].numpy()
-    assert torch.equal(open_song(x[::-1], RATE)[1][0], torch.from_numpy(x[::-1].copy()))
+    assert torch.equal(open_song(x[::-1], RATE).mixture[0], torch.from_numpy(x[::-1].copy()))
     with pytest.raises(UserError, match="floats"): open_song((x * 32767).astype("int16"), RATE)
 
 
@@ -557,11 +656,10 @@ def test_fits_its_window(desk, width):
 
 @pytest.mark.browser
 def test_page_without_code(browser, tmp_path):
-    "Choose a song, press one button, and the desk opens."
+    "Choose a song, and its desk opens."
     write(tmp_path / "song.wav", toy_song(1, 1., RATE).sum(0), RATE)
     with serving({"untrained": untrained()}) as server, opened(browser, server.address) as tab:
         tab.set_input_files("#file", tmp_path / "song.wav")
-        tab.click("#go")
         tab.wait_for_selector("#play:enabled", timeout=30000)
         assert tab.inner_text("h1") == "song" and tab.locator("#sets input").count() == 2
 
@@ -675,13 +773,13 @@ def test_in_jupyterlab(browser, notebook, tmp_path):
 
 @pytest.mark.browser
 def test_the_command_opens_a_desk(browser, tmp_path):
-    "`deepdemix listen FOLDER` as a program of its own: the true stems and what the default model makes of them, at one instant."
-    for name, frequency, loud in zip(SOURCES, (440, 100, 1000, 700), (.1, .01, 0., .001)): write(tmp_path / "tones" / f"{name}.wav", tone(frequency, loud * 2 ** .5), RATE, subtype="FLOAT")
-    with program(["-c", "from deepdemix.cli import main; main()", "listen", str(tmp_path / "tones")], tmp_path, r"(http://127\.0\.0\.1:\d+/)") as address, opened(browser, address) as tab:
+    "`deepdemix listen FOLDER --references` as a program of its own: the true stems and what the default model makes of them, at one instant."
+    stem_folder(tmp_path / "tones")
+    with program(["-c", "from deepdemix.cli import main; main()", "listen", str(tmp_path / "tones"), "--references"], tmp_path, r"(http://127\.0\.0\.1:\d+/)") as address, opened(browser, address) as tab:
         tab.wait_for_selector("#play:enabled", timeout=120000)
         tab.get_by_label("true stems").check()
         plays_mutes_and_switches(tab)
-        assert [x.inner_text() for x in tab.locator("#sets label").all()] == ["default", "true stems", "original"]
+        assert [x.inner_text() for x in tab.locator("#sets label").all()] == ["default", "true stems", "sum of the stems"]
         before = tab.evaluate("desk.position()")
         tab.keyboard.press("s")
         assert tab.evaluate("desk.state.set") == 2 and tab.evaluate("desk.position()") - before < .5
@@ -689,10 +787,10 @@ def test_the_command_opens_a_desk(browser, tmp_path):
 
 @pytest.mark.browser
 def test_the_command_through_voila(browser, tmp_path):
-    "`deepdemix listen FOLDER --voila`: the widgets as a page without code."
+    "`deepdemix listen FOLDER --voila --references`: the widgets as a page without code."
     pytest.importorskip("voila", reason="voila is not installed")
-    for name, frequency, loud in zip(SOURCES, (440, 100, 1000, 700), (.1, .01, 0., .001)): write(tmp_path / "tones" / f"{name}.wav", tone(frequency, loud * 2 ** .5), RATE, subtype="FLOAT")
-    line = ["-c", "import sys; from deepdemix.cli import main; sys.exit(main())", "listen", str(tmp_path / "tones"), "--voila", "--no-browser", "--port=PORT"]
+    stem_folder(tmp_path / "tones")
+    line = ["-c", "import sys; from deepdemix.cli import main; sys.exit(main())", "listen", str(tmp_path / "tones"), "--voila", "--references", "--no-browser", "--port=PORT"]
     with program(line, tmp_path, "Voil.*running at|http://127") as address, opened(browser, address, True, "cdn.jsdelivr.net/npm/@fortawesome|labextensions/jupyterlab-jupytext") as tab:
         frame = inner(tab)
         frame.get_by_label("true stems").check()

@@ -307,7 +307,7 @@ def test_quickstart_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
     served = []
-    monkeypatch.setattr("deepdemix.listening.serve", lambda song, *options: served.append(song))
+    monkeypatch.setattr("deepdemix.listening.serve", lambda songs, *options: served.append(songs))
     song = toy_song(0, duration=3.)
     for path in ("song.mp3", "album/one.wav", "album/two.flac"): write(tmp_path / path, song.sum(0), 44100)
     for number in range(6):
@@ -317,7 +317,7 @@ def test_quickstart_commands(tmp_path, monkeypatch):
     for command in commands:
         training = " --set examples_per_epoch=16 --set epochs=1 --set valid_examples=4" if " train " in command else ""
         assert main(shlex.split(command + training)[1:]) == 0, command
-    assert served == ["song.mp3"]
+    assert served == [["song.mp3"]]
     assert {p.name for p in (tmp_path / "stems/song").iterdir()} >= {f"{name}.wav" for name in SOURCES}
     assert {p.name for p in (tmp_path / "stems").iterdir()} >= {"song", "one", "two"}
     karaoke = sum(read(tmp_path / f"karaoke/song/{name}.wav")[0] for name in ("vocals", "no_vocals"))

@@ -130,7 +130,7 @@ def desk_page(
     text = json.dumps(data).replace("<", "\\u003c")
     script = desk_text(*(f"{name}.js" for name in SCRIPTS))
     own = dict(title=html.escape(data["title"]), data=text, script=script, style=desk_text("desk.css"),
-               policy=POLICY, songs="", keys="", song="")
+               policy=POLICY, songs="", keys="", song="", more="")
     return fill(desk_text("desk.html"), **own | parts)
 
 # %% ../../nbs/serving/desk.ipynb #21f808c9

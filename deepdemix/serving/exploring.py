@@ -19,7 +19,8 @@ from ..foundations.loudness import SILENCE, Loudness
 from ..augmentation import Mixer, level_gain
 from ..foundations.effects import fit_length, shift
 from ..foundations.store import Store
-from ..listening import as_separators, desk_html, embed, open_song, score_notes
+from .desk import desk_html, embed
+from .songs import as_separators, open_song, score_notes
 
 # %% ../../nbs/serving/exploring.ipynb #18f29f99
 def remix(
@@ -80,10 +81,10 @@ def excerpts(
 ):
     "(names of the sources, Hz, [(title, samples)], function (song, first sample, samples) -> stems (sources, channels, time))."
     if isinstance(data, Store): return data.sources, data.sample_rate, [(s.title, s.frames) for s in data.songs], data.stems
-    title, mixture, rate, stems = open_song(data, sample_rate)
-    stems = stems or {"mixture": mixture}
-    sound = torch.stack([x.expand(mixture.shape[0], -1) for x in stems.values()])
-    return tuple(stems), rate, [(title, mixture.shape[-1])], lambda song, at, n: sound[..., at:at + n]
+    song = open_song(data, sample_rate)
+    stems = song.stems or {"mixture": song.mixture}
+    sound = torch.stack([x.expand(song.mixture.shape[0], -1) for x in stems.values()])
+    return tuple(stems), song.sample_rate, [(song.title, song.mixture.shape[-1])], lambda _, at, n: sound[..., at:at + n]
 
 # %% ../../nbs/serving/exploring.ipynb #ff8da998
 class Explorer:

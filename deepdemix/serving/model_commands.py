@@ -55,6 +55,7 @@ def separate(
     if not args.files and not args.stems:
         raise UserError("name a song, or a folder of songs: deepdemix separate FILE")
     if args.skip_existing and args.overwrite: raise UserError("--skip-existing and --overwrite: choose one")
+    if args.listen and (args.ray or args.json): raise UserError("--listen goes without --ray and --json")
     if _on_ray(args): return _separate_on_ray(args)
     separator = load_separator(args.model, args.backend, device=args.device, **_chosen(args, "overlap", "batch_size", "threads"))
     for line in getattr(separator.network, "notes", ()): say(line)
@@ -62,7 +63,8 @@ def separate(
     options = {k: getattr(args, k) for k in (*STEM_OPTIONS, "overwrite", "skip_existing")}
     with _with_stdin(args.files) as (files, named):
         summary = named(separator.separate_files(files, args.out, progress=not args.json, **options, **_chosen(args, "track")))
-    return _told(summary, args.json)
+    status = _told(summary, args.json)
+    return _listen_to(summary, args) or status if args.listen else status
 
 def _told(
     summary:dict, # of `Separator.separate_files`
@@ -80,6 +82,25 @@ def _told(
         else: print(f"{song['input']}: {len(song['outputs'])} stems in {song['folder']}")
     failed = [song for song in summary["songs"] if song.get("error")]
     return 0 if not failed else 1 if any("outputs" in song for song in summary["songs"]) else 2
+
+# %% ../../nbs/serving/model_commands.ipynb #6c0f4f0a
+def _separated_songs(
+    summary:dict, # of `Separator.separate_files`
+) -> list: # of `SeparatedSong`
+    "What there is to hear."
+    from deepdemix.serving.songs import SeparatedSong
+    heard = [song for song in summary["songs"] if song.get("outputs")]
+    return [SeparatedSong(x["outputs"], x["input"], summary["model"], x.get("gain", 1.0)) for x in heard]
+
+def _listen_to(
+    summary:dict, # of `Separator.separate_files`
+    args:argparse.Namespace, # port, no_browser, track
+):
+    "Open the listening desk with what was made."
+    from dataclasses import replace
+    from deepdemix.listening import serve
+    songs = [replace(song, track=args.track or 1) for song in _separated_songs(summary)]
+    if songs: serve(songs, port=args.port, open_browser=not args.no_browser)
 
 # %% ../../nbs/serving/model_commands.ipynb #c82aa30a
 def _separate_on_ray(
@@ -137,9 +158,12 @@ def export(
     print(export(separator.network, args.out, licence_of(args.model), separator.name, args.half))
 
 def listen(
-    args:argparse.Namespace, # file, model, voila, port, no_browser, track
+    args:argparse.Namespace, # files, model, voila, port, no_browser, track, references
 ):
     "Open the listening desk in a browser."
+    from deepdemix.foundations.files import UserError
     from deepdemix.listening import serve, serve_voila
+    if args.voila and len(args.files) > 1: raise UserError("the page of widgets, --voila, takes one song")
+    songs = next(iter(args.files), None) if args.voila else args.files
     opened = serve_voila if args.voila else serve
-    return opened(args.file, args.model, args.port, not args.no_browser, args.track)
+    return opened(songs, args.model, args.port, not args.no_browser, args.track, args.references)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHIVE_LIMIT', 'OpenedSong', 'SeparatedSong', 'open_song', 'stem_files', 'find_desk_songs', 'as_separators',
-           'label_of', 'describe_models', 'model_choices', 'score_notes', 'song_sets', 'build_desk']
+           'label_of', 'describe_models', 'label_models', 'model_choices', 'score_notes', 'song_sets', 'build_desk']
 
 # %% ../../nbs/serving/songs.ipynb #9175eb8f
 import math
@@ -26,6 +26,7 @@ from ..metrics import sdr
 from ..foundations.song_files import AUDIO
 from ..separation import Separator, stream_of
 from ..foundations.model_names import describe_pretrained, find_model, pretrained_names
+from ..networks.peers import PEERS, SIX
 from .desk import as_sets, desk_html
 
 # %% ../../nbs/serving/songs.ipynb #4995d893
@@ -51,11 +52,13 @@ class SeparatedSong:
     track: int = 1 # of the file
     name: str = field(default="") # what to call it
 
+    @property
+    def title(self): return self.name or Path(self.song).name.removesuffix(".stem.mp4")
+
     def open(self) -> OpenedSong:
         "The stems as they are, beside the song if it is still there."
         stems, rate = _read_together(self.song, self.outputs)
-        title = self.name or Path(self.song).name.removesuffix(".stem.mp4")
-        opened = _from_stems(title, as_sets({title: stems})[title], rate, False)
+        opened = _from_stems(self.title, as_sets({self.title: stems})[self.title], rate, False)
         opened.label = self.model
         if not Path(self.song).is_file(): return opened
         mixture, length = read(self.song, stream=stream_of(self.song, self.track))[0] * self.gain, opened.mixture.shape[-1]
@@ -115,7 +118,7 @@ def stem_files(
 ) -> dict: # {stem: its file}, with a mixture if there is one; empty if there are no stems
     "The stems that lie in a folder."
     named = {x.stem.lower(): x for x in sorted(folder.iterdir()) if x.suffix.lower() in AUDIO and not x.name.startswith(".")}
-    stems = {name: x for name, x in named.items() if name in SOURCES or re.fullmatch(r"no_\w+", name)}
+    stems = {name: x for name, x in named.items() if name in SIX or re.fullmatch(r"no_\w+", name)}
     whole = {name: x for name, x in named.items() if name == "mixture"}
     return stems | whole if stems else {}
 
@@ -203,21 +206,27 @@ def describe_models(
     models:Mapping, # {label: Separator, name or folder}
 ) -> dict: # {label: a line}
     "A line on each model, for those who choose."
-    bundled = describe_pretrained()
-    def line(label, model):
-        own = isinstance(model, Separator) or str(model) not in bundled
-        name = label if label in bundled else str(model)
-        return bundled.get(name) or ("a network of your own" if own else "")
-    return {label: line(label, model) for label, model in models.items()}
+    others = {name: f"{peer.what}, trained on {peer.trained_on}" for name, peer in PEERS.items()}
+    known = describe_pretrained() | others
+    def name_of(model): return model.name if isinstance(model, Separator) else str(model)
+    return {label: known.get(name_of(model), "a network of your own") for label, model in models.items()}
 
 # %% ../../nbs/serving/songs.ipynb #5cbc1a44
-def model_choices(
-    models=(), # a name, run folder or `Separator`; a list of them; or {label: one of them}
+def label_models(
+    models=(), # a name, run folder or `Separator`; a list of them; {label: one of them}; or None
 ) -> dict: # {label: one of them}
-    "These models and the bundled ones, to choose from; none is loaded. `UserError` for those that don't exist."
+    "Models by their labels; none is loaded. `UserError` for those that don't exist."
+    if models is None: return {}
     models = [models] if isinstance(models, (str, os.PathLike, Separator)) else models
     models = dict(models) if isinstance(models, Mapping) else {label_of(x): x for x in models}
-    for x in models.values(): isinstance(x, Separator) or find_model(x)
+    for x in models.values(): isinstance(x, Separator) or find_model(x, peers=True)
+    return models
+
+def model_choices(
+    models=(), # as for `label_models`
+) -> dict: # {label: one of them}
+    "These models and the bundled ones, to choose from."
+    models = label_models(models)
     return models | {name: name for name in pretrained_names() if name not in models}
 
 # %% ../../nbs/serving/songs.ipynb #b781aa8c

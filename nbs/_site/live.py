@@ -64,10 +64,10 @@ def excerpt(out: Path) -> None:
 def desk(out: Path) -> dict:
     "The listening desk without its sound; the colours of the stems."
     from deepdemix.audio import SOURCE_COLORS
-    from deepdemix.listening import CONTROLS, KEYS, PAGE, PICTURES, RULES, SOUND, STYLE
-    page = PAGE.replace("<script type", "<script>window.given = window.parent.given</script>\n<script type", 1)
-    parts = dict(style=STYLE, script=RULES + SOUND + PICTURES + CONTROLS + KEYS)
-    for name, text in parts.items(): page = page.replace("{" + name + "}", text)
+    from deepdemix.serving.desk import POLICY, SCRIPTS, desk_text, fill
+    parts = dict(policy=POLICY, style=desk_text("desk.css"), script=desk_text(*(f"{name}.js" for name in SCRIPTS)))
+    page = fill(desk_text("desk.html"), **parts, songs="", keys="", song="", more="")
+    page = page.replace("<script type", "<script>window.given = window.parent.given</script>\n<script type", 1)
     (out / "desk.html.txt").write_text(page, encoding="utf-8")
     return SOURCE_COLORS
 

@@ -2,7 +2,7 @@
 
 (() => {
   const $ = id => document.getElementById(id), root = new URL("/", location.href), here = document.body.dataset.song;
-  const stems = /^(drums|bass|other|vocals|mixture|no_\w+)$/i, seen = {};
+  const stems = /^(drums|bass|other|vocals|guitar|piano|mixture|no_\w+)$/i, seen = {};
   let songs = [];
 
   function say(text) { $("news").textContent = text; }
@@ -12,6 +12,8 @@
     node.append(...children);
     return node;
   }
+
+  function underWay(song) { return song.state === "waiting" || song.state === "working"; }
 
   function said(song) {
     if (song.state === "waiting") return "waiting";
@@ -24,14 +26,13 @@
   function rowOf(song) {
     const what = make("span", { className: "what" }), bar = make("progress", { max: 1 });
     const open = make("a", { href: new URL("song/" + song.id, root).href, textContent: "Open" });
-    const remove = make("button", { type: "button", textContent: "Remove" });
+    const remove = make("button", { type: "button" });
     open.setAttribute("aria-label", "Open " + song.name);
-    remove.setAttribute("aria-label", "Remove " + song.name);
     bar.setAttribute("aria-label", "Progress of " + song.name);
     remove.onclick = () => send("remove?" + new URLSearchParams({ id: song.id })).then(gone => {
       if (!gone) return;
       if (String(song.id) === here) location.href = root.href;
-      else { say("removed " + song.name); $("file").focus(); }
+      else { say(`${remove.textContent === "Cancel" ? "cancelled" : "removed"} ${song.name}`); $("file").focus(); }
     });
     const text = make("div", {}, make("b", { textContent: song.name }), " ", what);
     const node = make("li", {}, text, make("div", { className: "does" }, open, remove), bar);
@@ -47,11 +48,14 @@
       node.querySelector(".what").textContent = (now ? "on this page; " : "") + said(song);
       node.querySelector(".what").classList.toggle("failed", song.state === "failed");
       node.querySelector("a").hidden = song.state !== "ready" || now;
+      const word = underWay(song) ? "Cancel" : "Remove", remove = node.querySelector("button");
+      remove.textContent = word;
+      remove.setAttribute("aria-label", `${word} ${song.name}`);
       const bar = node.querySelector("progress");
       bar.hidden = song.state !== "working";
       bar.value = song.total ? song.done / song.total : 0;
     }
-    const left = songs.filter(song => song.state === "waiting" || song.state === "working").length;
+    const left = songs.filter(underWay).length;
     $("count").textContent = songs.length ? `(${songs.length}${left ? `, ${left} under way` : ""})` : "";
   }
 
@@ -73,7 +77,7 @@
     announce();
     const first = songs.find(song => song.state === "ready");
     if (!here && first && !songs.some(song => song.opened)) { location.href = new URL("song/" + first.id, root).href; return; }
-    setTimeout(watch, songs.some(song => song.state === "waiting" || song.state === "working") ? 400 : 2000);
+    setTimeout(watch, songs.some(underWay) ? 400 : 2000);
   }
 
   async function send(path, body) {
