@@ -199,6 +199,18 @@ def test_the_toy_band_by_keyboard_on_a_phone_and_offline(site, browser):
 
 
 @pytest.mark.browser
+def test_the_funk_band(site, browser):
+    "The song that comes with the package, as it is in Python but for 16 bits."
+    from deepdemix.foundations.sample_song import sample_song
+    with opened(browser, site) as tab:
+        tab.wait_for_function("live.files && live.worker")
+        tab.click("#live-funk")
+        finished(tab)
+        assert tab.locator("#live-status").inner_text().startswith("The funk band came apart")
+        assert apart(tab, "mixture", sample_song().sum(0)) < 1e-4
+
+
+@pytest.mark.browser
 def test_cancel(site, browser):
     "It stops at once, and the next song goes through."
     with opened(browser, site) as tab:

@@ -13,10 +13,11 @@ import yaml
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = runpy.run_path(str(ROOT / "nbs/_site/listing.py"))["notebooks"]()
 LIMIT = 300_000
+SOUNDS = re.compile(r'src="(?:\.\./)*sounds/([^"]+)"')
 AUDIO = re.compile(r"data:audio/[\w.+-]+;base64,([A-Za-z0-9+/=\s]+)")
 MACHINE = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users|private|var/folders)/|[A-Z]:\\Users")
 FROM_MUSDB = re.compile(r"musdb|stem\.mp4|stempeg|mdb-excerpts", re.I)
-TOY = re.compile(r"toy|sine|tone|click|noise|chirp", re.I)
+TOY = re.compile(r"toy|sine|tone|click|noise|chirp|sample_song", re.I) # synthesised, or the CC0 song of the package
 
 
 def read(path): return json.loads(path.read_text(encoding="utf-8"))
@@ -36,10 +37,11 @@ def players(notebook):
             for kind, data in output.get("data", {}).items():
                 if kind.startswith("audio/"): yield source, base64.b64decode("".join(data))
             for found in AUDIO.findall(text_of(output)): yield source, base64.b64decode(found)
+            for name in SOUNDS.findall(text_of(output)): yield source, (ROOT / "nbs/sounds" / name).read_bytes()
 
 
 def check_audio(notebook):
-    "Sound only if it is short, and only from a cell and notebook that play synthesised songs."
+    "Sound only if it is short, and only from a cell and notebook that play synthesised songs, or the CC0 song."
     code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
     for source, sound in players(notebook):
         assert not FROM_MUSDB.search(source), "a player in a cell that touches real songs"
@@ -216,6 +218,12 @@ def test_saved_sound_of_a_real_song_fails():
     stored["outputs"][0]["data"] = {"audio/wav": base64.b64encode(b"RIFF").decode()}
     stored["source"] = "player(musdb_song)"
     with pytest.raises(AssertionError): check_audio({"cells": [toy, stored]})
+
+
+def test_every_sound_beside_the_pages_is_played():
+    "Each file in nbs/sounds has its player, and none is missing."
+    played = {name for path in NOTEBOOKS for cell in read(path)["cells"] for output in cell.get("outputs", []) for name in SOUNDS.findall(text_of(output))}
+    assert played == {p.name for p in (ROOT / "nbs/sounds").iterdir()} and len(played) > 20
 
 
 def test_machine_paths_are_found():

@@ -163,6 +163,14 @@ def test_tests_are_folded(site):
     assert silent.metadata["tags"] == ["remove-input"]
 
 
+def test_solutions_are_folded(site):
+    "Under a line of their own, also if they end in a check."
+    solution = cell("#| code-fold: true\nx = 1\ntest_eq(x, 1)", outputs=[])
+    site.shown(solution)
+    assert solution.metadata["tags"] == ["hide-input"] and solution.metadata["mystnb"]["code_prompt_show"] == "Show the solution"
+    assert solution.source == "x = 1\ntest_eq(x, 1)"
+
+
 def test_a_class_stands_before_its_methods(site):
     def shown(name): return cell(f"#| output: asis\nshow_doc({name})", outputs=[{"text/markdown": f"### {name}\n\n*Words.*"}])
     cells = [cell("# before", "markdown"), shown("measure"), shown("Standardise.reset_parameters"), shown("Standardise"), cell("x = 1"), shown("Painter")]

@@ -24,7 +24,7 @@ from deepdemix.pages import fill_cell, page_addresses
 site = root / "nbs/_site"
 source = site / "build/source"
 FRESH = ("pretraining_helps", "comparison")
-TIED = ("09_experiment", "hybrid_demucs", "catalogue", "cost", "writing_pages") # to results/, to the packages demucs and ray, to bench/, to settings.ini
+TIED = ("09_experiment", "hybrid_demucs", "catalogue", "cost", "writing_pages", "gallery") # to results/, to the packages demucs and ray, to bench/, to settings.ini, to sounds/
 
 
 def quarto() -> dict:
@@ -198,6 +198,7 @@ def shown(cell) -> None:
     cell.source = re.sub(r"^\s*#\|.*\n?", "", cell.source, flags=re.M).strip()
     if "echo:false" in wanted: cell.metadata["tags"] = ["remove-input"]
     elif private: cell.metadata["tags"] = ["hide-input"]
+    elif "code-fold:true" in wanted: fold(cell, "Show the solution", "Hide the solution")
     elif tests(cell): fold(cell, "Show the tests", "Hide the tests")
 
 
@@ -321,6 +322,7 @@ def build(out: Path) -> list[str]:
     warnings, made = io.StringIO(), site / "build/html"
     shutil.rmtree(made, ignore_errors=True)
     Sphinx(source, None, made, site / "build/doctrees", "html", configuration(), status=None, warning=warnings, freshenv=True).build()
+    shutil.copytree(root / "nbs/sounds", made / "sounds")
     if missing := live.make(made / "_static/live"): print(f"the page \"Try it\" is not live: {missing}", file=sys.stderr)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(made, out, ignore=shutil.ignore_patterns(".buildinfo"))

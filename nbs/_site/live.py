@@ -1,6 +1,6 @@
 """What the page "Try it" needs beside its own script, into a folder of the site: `python nbs/_site/live.py FOLDER`
 
-onnxruntime-web comes from npm, at one version; the model, an excerpt of the toy band and the listening desk come from the package.
+onnxruntime-web comes from npm, at one version; the model, two short songs and the listening desk come from the package.
 Where npm or the packages for ONNX are missing the page says how it would be built, and the rest of the site stands.
 """
 import base64, hashlib, json, shutil, subprocess, sys, tarfile
@@ -53,12 +53,14 @@ def model(out: Path) -> dict:
     return {p.key: p.value for p in onnx.load(path).metadata_props}
 
 
-def excerpt(out: Path) -> None:
-    "The toy band."
+def excerpts(out: Path) -> None:
+    "A song for each button: the funk band that comes with the package, and the toy band."
     from deepdemix.foundations.encoding import write
+    from deepdemix.foundations.sample_song import sample_song
     from deepdemix.foundations.toy_band import toy_song
-    song = toy_song(SEED, duration=SECONDS).sum(0)
-    write(out / "toy.flac", song * min(1.0, 0.99 / float(song.abs().max())), 44100)
+    for name, stems in {"funk": sample_song(), "toy": toy_song(SEED, duration=SECONDS)}.items():
+        song = stems.sum(0)
+        write(out / f"{name}.flac", song * min(1.0, 0.99 / float(song.abs().max())), 44100)
 
 
 def desk(out: Path) -> dict:
@@ -81,7 +83,7 @@ def make(out: Path, cache: Path = root / "nbs/_site/build/npm") -> str:
         except ImportError as error: raise Missing(f"the package {error.name} is missing") from error
         runtime(out, cache)
         about |= dict(model=model(out), colors=desk(out), version=VERSION, ready=True)
-        excerpt(out)
+        excerpts(out)
     except Missing as error: about["missing"] = str(error)
     (out / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     return about["missing"]

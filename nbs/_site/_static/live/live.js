@@ -32,10 +32,10 @@ async function prepare() {
   live.about = await fetched("about.json", "json");
   if (!live.about.ready) { show("unbuilt"); return say("This copy of the site was built without the live page: " + live.about.missing + "."); }
   if (!simd()) return say(words.wasm, true);
-  const names = [["worker.js", "blob"], ["ort.wasm.bundle.min.mjs", "blob"], ["ort-wasm-simd-threaded.wasm", "arrayBuffer"], ["default.onnx", "arrayBuffer"], ["toy.flac", "arrayBuffer"], ["desk.html.txt", "text"]];
-  const [worker, runtime, wasm, model, toy, desk] = await Promise.all(names.map(([name, how]) => fetched(name, how)));
+  const names = [["worker.js", "blob"], ["ort.wasm.bundle.min.mjs", "blob"], ["ort-wasm-simd-threaded.wasm", "arrayBuffer"], ["default.onnx", "arrayBuffer"], ["funk.flac", "arrayBuffer"], ["toy.flac", "arrayBuffer"], ["desk.html.txt", "text"]];
+  const [worker, runtime, wasm, model, funk, toy, desk] = await Promise.all(names.map(([name, how]) => fetched(name, how)));
   const script = blob => URL.createObjectURL(new Blob([blob], { type: "text/javascript" }));
-  live.files = { worker: script(worker), runtime: script(runtime), wasm, model, toy, desk };
+  live.files = { worker: script(worker), runtime: script(runtime), wasm, model, funk, toy, desk };
   start();
 }
 
@@ -193,7 +193,9 @@ function choose(file) { if (file) file.arrayBuffer().then(bytes => take(file.nam
 Object.assign(live, { take, mixed, wav, words });
 const zone = $("live");
 $("live-file").onchange = event => { choose(event.target.files[0]); event.target.value = ""; };
-$("live-toy").onclick = async () => { try { if (!live.files) { show("work"); say("loading the toy band"); await live.loading; } if (live.files) take("the toy band", live.files.toy.slice(0)); } catch (error) { fail(error.message); } };
+async function sample(key, name) { try { if (!live.files) { show("work"); say("loading " + name); await live.loading; } if (live.files) take(name, live.files[key].slice(0)); } catch (error) { fail(error.message); } }
+$("live-funk").onclick = () => sample("funk", "the funk band");
+$("live-toy").onclick = () => sample("toy", "the toy band");
 $("live-cancel").onclick = () => { stop(); show("choose"); say("cancelled"); if (live.files) start(); $("live-toy").focus(); };
 $("live-again").onclick = () => { $("live-desk").replaceChildren(); live.sounds = null; window.given = null; stop(); show("choose"); say("Choose a song."); start(); $("live-toy").focus(); };
 $("live-mix").onclick = () => save(mixed(), live.title + " - mix.wav");
