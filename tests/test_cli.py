@@ -1,4 +1,5 @@
 "The command, run as a user runs it: every step from a toy store to a verdict."
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from deepdemix.cli import main
+from deepdemix.foundations.recipe import Recipe
 
 TINY = [word for setting in ("epochs=1", "examples_per_epoch=4", "batch_size=2", "valid_examples=2") for word in ("--set", setting)]
 
@@ -67,6 +69,43 @@ def test_a_recipe_can_be_run_again(folder):
     assert main([str(w) for w in words]) == 0
     old, new = (json.loads((folder / n / "recipe.json").read_text())["recipe"] for n in ("baseline", "again"))
     assert old == new
+
+
+def test_a_recipe_is_printed_changed_and_trained(folder, tmp_path, capsys):
+    assert main(["recipe", "baseline", "--profile", "demo", "--device", "cpu", *TINY]) == 0
+    text = capsys.readouterr().out
+    about = {f.name for f in dataclasses.fields(Recipe)}
+    commented = {line.split(":")[0] for line in text.splitlines() if not line.startswith(" ") and line.partition("  # ")[2]}
+    assert commented == about
+    (tmp_path / "mine.yaml").write_text(text.replace("lr: 0.001", "lr: 2e-3"))
+    assert main(["train", "--recipe", str(tmp_path / "mine.yaml"), "--data", str(folder / "toy"), "--out", str(tmp_path / "run")]) == 0
+    expected = json.loads((folder / "baseline" / "recipe.json").read_text())["recipe"] | {"lr": 2e-3}
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"] == expected
+    assert main(["recipe", "--recipe", str(tmp_path / "run"), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index("{"):]) == expected
+    assert main(["recipe"]) == 2 and main(["recipe", "nobody"]) == 2
+
+
+def test_a_run_goes_on_with_what_its_folder_holds(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MUSDB_PATH", raising=False)
+    run = str(tmp_path / "run")
+    shutil.copytree(folder / "baseline", run)
+    before = json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]
+    assert main(["train", "--resume", run, "--set", "epochs=3"]) == 0
+    record = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert record["recipe"] == before | {"epochs": 3} and record["epoch"] == 3
+    assert main(["train", "--resume", run]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", run, "--set", "epochs=2"]) == 2
+    error = capsys.readouterr().err
+    assert "has done 3 epochs" in error and error.count("\n") == 1
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["epochs"] == 3
+    assert main(["train", "--resume", run, "--out", str(tmp_path / "other")]) == 2
+    assert main(["train", "--resume", str(tmp_path / "none")]) == 2
+    shutil.copytree(folder / "encoder", tmp_path / "encoder")
+    assert main(["pretrain", "--resume", str(tmp_path / "encoder"), "--set", "epochs=2"]) == 0
+    assert json.loads((tmp_path / "encoder" / "recipe.json").read_text())["epoch"] == 2
 
 
 def test_a_model_is_trained_further(folder, tmp_path, capsys):

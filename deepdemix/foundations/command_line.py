@@ -31,6 +31,27 @@ def _renamed(found, old, new):
     if isinstance(found, list): return [_renamed(x, old, new) for x in found]
     return {k: _renamed(x, old, new) for k, x in found.items()} if isinstance(found, dict) else found
 
+# %% ../../nbs/foundations/command_line.ipynb #e3d545fd
+def _seed(text):
+    "A seed on the command line."
+    if not 0 <= int(text) < 2**63: raise argparse.ArgumentTypeError(f"{text} is no seed: 0 or more, and below 2**63")
+    return int(text)
+
+def _devices(text):
+    "A number of devices on the command line, or auto."
+    if text != "auto" and int(text) < 1: raise argparse.ArgumentTypeError(f"{text} is no number of devices: 1 or more, or auto")
+    return text if text == "auto" else int(text)
+
+def _positive(text):
+    "A number of things on the command line."
+    if int(text) < 1: raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return int(text)
+
+def _port(text):
+    "A port on the command line; 0 is any free one."
+    if 0 <= int(text) < 65536: return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is no port: 1 to 65535, or 0 for any that is free")
+
 # %% ../../nbs/foundations/command_line.ipynb #c0de1a12
 def _options(
     parser:argparse.ArgumentParser, # of the whole command

@@ -11,7 +11,9 @@ import json, math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
+import yaml
 from fastcore.basics import patch
+from fastcore.docments import docments
 
 from .files import UserError, _read_json, _write_json
 from .registry import _no_such
@@ -96,6 +98,50 @@ def read_record(
     return record
 
 # %% ../../nbs/foundations/recipe.ipynb #49287ea5
+def _parse(
+    text:str, # a value
+    default=0, # of the field that it is for
+):
+    "Read a value as JSON and, failing that, as plain text."
+    try: value = json.loads(text)
+    except ValueError: return text
+    holds_text = default is None or isinstance(default, str)
+    return text if holds_text and not (value is None or isinstance(value, str)) else value
+
+def _default(f):
+    "The default of a dataclass field."
+    return f.default if f.default is not MISSING else f.default_factory()
+
+def _defaults() -> dict: # by field
+    "The defaults of all fields."
+    return {f.name: _default(f) for f in fields(Recipe)}
+
+# %% ../../nbs/foundations/recipe.ipynb #ddabe1d9
+def _value(
+    node, # of a YAML file
+    default=0, # of the field that it is for
+):
+    "What a YAML node holds."
+    if isinstance(node, yaml.MappingNode): return {name.value: _value(inner) for name, inner in node.value}
+    if isinstance(node, yaml.SequenceNode): return [_value(inner) for inner in node.value]
+    if node.style: return node.value
+    return None if node.value in ("", "~") else _parse(node.value, default)
+
+def _read_fields(
+    path, # a recipe file: JSON by its name, YAML otherwise
+) -> dict: # fields and values
+    "Read a recipe file; one that is missing, damaged or no recipe raises a `UserError`."
+    path = Path(path)
+    if path.suffix.lower() == ".json": return _read_json(path)
+    try: node = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except FileNotFoundError: raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise UserError(f"{path} can't be read as YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(node, yaml.MappingNode): raise UserError(f"{path} holds no fields, such as `lr: 0.01`")
+    defaults = _defaults()
+    return {name.value: _value(inner, defaults.get(name.value, 0)) for name, inner in node.value}
+
+# %% ../../nbs/foundations/recipe.ipynb #4adc16db
 @patch
 def save(self:Recipe, path):
     "Write the settings alone as JSON."
@@ -104,13 +150,31 @@ def save(self:Recipe, path):
 @patch(cls_method=True)
 def load(
     cls:Recipe,
-    path, # a recipe file, a run folder, or a run's recipe.json
-):
+    path, # a recipe file (YAML or JSON), a run folder, or a run's recipe.json
+) -> Recipe:
     "Read a recipe that a person wrote or a run kept."
     path = Path(path)
     path = path/"recipe.json" if path.is_dir() else path
-    settings = _read_json(path)
+    settings = _read_fields(path)
     return cls.from_dict(read_record(path)["recipe"] if "recipe" in settings else settings)
+
+# %% ../../nbs/foundations/recipe.ipynb #afc5d8b5
+def _yaml_line(
+    start:str, # name and value
+    about:str, # one line
+) -> str:
+    "A field with its comment."
+    return f"{start:<28}  # {about}"
+
+@patch
+def to_yaml(self:Recipe) -> str: # with a line break at its end
+    "The settings as YAML, with a comment on every field."
+    about, lines = docments(Recipe), []
+    for name, value in self.to_dict().items():
+        nested = value if isinstance(value, dict) else {}
+        lines.append(_yaml_line(f"{name}:" if nested else f"{name}: {json.dumps(value)}", about[name]))
+        lines += [f"  {json.dumps(inner)}: {json.dumps(v)}" for inner, v in nested.items()]
+    return "\n".join(lines) + "\n"
 
 # %% ../../nbs/foundations/recipe.ipynb #263fecae
 def _fits(
@@ -123,10 +187,6 @@ def _fits(
     if isinstance(default, tuple): return isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_fits, value, default))
     if default is None: return value is None or isinstance(value, str)
     return isinstance(value, type(default))
-
-def _default(f):
-    "The default of a dataclass field."
-    return f.default if f.default is not MISSING else f.default_factory()
 
 # %% ../../nbs/foundations/recipe.ipynb #1518bd4a
 def _put(
@@ -180,20 +240,6 @@ def check(self:Recipe): # itself
     return self
 
 # %% ../../nbs/foundations/recipe.ipynb #4c8058bf
-def _parse(
-    text:str, # a value
-    default=0, # of the field that it is for
-):
-    "Read a value as JSON and, failing that, as plain text."
-    try: value = json.loads(text)
-    except ValueError: return text
-    holds_text = default is None or isinstance(default, str)
-    return text if holds_text and not (value is None or isinstance(value, str)) else value
-
-def _defaults() -> dict: # by field
-    "The defaults of all fields."
-    return {f.name: _default(f) for f in fields(Recipe)}
-
 def parse_settings(
     words:list, # such as ["lr=0.01", "mixer.pitch=null"]
 ) -> dict: # for `Recipe.override`
@@ -215,10 +261,10 @@ def kept_settings(
 
 # %% ../../nbs/foundations/recipe.ipynb #9df0b9f4
 def read_settings(
-    path, # a JSON file with recipe fields: a few, or a whole recipe
+    path, # a YAML or JSON file with recipe fields: a few, or a whole recipe
 ) -> dict: # for `Recipe.override`
     "The fields that a file names; an unknown one raises a `UserError`."
-    settings = _read_json(path)
+    settings = _read_fields(path)
     settings = settings.get("recipe", settings)
     Recipe.from_dict(settings)
     return settings
