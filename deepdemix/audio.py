@@ -8,6 +8,7 @@ __all__ = ['SOURCES', 'SOURCE_COLORS', 'show_waveform', 'show_stems', 'player', 
 
 # %% ../nbs/00_audio.ipynb #71ea2811
 import io, math
+from collections import deque
 
 import numpy as np
 import torch
@@ -248,6 +249,8 @@ class OverlapAdd:
         fade="linear", # or "cosine"
         pad=True, # fill a song shorter than a chunk up with zeros; otherwise `fn` gets it as it is
         device=None, # where `fn` runs; its output comes back to where the waveform is
+        pool=None, # an executor that runs `fn`; None: the caller's own thread
+        ahead=1, # batches that the pool has in work while the oldest one is awaited
     ):
         shared = max(round(chunk * overlap), 2 * (context or 0))
         self.step = (chunk - shared) // align * align
@@ -256,6 +259,7 @@ class OverlapAdd:
         self.width = chunk - self.step - 2 * self.context
         self.fn, self.chunk, self.batch_size, self.align, self.fade, self.pad, self.device = fn, chunk, batch_size, align, fade, pad, device
         self.held, self.start, self.next, self.queue, self.out = None, 0, 0, [], None
+        self.pool, self.ahead, self.pending = pool, ahead, deque()
 
 # %% ../nbs/00_audio.ipynb #cc283e38
 @patch
@@ -287,7 +291,7 @@ def finish(self: OverlapAdd):
     if self.held is None or not self.held.shape[1]: return []
     end = self.start + self.held.shape[1]
     self._enqueue(max(0, -(-(end - self.chunk) // self.align) * self.align), last=True)
-    return self._flush() + self._finished(end)
+    return self._flush() + self._collect(0) + self._finished(end)
 
 @patch
 def _finished(self: OverlapAdd, until):
@@ -300,16 +304,32 @@ def _finished(self: OverlapAdd, until):
 
 # %% ../nbs/00_audio.ipynb #e6fb90cc
 @patch
-@torch.no_grad()
 def _flush(self: OverlapAdd):
-    "Run the queued chunks as one batch, add them up, and return what no later chunk touches."
+    "Give the queued chunks away as one batch; return what no later chunk touches."
     starts, inputs, weights = zip(*self.queue)
-    batch = torch.stack(inputs)
+    self.queue, batch = [], torch.stack(inputs)
+    if self.pool: found = self.pool.submit(self._run, batch).result
+    else: found = lambda stems=self._run(batch): stems
+    self.pending.append((starts, weights, found))
+    return self._collect(self.ahead if self.pool else 0)
+
+@patch
+@torch.no_grad()
+def _run(self: OverlapAdd, batch):
+    "The stems of a batch of chunks."
     stems = self.fn(batch if self.device is None else batch.to(self.device))
     if stems.ndim != 4 or stems.shape[0] != len(batch) or stems.shape[-1] != batch.shape[-1]:
         raise ValueError(f"fn must turn (batch, channels, time) into (batch, sources, channels, time); it turned {tuple(batch.shape)} into {tuple(stems.shape)}")
-    self.queue, done = [], []
-    for start, y, weight in zip(starts, stems.to(batch), weights): done += self._add(start, y, weight.to(batch))
+    return stems.to(batch)
+
+@patch
+@torch.no_grad()
+def _collect(self: OverlapAdd, most):
+    "Add up the oldest batches until no more than `most` are in work; what is final."
+    done = []
+    while len(self.pending) > most:
+        starts, weights, found = self.pending.popleft()
+        for start, y, weight in zip(starts, found(), weights): done += self._add(start, y, weight.to(y))
     return done
 
 @patch
@@ -328,9 +348,9 @@ def overlap_add_blocks(
     chunk, # samples per call of `fn`
     overlap=0.25, # the part of a chunk that it shares with the next one
     progress=None, # called with the number of samples finished so far
-    **kwargs, # context, batch_size, align, fade, pad, device: see `OverlapAdd`
+    **kwargs, # context, batch_size, align, fade, pad, device, pool, ahead: see `OverlapAdd`
 ):
-    "Yield stems (sources, channels, time) as they are finished; joined, they are exactly as long as the input. Memory is bounded by the chunks of a batch."
+    "Yield stems (sources, channels, time) as they are finished; joined, they are exactly as long as the input. Memory is bounded by the chunks of a batch, and by how many batches a pool has in work."
     adder, count = OverlapAdd(fn, chunk, overlap, **kwargs), 0
     def steps():
         for block in blocks: yield adder.push(block)
@@ -350,7 +370,7 @@ def overlap_add(
     context=None, # samples at each inner edge whose output is thrown away; None: a quarter of the overlap
     batch_size=1, # chunks per call
     progress=None, # called with the number of samples finished so far
-    **kwargs, # align, fade, pad, device: see `OverlapAdd`
+    **kwargs, # align, fade, pad, device, pool, ahead: see `OverlapAdd`
 ):
     "Run `fn` over a waveform of any length, chunk by chunk: stems (sources, channels, time). `UserError` for an empty waveform."
     if not waveform.shape[-1]: raise UserError("there is nothing to separate: the waveform is empty")

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .audio import SOURCES, overlap_add_blocks
+from .audio import SOURCES
 from .foundations.codecs import read, read_blocks
 from .foundations.console import on_terminal, say
 from .foundations.decoding import probe
 from .foundations.devices import pick_device
 from .foundations.encoding import Writer
 from .foundations.files import DamagedAudio, UserError, check_finite, check_writable
-from .foundations.inference import by_groups, plan_chunks
+from .foundations.inference import network_stems, plan_chunks, stems_of_blocks
 from .foundations.memory import keep_memory
 from .foundations.model_names import find_model, peer_names, pretrained_names
 from .foundations.recipe import read_record
@@ -54,7 +54,7 @@ class Separator:
                  overlap=None, # part of a chunk that it shares with the next; None: 1/8 (1/4 for networks made for one length)
                  context=None, # seconds on each side that are seen and not used; None: 2/5 of the overlap
                  batch_size=1, # chunks that go through the network together
-                 threads=None): # CPU threads; None leaves torch's setting
+                 threads=None): # chunks in work at once on the processor, one core each; None: as many as PyTorch has threads and the process cores
         self.device, self.name, self.threads = pick_device(device), str(name), threads
         if threads is not None and not 1 <= threads <= 1024: raise UserError(f"threads={threads}: use 1 to 1024")
         if batch_size < 1: raise UserError(f"batch_size={batch_size}: use 1 or more")
@@ -66,23 +66,11 @@ class Separator:
     def __repr__(self): return f"Separator({self.name}: {', '.join(self.sources)} at {self.sample_rate} Hz on {self.device})"
 
 # %% ../nbs/08_separation.ipynb #5ae848fa
-@contextlib.contextmanager
-def _quick(threads):
-    "No gradients, and this many threads if any are asked for; afterwards all is as it was."
-    before = torch.get_num_threads()
-    if threads: torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode(): yield
-    finally:
-        if threads: torch.set_num_threads(before)
-
-
 @patch
 def _stems(self:Separator, batch):
     "The network on a batch of chunks `(b, channels, time)`: ordinary `(b, s, channels, time)`. `UserError` if it gives NaN."
     try:
-        with _quick(self.threads):
-            stems = by_groups(self.network, batch.to(self.device), self.channels).float().cpu()
+        stems = network_stems(self.network, batch, self.device)
     except torch.cuda.OutOfMemoryError as e: raise UserError(f"{self.device} has too little memory: choose a smaller batch_size or chunk, or the device cpu") from e
     if not torch.isfinite(stems).all():
         if (peak := float(batch.abs().max())) > 1e4: raise UserError(f"samples as large as {peak:.0e}, where full scale is 1: not a sound")
@@ -95,7 +83,13 @@ def __call__(self:Separator, waveform): # (channels, time) at the model's rate
     "The stems `(s, channels, time)` of a waveform, on the CPU."
     if not waveform.shape[-1]: return torch.zeros(len(self.sources), *waveform.shape, dtype=torch.float32)
     blocks = waveform.detach().float().cpu().split(self.plan["chunk"], -1)
-    return torch.cat(list(overlap_add_blocks(self._stems, blocks, **self.plan)), -1)
+    return torch.cat(list(self._pieces(blocks)), -1)
+
+@patch
+def _pieces(self:Separator, blocks, rows=slice(None)):
+    "The stems of some sources `(s, channels, time)`, piece by piece, at the model's rate."
+    return stems_of_blocks(lambda x: self._stems(x)[:, rows], blocks, self.plan, self.device, len(self.sources), self.threads)
+
 
 
 # %% ../nbs/08_separation.ipynb #21dfeaeb
@@ -144,7 +138,7 @@ def separate_blocks(self:Separator,
     same = check_rate(sample_rate) == self.sample_rate
     incoming = waiting.tap(x.detach() for x in blocks)
     if not same: incoming = resample_blocks(incoming, sample_rate, self.sample_rate)
-    stems = overlap_add_blocks(lambda x: self._stems(x)[:, rows], incoming, **self.plan)
+    stems = self._pieces(incoming, rows)
     with keep_memory() as tidy:
         for x in stems if same else _resampled(stems, self.sample_rate, sample_rate):
             if waiting.length: mixture = waiting.take(x.shape[-1]); yield mixture, x[..., :mixture.shape[-1]]
@@ -228,6 +222,7 @@ def _as_tensor(waveform):
     return x.float(), lambda y: back(y).numpy().astype(kind)
 
 
+
 # %% ../nbs/08_separation.ipynb #c7cf92af
 class Cancelled(Exception):
     "The progress function has asked to stop."
@@ -272,8 +267,8 @@ def _outside_network(name, path, options):
     if path.suffix not in GRAPHS: return None
     if path.suffix == ".onnx" and str(options.get("device", "auto")) not in ("auto", "cpu"):
         raise UserError(f"{path} is an ONNX file, which runs on the processor: leave out the device")
-    if path.with_suffix(".json").is_file(): return FileNetwork(path, options.get("threads"))
-    return OnnxNetwork(path, options.get("threads")) if path.suffix == ".onnx" else None
+    if path.with_suffix(".json").is_file(): return FileNetwork(path)
+    return OnnxNetwork(path) if path.suffix == ".onnx" else None
 
 @patch(cls_method=True)
 def from_pretrained(cls:Separator,
@@ -324,6 +319,7 @@ def _checked(format, subtype, clip):
     clip = clip or ("none" if subtype in ("FLOAT", "DOUBLE") else "rescale")
     if clip not in ("rescale", "clamp", "none"): raise UserError(f"clip is rescale, clamp or none, not {clip!r}")
     return format, subtype, clip
+
 
 
 # %% ../nbs/08_separation.ipynb #1fda58d7
@@ -398,6 +394,7 @@ def _finish(hidden, format, tags):
     return notes
 
 
+
 # %% ../nbs/08_separation.ipynb #5c531ebe
 @patch
 def separate_files(self:Separator,
@@ -433,6 +430,7 @@ def _one_of_many(self:Separator, path, out, taken, options):
     return song
 
 
+
 # %% ../nbs/08_separation.ipynb #7d1c0a66
 def existing_song(
     path, # a song
@@ -452,4 +450,5 @@ def existing_song(
                 outputs = {Path(x).stem: str(folder / x) for x in files}
                 found = dict(input=str(path), folder=str(folder), outputs=outputs)
                 return found | dict(duration=length, skipped=True)
+
 

@@ -332,13 +332,98 @@ def test_progress_and_cancelling(shares, song, capsys):
 
 
 def test_threads_are_put_back(song):
-    before = torch.get_num_threads()
-    seen = []
+    "Each chunk takes one core, whatever the caller works with, and leaves the caller's setting and that of new threads alone."
+    before, seen, new = torch.get_num_threads(), [], []
     network = Shares()
     network.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    Separator(network, threads=before + 1).separate(song)
-    assert seen == [before + 1] and torch.get_num_threads() == before
+    try:
+        for own, threads in (3, 1), (3, 2), (1, 2), (2, None):
+            torch.set_num_threads(own)
+            Separator(network, threads=threads).separate(song)
+            assert torch.get_num_threads() == own
+            thread = threading.Thread(target=lambda: new.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            assert new[-1] == own
+        assert set(seen) == {1}
+    finally: torch.set_num_threads(before)
     with pytest.raises(UserError): Separator(network, threads=0)
+
+
+# Several chunks at once
+
+class Together(Shares):
+    "Counts the chunks that are in work together; of the first ones, each waits for another to come."
+    def __init__(self, meet=0):
+        super().__init__()
+        self.now, self.most, self.calls, self.lock, self.meet = 0, 0, 0, threading.Lock(), threading.Barrier(meet) if meet else None
+
+    def forward(self, x):
+        with self.lock:
+            self.calls, self.now = self.calls + 1, self.now + 1
+            self.most, waits = max(self.most, self.now), self.meet and 0 < self.calls <= self.meet.parties
+        if waits: self.meet.wait(60)
+        time.sleep(0.01 * (self.calls % 3))
+        with self.lock: self.now -= 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_as_many_chunks_at_once_as_threads(threads):
+    network = Together(meet=threads)
+    x = noise(2, 12 * RATE)
+    assert torch.equal(Separator(network, chunk=1., threads=threads)(x), Separator(Shares(), chunk=1., threads=1)(x))
+    assert network.most == threads
+
+
+@pytest.mark.parametrize("options", [dict(), dict(batch_size=3), dict(overlap=0.6)])
+def test_the_number_of_threads_changes_no_bit(convolutions, options):
+    "Not even where a rate is changed, or where later chunks are ready first."
+    class Late(nn.Module):
+        sources, sample_rate, channels, calls = convolutions.sources, RATE, 2, 0
+        def forward(self, x):
+            self.calls += 1
+            time.sleep(0.02 * (self.calls % 2))
+            return convolutions(x)
+    x, found = noise(2, 9 * RATE + 123), []
+    for threads in 1, 2, 4:
+        separator = Separator(Late(), chunk=1., threads=threads, **options)
+        found.append([separator(x), *separator.separate(x[:, :2 * RATE], 32000).values()])
+    for more in found[1:]: assert all(torch.equal(a, b) for a, b in zip(found[0], more, strict=True))
+
+
+def test_where_memory_is_short_fewer_go_together(monkeypatch):
+    from deepdemix.foundations import inference
+    monkeypatch.setattr(inference, "available_memory", lambda: 4e6)
+    monkeypatch.setattr(inference, "resident_memory", iter(range(0, 10**12, 10**7)).__next__)
+    network = Together()
+    Separator(network, chunk=1., threads=4)(noise(2, 9 * RATE))
+    assert network.most == 1
+    monkeypatch.setattr(inference, "resident_memory", lambda: 10**9)
+    network = Together(meet=4)
+    network.calls = -1
+    Separator(network, chunk=1., threads=4)(noise(2, 9 * RATE))
+    assert network.most == 4
+
+
+def test_the_next_chunks_wait_for_whoever_takes_the_stems():
+    "However long the song, the chunks in work and the stems that nobody has taken are few."
+    network = Together()
+    pieces = Separator(network, chunk=1., threads=2).separate_blocks(iter(noise(2, 60 * RATE).split(RATE, -1)), RATE)
+    next(pieces)
+    time.sleep(0.3)
+    assert network.calls <= 5
+    pieces.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("deepdemix")]
+
+
+def test_an_error_in_one_of_many_chunks_is_the_song_s():
+    class Fails(Together):
+        def forward(self, x):
+            if self.calls == 4: raise UserError("the fifth chunk")
+            return super().forward(x)
+    with pytest.raises(UserError, match="fifth"): Separator(Fails(), chunk=1., threads=3)(noise(2, 20 * RATE))
+    assert not [t for t in threading.enumerate() if t.name.startswith("deepdemix")]
 
 
 # Killed, and long

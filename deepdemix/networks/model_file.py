@@ -51,13 +51,13 @@ class FileNetwork(nn.Module):
     "The network in a file: waveform `(b, c, time)` -> stems `(b, s, c, time)`."
     def __init__(self,
         path, # ends in .pt, .ts (TorchScript) or .onnx, with a JSON file of its name beside it
-        threads:int|None=None, # of onnxruntime; None: as many as PyTorch
+        threads:int=1, # of onnxruntime in one call; several calls may run at once
     ):
         super().__init__()
         self.path, self.about = Path(path), read_description(path)
         for name in ("sources", "sample_rate", "channels", "segment", "hop"): setattr(self, name, self.about[name])
         onnx = self.path.suffix == ".onnx"
-        self.graph = OnnxGraph(path, threads or torch.get_num_threads()) if onnx else load_script(path)
+        self.graph = OnnxGraph(path, threads) if onnx else load_script(path)
         self.hybrid = self.about["layout"] == "htdemucs"
 
     @property

@@ -50,10 +50,10 @@ class OnnxNetwork(nn.Module):
     "The network in an ONNX file, on the processor: waveform `(b, c, time)` -> stems `(b, s, c, time)`."
     def __init__(self,
         path, # written by `deepdemix export`
-        threads:int|None=None, # that one call uses; None: as many as PyTorch
+        threads:int=1, # that one call uses; several calls may run at once
     ):
         super().__init__()
-        self.session = open_session(path, threads or torch.get_num_threads())
+        self.session = open_session(path, threads)
         self.about = read_about(self.session, path)
         for name in ("sources", "sample_rate", "channels", "hop", "segment"): setattr(self, name, self.about[name])
 

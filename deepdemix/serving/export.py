@@ -228,5 +228,5 @@ def load_separator(
         raise UserError("the backend onnx works on the processor: leave out the device")
     plain = Separator.from_pretrained(model, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        network = OnnxNetwork(export(plain.network, Path(folder) / "model.onnx"), options.get("threads"))
+        network = OnnxNetwork(export(plain.network, Path(folder) / "model.onnx"))
     return Separator(network, plain.name, **options | dict(device="cpu"))
