@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +131,14 @@ def test_long_songs_travel_as_mp3_and_the_page_says_so(monkeypatch):
 def test_frame_gives_back_the_page(page):
     import html
     assert html.unescape(re.search(r'srcdoc="([^"]*)"', embed(page))[1]) == page
+
+
+def test_the_picture_of_the_desk_fits_a_page():
+    "On the first page and in the README: half as wide again as it is tall, and light. `nbs/_site/desk_picture.py` makes it."
+    from PIL import Image
+    path = Path(__file__).parent.parent / "nbs/images/desk.png"
+    width, height = Image.open(path).size
+    assert 1.5 < width / height < 1.65 and path.stat().st_size < 200_000
 
 
 @pytest.mark.musdb
@@ -593,10 +602,11 @@ def test_keyboard_alone(desk):
     assert not desk.evaluate("desk.state.playing")
     reached = set()
     desk.evaluate("document.activeElement.blur()")
-    for _ in range(40):
+    for _ in range(60):
         desk.keyboard.press("Tab")
         reached.add(desk.evaluate("document.activeElement.id || document.activeElement.getAttribute('aria-label') || document.activeElement.tagName"))
-    assert {"play", "start", "position", "loop", "from", "to", "view", "volume"} | {f"{what} {stem}" for what in ("Mute", "Solo", "Download") for stem in SOURCES} <= reached
+    assert {"play", "start", "position", "loop", "from", "to", "tempo", "view", "volume", "zoom-in", "save-mix", "save-all"} | {f"{what} {stem}" for what in ("Mute", "Solo", "Download") for stem in SOURCES} <= reached
+    assert {f"Volume of {stem}, in decibels" for stem in SOURCES} | {f"Pan of {stem}, left to right" for stem in SOURCES} <= reached
 
 
 @pytest.mark.browser
@@ -662,6 +672,181 @@ def test_page_without_code(browser, tmp_path):
         tab.set_input_files("#file", tmp_path / "song.wav")
         tab.wait_for_selector("#play:enabled", timeout=30000)
         assert tab.inner_text("h1") == "song" and tab.locator("#sets input").count() == 2
+
+
+def until(tab, holds, seconds=30):
+    "Wait for something that the page can be asked; its policy forbids Playwright's own way."
+    end = time.monotonic() + seconds
+    while not tab.evaluate(holds):
+        assert time.monotonic() < end, holds
+        tab.wait_for_timeout(50)
+
+
+def saved(tab, action, tmp_path):
+    "(name, path) of what is saved by an action."
+    with tab.expect_download() as got: action()
+    got.value.save_as(tmp_path / got.value.suggested_filename)
+    return got.value.suggested_filename, tmp_path / got.value.suggested_filename
+
+
+@pytest.mark.browser
+def test_the_mix_is_saved_as_it_is_heard(desk, tmp_path):
+    "Drums alone, 12 dB down, in a WAV file of 24 bits; panned hard right the right channel holds both, as Web Audio has it, and the left one nothing."
+    import soundfile
+    desk.locator("[aria-label='Volume of drums, in decibels']").fill("-12")
+    desk.locator("[aria-label='Pan of drums, left to right']").fill("1")
+    desk.click("[aria-label='Solo drums']")
+    name, path = saved(desk, lambda: desk.keyboard.press("e"), tmp_path)
+    x, rate = soundfile.read(path, dtype="float32")
+    assert name == "Levels - A - mix.wav" and soundfile.info(path).subtype == "PCM_24" and (rate, len(x)) == (RATE, 3 * RATE)
+    expected = 2 * 10 ** (-12 / 20) * tone(440, .1 * 2 ** .5)[0]
+    assert abs(x[:, 0]).max() < 1e-6 and abs(torch.from_numpy(x[:, 1]) - expected).max() < 1e-4
+    desk.wait_for_selector("#save-mix:enabled")
+    assert desk.inner_text("#status") == "saved this mix"
+
+
+@pytest.mark.browser
+def test_all_tracks_are_saved_without_loss(desk, tmp_path):
+    import io, soundfile, zipfile
+    name, path = saved(desk, lambda: desk.keyboard.press("Shift+e"), tmp_path)
+    assert name == "Levels - A.zip"
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None and archive.namelist() == [f"{x}.flac" for x in SOURCES]
+        x, rate = soundfile.read(io.BytesIO(archive.read("bass.flac")), dtype="float32")
+    assert rate == RATE and abs(torch.from_numpy(x) - tone(100, .01 * 2 ** .5)[0]).max() <= 2 ** -15
+    assert open_song(path).label == "stems", "what the desk saves it can open"
+
+
+CROSSINGS = """() => { const x = new Float32Array(graph.meter.fftSize); graph.meter.getFloatTimeDomainData(x);
+    let n = 0; for (let i = 1; i < x.length; i++) n += x[i - 1] < 0 && x[i] >= 0; return n * context.sampleRate / x.length; }"""
+
+
+@pytest.mark.browser
+def test_another_tempo_keeps_the_pitch(desk, tmp_path):
+    "At half the tempo the position goes half as fast, 440 Hz stay 440 Hz, and the level stays; so does the saved mix, twice as long."
+    import soundfile
+    desk.click("[aria-label='Solo drums']")
+    for _ in range(10): desk.keyboard.press("Comma")
+    assert desk.inner_text("#tempo-text") == "50 %" and "at 50 % tempo" in desk.inner_text("#status")
+    desk.keyboard.press("Space")
+    until(desk, "desk.position() > .2")
+    went = desk.evaluate("new Promise(done => { const t = context.currentTime, p = desk.position(); setTimeout(() => done((desk.position() - p) / (context.currentTime - t)), 600); })")
+    assert went == pytest.approx(.5, abs=.03)
+    assert desk.evaluate(CROSSINGS) == pytest.approx(440, rel=.02) and level(desk) == pytest.approx(-20, abs=.5)
+    desk.keyboard.press("Space")
+    _, path = saved(desk, lambda: desk.click("#save-mix"), tmp_path)
+    x, rate = soundfile.read(path)
+    assert len(x) / rate == pytest.approx(6, abs=.1)
+    crossings = ((x[:-1, 0] < 0) & (x[1:, 0] >= 0)).sum() / (len(x) / rate)
+    assert crossings == pytest.approx(440, rel=.02)
+    desk.keyboard.press("Slash")
+    assert desk.inner_text("#tempo-text") == "100 %"
+
+
+def view(tab): return tab.evaluate("[desk.state.left, desk.state.right]")
+
+
+@pytest.mark.browser
+def test_zoom_and_scroll(desk):
+    "By key, button, wheel and slider; a click means the place that is seen, and the view goes along with what plays."
+    assert view(desk) == [0, 3] and not desk.locator("#scrolling").is_visible()
+    desk.evaluate("desk.go(1.5)")
+    desk.keyboard.press("+")
+    assert view(desk) == pytest.approx([.75, 2.25])
+    desk.click("#zoom-in")
+    assert view(desk) == pytest.approx([1.125, 1.875])
+    box = desk.locator("[data-stem=bass] .lane").bounding_box()
+    desk.mouse.click(box["x"] + .5 * box["width"], box["y"] + 20)
+    assert desk.evaluate("desk.position()") == pytest.approx(1.5, abs=.01)
+    desk.focus("#scroll")
+    desk.keyboard.press("Home")
+    assert view(desk) == pytest.approx([0, .75])
+    desk.evaluate("document.activeElement.blur(); desk.go(0); desk.zoom(1)")
+    desk.keyboard.press("Space")
+    until(desk, "desk.state.left > .5")
+    desk.keyboard.press("Space")
+    left, right = view(desk)
+    assert left <= desk.evaluate("desk.position()") <= right
+    desk.mouse.move(box["x"] + .5 * box["width"], box["y"] + 20)
+    desk.keyboard.down("Control"); desk.mouse.wheel(0, 200); desk.keyboard.up("Control")
+    assert view(desk)[1] - view(desk)[0] == pytest.approx(1.5, abs=.01)
+    desk.keyboard.press("0")
+    assert view(desk) == [0, 3] and desk.locator("#zoom-out").is_disabled()
+
+
+def drop(tab, *paths):
+    "Let files fall on the page."
+    import base64
+    files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in paths]
+    tab.evaluate("""files => { const dropped = new DataTransfer();
+        for (const [name, text] of files) dropped.items.add(new File([Uint8Array.from(atob(text), x => x.charCodeAt(0))], name));
+        document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, bubbles: true, cancelable: true })); }""", files)
+
+
+def queue_of(tab): return [" ".join(x.split()) for x in tab.locator("#queue li > div:first-child").all_text_contents()]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1100])
+def test_many_songs_on_one_desk(browser, tmp_path, width):
+    "Chosen, dropped, and a folder of stems: each has its desk, without a restart; one is removed, and all of it works by keys."
+    for name in ("one", "two", "three"): write(tmp_path / f"{name}.wav", toy_song(1, 1., RATE).sum(0), RATE)
+    stem_folder(tmp_path / "tones")
+    (tmp_path / "tones/notes.txt").write_text("about the tones")
+    with serving({"untrained": untrained(), "default": "default"}) as server, opened(browser, server.address) as tab:
+        tab.set_viewport_size(dict(width=width, height=844))
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.locator("#models b").all_inner_texts() == ["untrained", "default"]
+        assert "a network of your own" in tab.inner_text("#models") and "band-split" in tab.inner_text("#models")
+        with tab.expect_file_chooser() as chooser: tab.keyboard.press("o")
+        chooser.value.set_files([tmp_path / "one.wav"])
+        tab.wait_for_selector("#play:enabled", timeout=30000)
+        assert tab.inner_text("h1") == "one"
+        tab.set_input_files("#folder", tmp_path / "tones")
+        drop(tab, tmp_path / "two.wav", tmp_path / "three.wav")
+        until(tab, "document.querySelectorAll('#queue a:not([hidden])').length === 3")
+        assert sorted(queue_of(tab)) == sorted(["one on this page; separated with untrained", "tones stems, played as they are", "two separated with untrained", "three separated with untrained"])
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        titles = {tab.inner_text("h1")}
+        for _ in range(3):
+            before = tab.url
+            tab.keyboard.press("n")
+            tab.wait_for_url(lambda url: url != before)
+            tab.wait_for_selector("#play:enabled", timeout=30000)
+            until(tab, "document.querySelectorAll('#queue li').length === 4")
+            titles.add(tab.inner_text("h1"))
+        assert titles == {"one", "two", "three", "tones"}
+        tab.click("#songs-title")
+        tab.focus("[aria-label='Remove one']")
+        tab.keyboard.press("Enter")
+        until(tab, "document.querySelectorAll('#queue li').length === 3")
+        assert tab.inner_text("#news") == "removed one" and len(list(server.queue)) == 3
+
+
+@pytest.mark.browser
+def test_a_separation_is_cancelled(browser, tmp_path, monkeypatch):
+    "How far it is can be seen and heard by a screen reader; Cancel ends it, and the next song goes on."
+    go_on = threading.Event()
+    class Slow:
+        name = "slow"
+        def separate(self, mixture, rate, progress):
+            for part in range(4):
+                if progress(part * .25, 1) is False: raise Cancelled("slow")
+                if part == 2: go_on.wait(20)
+            return dict(vocals=mixture)
+    monkeypatch.setattr("deepdemix.serving.desk_queue.as_separators", lambda models: models)
+    for name in ("one", "two"): write(tmp_path / f"{name}.wav", tone(440, .5, 1.), RATE)
+    with serving({"slow": Slow()}) as server, opened(browser, server.address) as tab:
+        drop(tab, tmp_path / "one.wav", tmp_path / "two.wav")
+        until(tab, "document.querySelector('#queue').innerText.includes('50 %')")
+        assert queue_of(tab) == ["one separating with slow: 50 %", "two waiting"] and tab.inner_text("#count") == "(2, 2 under way)"
+        assert tab.get_by_label("Progress of one").get_attribute("value") == "0.5"
+        tab.focus("[aria-label='Cancel one']")
+        tab.keyboard.press("Enter")
+        until(tab, "document.querySelector('#news').innerText === 'cancelled one'")
+        go_on.set()
+        tab.wait_for_selector("#play:enabled", timeout=20000)
+        assert tab.inner_text("h1") == "two" and [x.name for x in server.queue] == ["two"]
 
 
 NOTEBOOK = """import torch
@@ -783,6 +968,24 @@ def test_the_command_opens_a_desk(browser, tmp_path):
         before = tab.evaluate("desk.position()")
         tab.keyboard.press("s")
         assert tab.evaluate("desk.state.set") == 2 and tab.evaluate("desk.position()") - before < .5
+
+
+@pytest.mark.browser
+def test_separate_opens_a_desk(browser, tmp_path):
+    "`deepdemix separate SONG --listen`: the files that were written, and the song beside them; nothing is separated again."
+    write(tmp_path / "song.wav", toy_song(1, 2., RATE).sum(0), RATE)
+    line = ["-c", "import sys; from deepdemix.cli import main; sys.exit(main())", "separate", "song.wav", "--listen", "--no-browser", "--port", "PORT"]
+    with program(line, tmp_path, r"(http://127\.0\.0\.1:\d+/)") as address, opened(browser, address) as tab:
+        tab.wait_for_selector("#play:enabled", timeout=60000)
+        until(tab, "document.querySelectorAll('#queue li').length === 1")
+        assert tab.inner_text("h1") == "song.wav" and queue_of(tab) == ["song.wav on this page; separated with default"]
+        assert [x.inner_text() for x in tab.locator("#sets label").all()] == ["default", "original"]
+        written = {x.name: x.read_bytes() for x in (tmp_path / "separated/song").iterdir()}
+        (tmp_path / "out").mkdir()
+        saved(tab, lambda: tab.click("[aria-label='Download vocals']"), tmp_path / "out")
+        import soundfile
+        ours, made = (soundfile.read(path, dtype="int16")[0] for path in (next((tmp_path / "out").iterdir()), tmp_path / "separated/song/vocals.wav"))
+        assert len(written) == 4 and (ours == made).all()
 
 
 @pytest.mark.browser

@@ -213,10 +213,10 @@ SONG_KEYS = """<div><dt><kbd>O</kbd></dt><dd>add songs</dd></div>
 def _song_list(self:SongQueue, open):
     "The list of songs, and what to separate new ones with."
     def choice(i, label, line):
-        about = f"<span>{html.escape(line)}</span>" if line else ""
+        about = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(line))
         chosen = " checked" if i == 0 else ""
         label = html.escape(label, quote=True)
-        return f'<label><input type="radio" name="model" value="{label}"{chosen}> <b>{label}</b> {about}</label>'
+        return f'<label><input type="radio" name="model" value="{label}"{chosen}> <b>{label}</b> <span>{about}</span></label>'
     lines = describe_models(self.models).items()
     models = "\n".join(choice(i, *line) for i, line in enumerate(lines))
     return fill(desk_text("songs.html"), models=models, open="open" if open else "")

@@ -27,19 +27,19 @@ function row(name, i) {
   const solo = button("solo", "Solo " + name, key && "Shift+" + key, flip("solo"));
   const save = button("save", "Download " + name, null, () => saveTrack(name));
   save.textContent = "Save";
-  const volume = slider("gain", "Vol", `Volume of ${name}, in decibels`, { min: -40, max: 6, step: .5 },
+  const volume = slider("gain", "Volume", `Volume of ${name}, in decibels`, { min: -40, max: 6, step: .5 },
     value => { track.db = value; });
   const pan = slider("pan", "Pan", `Pan of ${name}, left to right`, { min: -1, max: 1, step: .05 },
     value => { track.pan = value; });
+  pan.querySelector("input").className = "centred";
   const number = key ? [make("kbd", { textContent: key })] : [];
-  const title = [make("b", { textContent: name }), make("span", { className: "note" })];
-  const head = make("div", { className: "head" }, ...number, ...title);
   const switches = make("div", { className: "switches" }, mute, solo, save);
+  const head = make("div", { className: "head" }, ...number, make("b", { textContent: name }), switches);
   const canvas = make("canvas", { attributes: { role: "img" } });
-  const marks = ["region", "cursor"].map(className => make("div", { className }));
+  const marks = ["note", "region", "cursor"].map(className => make("div", { className }));
   const lane = make("div", { className: "lane" }, canvas, ...marks);
-  const controls = make("div", { className: "controls" }, head, switches, volume, pan);
-  const li = make("li", { className: "row", dataset: { stem: name } }, controls, lane);
+  const controls = make("div", { className: "controls" }, head, volume, pan);
+  const li = make("li", { className: "row columns", dataset: { stem: name } }, controls, lane);
   li.style.setProperty("--stem", color(name));
   drag(lane);
   return li;

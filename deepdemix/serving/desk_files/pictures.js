@@ -10,20 +10,24 @@ function mono(buffer) {
 
 function monoOf(stem) { return stem.mono = stem.mono || mono(stem.buffer); }
 
-// The lowest and the highest sample behind each column of the picture.
+// The lowest, the highest and the effective (RMS) value behind each column of the picture.
 function envelope(x, columns) {
-  const low = new Float32Array(columns), high = new Float32Array(columns);
+  const [low, high, rms] = Array.from({ length: 3 }, () => new Float32Array(columns));
   const first = state.left * data.rate, width = (state.right - state.left) * data.rate / columns;
   for (let c = 0; c < columns; c++) {
     const begin = Math.floor(first + c * width), end = Math.min(Math.max(begin + 1, Math.floor(first + (c + 1) * width)), x.length);
     if (begin >= end) continue;
+    let power = 0;
     low[c] = high[c] = x[begin];
     for (let i = begin; i < end; i++) {
-      if (x[i] < low[c]) low[c] = x[i];
-      if (x[i] > high[c]) high[c] = x[i];
+      const v = x[i];
+      if (v < low[c]) low[c] = v;
+      if (v > high[c]) high[c] = v;
+      power += v * v;
     }
+    rms[c] = Math.sqrt(power / (end - begin));
   }
-  return { low, high };
+  return { low, high, rms };
 }
 
 function fft(re, im) {
@@ -71,10 +75,15 @@ function scale(whole) {
   return Math.max(1e-4, ...alike.map(stem => stem.peak));
 }
 
+// Peaks in a lighter shade, and within them how loud the sound is.
 function waves(pen, stem, w, h) {
-  const { low, high } = envelope(monoOf(stem), w), k = h * .46 / scale(stem.name === "mixture");
+  const { low, high, rms } = envelope(monoOf(stem), w), k = h * .46 / scale(stem.name === "mixture");
+  const bar = (c, top, bottom) => pen.fillRect(c, h / 2 - top * k, 1, Math.max(1, (top - bottom) * k));
   pen.fillStyle = color(stem.name);
-  for (let c = 0; c < w; c++) pen.fillRect(c, h / 2 - high[c] * k, 1, Math.max(1, (high[c] - low[c]) * k));
+  pen.globalAlpha = .45;
+  for (let c = 0; c < w; c++) bar(c, high[c], low[c]);
+  pen.globalAlpha = 1;
+  for (let c = 0; c < w; c++) bar(c, Math.min(rms[c], high[c]), Math.max(-rms[c], low[c]));
 }
 
 // From 0 Hz to half the rate, more room for the low half, over 70 dB.

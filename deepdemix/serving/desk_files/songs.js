@@ -140,6 +140,11 @@
     for (const file of chosen) await add(file.name, file);
     e.target.value = "";
   };
+  $("folder").onchange = async e => {
+    const chosen = [...e.target.files];
+    if (chosen.length) await addFolder(chosen[0].webkitRelativePath.split("/")[0] || "stems", chosen);
+    e.target.value = "";
+  };
   $("form").onsubmit = e => e.preventDefault();
   watch();
 })();
