@@ -88,7 +88,28 @@ def test_opens_in_jupyter(path):
     notebook = read(path)
     assert notebook["metadata"] == {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    assert not [c["id"] for c in notebook["cells"] if c["metadata"]]
+    for cell in notebook["cells"]:
+        folded = cell["cell_type"] == "code" and bool(re.search(r"^#\| code-fold: true$", "".join(cell["source"]), re.M))
+        assert cell["metadata"] == ({"jupyter": {"source_hidden": True}} if folded else {}), cell["id"]
+
+
+COURSE = ["05_pretraining"] # notebooks that end in exercises
+
+
+@pytest.mark.parametrize("name", COURSE)
+def test_exercises_have_solutions(name):
+    "Two or three questions under one heading, each with a solution below it that checks itself and is folded."
+    cells = read(ROOT / f"nbs/{name}.ipynb")["cells"]
+    start = next(k for k, c in enumerate(cells) if c["cell_type"] == "markdown" and re.search(r"^## Exercises$", "".join(c["source"]), re.M))
+    rest = [(c["cell_type"], "".join(c["source"])) for c in cells[start:]]
+    asked = [text for kind, text in rest if kind == "markdown" for _ in re.findall(r"^\*\*\d\.", text, re.M)]
+    solved = [text for kind, text in rest if kind == "code" and re.search(r"^#\| code-fold: true$", text, re.M)]
+    assert len(asked) == len(solved) and len(asked) in (2, 3)
+    for text in solved: assert re.search(r"^(test_\w+\(|assert )", text, re.M), text
+
+
+@pytest.mark.parametrize("name", COURSE)
+def test_a_course_can_be_heard(name): assert list(players(read(ROOT / f"nbs/{name}.ipynb")))
 
 
 def code_of(path):
