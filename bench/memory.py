@@ -15,7 +15,7 @@ def steps(name, args, loss, keep):
     torch.manual_seed(0)
     network, sources, taken = build_network(name, **args), 0.1 * torch.randn(8, 4, 2, 3 * 44100), []
     optimizer = torch.optim.Adam(network.parameters())
-    with keep_memory() if keep else contextlib.nullcontext(lambda: None) as tidy:
+    with keep_memory(True) if keep else contextlib.nullcontext(lambda: None) as tidy:
         for _ in range(FIRST + STEPS):
             began = time.process_time()
             with torch.autocast("cpu", torch.bfloat16): error = LOSSES[loss](network, sources.sum(1), sources)

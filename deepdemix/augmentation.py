@@ -6,8 +6,7 @@
 __all__ = ['LEVELS', 'TRIES', 'Piece', 'Mix', 'Mixer', 'level_gain', 'Blocks', 'Excerpts', 'Triplets', 'BalancedBatches']
 
 # %% ../nbs/02_augmentation.ipynb #2f0ced66
-import functools, math, sys
-from collections import deque
+import contextlib, functools, math, weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,6 +134,7 @@ def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Piec
     return [Piece(s, song, v, start, frames, float(lufs[s]), (v.start + at) / self.store.sample_rate) for s in sources]
 
 
+
 # %% ../nbs/02_augmentation.ipynb #ca520794
 @patch
 def _reach(self: Mixer, total, stretch):
@@ -206,18 +206,31 @@ def draw(self: Mixer,
 # %% ../nbs/02_augmentation.ipynb #7776dfca
 class Blocks:
     "Uninitialised memory that is lent out again once its last holder has let go of it."
-    def __init__(self, limit: int = 2**30): # bytes kept at most
-        self.kept, self.limit = deque(), limit
+    def __init__(self, limit: int = 2**30): # bytes kept at most, beside those that are lent out
+        self.free, self.limit = {}, limit
 
     def get(self, shape) -> Tensor:
         "A float32 tensor on the processor."
         size = math.prod(shape)
-        block = next((b for b in self.kept if b.size == size and sys.getrefcount(b) <= 3), None)
-        if block is None:
-            block = np.empty(size, np.float32)
-            self.kept.append(block)
-            while sum(b.nbytes for b in self.kept) > self.limit: self.kept.popleft()
-        return torch.from_numpy(block).view(shape)
+        try: block = self.free[size].pop()
+        except (KeyError, IndexError): block = np.empty(size, np.float32)
+        lent = block[:]
+        weakref.finalize(lent, self._take_back, block).atexit = False
+        return torch.from_numpy(lent).view(shape)
+
+    def _take_back(self, block):
+        "Keep a block that nobody holds any more; what is over the limit goes, the sizes first that came back longest ago."
+        blocks = self.free.pop(block.size, [])
+        blocks.append(block)
+        self.free[block.size] = blocks
+        with contextlib.suppress(LookupError): # another thread was quicker
+            while sum(4 * size * len(free) for size, free in list(self.free.items())) > self.limit: self._let_go()
+
+    def _let_go(self):
+        "Give one block back to the system."
+        oldest = next(iter(self.free), None)
+        if self.free[oldest]: self.free[oldest].pop(0)
+        else: del self.free[oldest]
 
 # %% ../nbs/02_augmentation.ipynb #b2b91f52
 _blocks = Blocks()
@@ -343,10 +356,15 @@ def _starts(self: Excerpts, variant: Variant, source: int) -> tuple[np.ndarray, 
 
 # %% ../nbs/02_augmentation.ipynb #38718a0d
 @patch
+def song_order(self: Excerpts, rng, songs: list) -> np.ndarray: # the same numbers
+    "The order in which songs are tried: a random one."
+    return rng.permutation(songs)
+
+@patch
 def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
     "An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in random order."
     source = self.store.sources.index(self.instruments[label])
-    for song in rng.permutation([k for k in self.pools[label] if k not in barred]).tolist():
+    for song in self.song_order(rng, [k for k in self.pools[label] if k not in barred]).tolist():
         v = self.bank.get(song, int(rng.integers(self.bank.variants)), index)
         starts, frames = self._starts(v, source)
         if len(starts):

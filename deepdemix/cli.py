@@ -481,6 +481,7 @@ def main(
 ) -> int: # 0 success, 1 done but not all is well, 2 bad use, 130 interrupted, 141 not read, 143 terminated
     "Run one command; returns its exit status."
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if os.environ.get("DEEPDEMIX_KEEP_MEMORY") == "1": os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with streams(), _polite():
         parser = make_parser()
         args = parser.parse_args(_marked(sys.argv[1:] if argv is None else list(argv), parser))

@@ -1,5 +1,7 @@
 "Properties of mixes, triplets and balanced batches that no single example can show."
 import math
+import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from deepdemix.foundations.files import UserError
-from deepdemix.augmentation import BalancedBatches, Mixer, Triplets
+from deepdemix.augmentation import BalancedBatches, Blocks, Mixer, Triplets
 from deepdemix.foundations.augmentation_cache import Bank
 from deepdemix.foundations.loudness import Loudness
 from deepdemix.foundations.effects import shift
@@ -360,3 +362,32 @@ def test_memory_stays_flat_while_copies_come_and_go():
         mixer[i]
         sizes.append(sum(v.stems.nbytes for v in mixer.bank.kept.values()))
     assert max(sizes[50:]) <= 2.01 * mixer.bank.need() * 2**30 and len(mixer.bank.kept) <= 2 * len(BAND)
+
+
+HOLDERS = {"a part": lambda x: x[1:], "an array": lambda x: x.numpy(), "a tensor on an array": lambda x: torch.from_numpy(x.numpy()),
+           "the storage": lambda x: x.untyped_storage(), "a list": lambda x: [x], "a graph": lambda x: (x * torch.ones(1, requires_grad=True)).grad_fn}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_memory_that_is_held_is_not_lent_out_again(holder, monkeypatch):
+    "Whatever reference counts say: some versions of Python count fewer than there are."
+    monkeypatch.setattr(sys, "getrefcount", lambda x: 1)
+    blocks = Blocks()
+    x = blocks.get((3, 5))
+    place, held = x.data_ptr(), HOLDERS[holder](x)
+    del x
+    assert blocks.get((3, 5)).data_ptr() != place
+    del held
+    assert place in {block.data_ptr() for block in [blocks.get((3, 5)) for _ in range(2)]}
+
+
+def test_memory_is_lent_to_one_of_many_threads():
+    blocks, wrong = Blocks(), []
+    def work(number):
+        for _ in range(300):
+            x = blocks.get((64,)).fill_(number)
+            if not bool((x == number).all()): wrong.append(number)
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not wrong

@@ -3,9 +3,7 @@ import csv
 import io
 import math
 import pickle
-import sys
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,7 +23,7 @@ from deepdemix.pretraining import (
 from deepdemix.contrast.stores import WeightedBatches, WeightedTriplets, join_stores, open_stores, plain_title
 from deepdemix.contrast.probing import (
     cloud, draw_excerpts, embed_excerpts, neighbour_accuracy, probe, random_twin, retrieval)
-from deepdemix.contrast.embedding_pictures import confusion, project, show_maps
+from deepdemix.contrast.embedding_pictures import confusion, show_maps
 from deepdemix.contrast.embedding_explorer import explore
 from deepdemix.contrast.positives import random_view, views_of
 from deepdemix.foundations.recipe import Recipe, read_record
@@ -603,20 +601,6 @@ def test_the_explorer_shows_and_plays_what_is_chosen(store):
     assert desk.point.value == 2
     instruments, desk.by.value = desk.picture.value, "song"
     assert desk.picture.value != instruments
-    with pytest.raises(UserError, match="tsne, umap"): explore(EncoderNetwork(**TINY), store.split("test"), per_song=1, method="pca")
-
-
-def test_umap_is_taken_where_it_is_installed_and_named_where_not(monkeypatch):
-    z = np.random.default_rng(0).normal(size=(10, 4))
-    monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(UserError, match="pip install umap-learn"): project(z, method="umap")
-    asked = {}
-    class UMAP:
-        def __init__(self, **settings_): asked.update(settings_)
-        def fit_transform(self, x): return x[:, :2]
-    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
-    assert np.array_equal(project(z, seed=4, method="umap"), z[:, :2])
-    assert asked["n_neighbors"] == 9 and asked["random_state"] == 4
 
 
 @pytest.fixture(scope="module")

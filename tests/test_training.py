@@ -129,12 +129,24 @@ def test_the_processors_clock_stands_still_while_it_sleeps(tmp_path, clock):
 def test_every_batch_tidies_the_memory(tmp_path, monkeypatch):
     tidied = []
     monkeypatch.setattr(memory, "_tidier", lambda libc: lambda: tidied.append(libc))
+    monkeypatch.setenv("DEEPDEMIX_KEEP_MEMORY", "1")
     fit(recipe(**WHOLE), STORE, tmp_path/"run", progress=False)
     assert len(tidied) == 18
 
+def test_memory_is_kept_only_where_it_is_asked_for(monkeypatch):
+    asked = []
+    libc = SimpleNamespace(mallopt=lambda *words: asked.append(words), malloc_trim=asked.append)
+    monkeypatch.setattr(memory, "_glibc", lambda: libc)
+    monkeypatch.delenv("DEEPDEMIX_KEEP_MEMORY", raising=False)
+    with keep_memory() as tidy: tidy()
+    with keep_memory(False): pass
+    assert not asked
+    monkeypatch.setenv("DEEPDEMIX_KEEP_MEMORY", "1")
+    with keep_memory(): assert asked
+
 @pytest.mark.skipif(not _glibc(), reason="memory is kept with glibc alone")
 def test_memory_is_kept_in_a_run_and_given_back_at_its_end():
-    with keep_memory():
+    with keep_memory(True):
         del [torch.ones(2**24) for _ in range(12)][:]
         kept = _resident()
     assert kept - _resident() > 2**29

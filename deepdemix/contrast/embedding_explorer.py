@@ -18,11 +18,11 @@ from .probing import draw_excerpts, embed_excerpts
 # %% ../../nbs/contrast/embedding_explorer.ipynb #71057eaf
 class Explorer:
     "Excerpts on a map: the chosen one is ringed, named and can be played. `box` holds the widgets."
-    def __init__(self, network, store, per_song=4, method="tsne", seed=0):
+    def __init__(self, network, store, per_song=4, seed=0):
         import ipywidgets as w
         import matplotlib.pyplot as plt
         self.excerpts = draw_excerpts(store, getattr(network, "duration", 5.), per_song)
-        self.points = project(embed_excerpts(network, self.excerpts), seed, method)
+        self.points = project(embed_excerpts(network, self.excerpts), seed)
         self.by = w.ToggleButtons(options=["instrument", "song"], description="colour")
         self.point = w.Dropdown(options=[(self.title(i), i) for i in range(len(self.excerpts))], description="excerpt")
         self.text, self.sound = w.Label(), w.Audio(format="wav", autoplay=False, loop=False)
@@ -70,8 +70,7 @@ def explore(
     network, # with `embed`
     store, # the songs, such as `store.split("valid")`
     per_song:int=4, # places in each song
-    method:str="tsne", # or "umap"
     seed:int=0, # of the projection
 ) -> Explorer: # shows itself at the end of a cell
     "A map of excerpts to walk and listen through. The sound travels to the page: clear the output before sharing songs that may not be shared."
-    return Explorer(network, store, per_song, method, seed)
+    return Explorer(network, store, per_song, seed)

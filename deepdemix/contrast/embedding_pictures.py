@@ -71,21 +71,12 @@ def show_confusion(
 def project(
     z, # embeddings (n, dim)
     seed:int=0, # of the projection
-    method:str="tsne", # or "umap", which needs the package umap-learn
 ) -> np.ndarray: # (n, 2)
-    "t-SNE or UMAP: neighbours stay neighbours, distances between groups mean little."
-    if method not in ("tsne", "umap"): raise UserError(f"no projection is called '{method}'; known: tsne, umap")
+    "t-SNE: neighbours stay neighbours, distances between groups mean little."
     z = np.asarray(z)
     if len(z) < 3: raise UserError(f"a map needs 3 excerpts or more, not {len(z)}: take more songs, or more places in each")
-    if method == "umap": return _umap(z, seed)
     from sklearn.manifold import TSNE
     return TSNE(perplexity=min(30, max(2, (len(z) - 1) // 3)), init="pca", random_state=seed).fit_transform(z)
-
-def _umap(z, seed):
-    "UMAP of umap-learn, or a `UserError` that says how to get it."
-    try: from umap import UMAP
-    except ImportError: raise UserError("the projection 'umap' needs the package umap-learn: pip install umap-learn, or take tsne") from None
-    return np.asarray(UMAP(n_neighbors=min(15, len(z) - 1), random_state=seed, n_jobs=1).fit_transform(z))
 
 # %% ../../nbs/contrast/embedding_pictures.ipynb #a5e6b672
 def show_embedding(
