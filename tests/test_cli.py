@@ -369,6 +369,19 @@ def test_standard_input(desk, tiny):
     assert done.returncode == 2 and done.stderr == b"deepdemix: standard input is empty (0 bytes)\n"
 
 
+def test_separate_hands_its_stems_to_the_desk(desk, capsys, monkeypatch):
+    "With the model that is loaded already; a song that failed is not among them, and nothing opens where nothing was made."
+    from deepdemix.audio import SOURCES
+    served = []
+    monkeypatch.setattr("deepdemix.listening.serve", lambda *given: served.append(given))
+    assert desk("song.wav", "missing.wav", "--listen", "--no-browser", "--port", "8123") == 1
+    (songs, separator, port, browser), = served
+    assert [(x.song, sorted(x.outputs)) for x in songs] == [("song.wav", sorted(SOURCES))]
+    assert (songs[0].model, port, browser) == (separator.name, 8123, False)
+    assert desk("missing.wav", "--listen") == 2 and len(served) == 1
+    assert desk("song.wav", "--listen", "--json") == 2 and "--listen goes without" in capsys.readouterr().err
+
+
 def test_skip_existing_needs_no_cluster(desk, capsys):
     Path("copy.wav").write_bytes(Path("song.wav").read_bytes())
     assert desk("song.wav") == 0

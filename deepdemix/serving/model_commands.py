@@ -64,7 +64,8 @@ def separate(
     with _with_stdin(args.files) as (files, named):
         summary = named(separator.separate_files(files, args.out, progress=not args.json, **options, **_chosen(args, "track")))
     status = _told(summary, args.json)
-    return _listen_to(summary, args) or status if args.listen else status
+    if args.listen: _listen_to(summary, separator, args)
+    return status
 
 def _told(
     summary:dict, # of `Separator.separate_files`
@@ -86,21 +87,22 @@ def _told(
 # %% ../../nbs/serving/model_commands.ipynb #6c0f4f0a
 def _separated_songs(
     summary:dict, # of `Separator.separate_files`
+    track:int=1, # of each file
 ) -> list: # of `SeparatedSong`
     "What there is to hear."
     from deepdemix.serving.songs import SeparatedSong
     heard = [song for song in summary["songs"] if song.get("outputs")]
-    return [SeparatedSong(x["outputs"], x["input"], summary["model"], x.get("gain", 1.0)) for x in heard]
+    return [SeparatedSong(x["outputs"], x["input"], summary["model"], x.get("gain", 1.0), track) for x in heard]
 
 def _listen_to(
     summary:dict, # of `Separator.separate_files`
+    separator, # which made it, and will make more
     args:argparse.Namespace, # port, no_browser, track
 ):
     "Open the listening desk with what was made."
-    from dataclasses import replace
     from deepdemix.listening import serve
-    songs = [replace(song, track=args.track or 1) for song in _separated_songs(summary)]
-    if songs: serve(songs, port=args.port, open_browser=not args.no_browser)
+    songs = _separated_songs(summary, args.track or 1)
+    if songs: serve(songs, separator, args.port, not args.no_browser)
 
 # %% ../../nbs/serving/model_commands.ipynb #c82aa30a
 def _separate_on_ray(

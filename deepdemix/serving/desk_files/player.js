@@ -16,9 +16,15 @@ function fromText(text) {
   return out;
 }
 
-// The file of a stem as it came: inside this page, from the program that made it, or from a page around this one.
+// A page around this one may give the sound, and a gain that keeps it below full scale in files.
+function wavOf(buffer, gain) {
+  const channels = Array.from({ length: buffer.numberOfChannels }, (_, c) => buffer.getChannelData(c).map(x => x * gain));
+  return wav(channels, data.rate);
+}
+
+// The file of a stem: inside this page, from the program that made it, or from a page around this one.
 async function fileOf(stem) {
-  if (window.given) return new Uint8Array(await given.file(stem).arrayBuffer());
+  if (window.given) return wavOf(given.buffer(stem), given.gain);
   if (stem.sound) return fromText(stem.sound);
   const answer = await fetch(stem.url);
   if (!answer.ok) throw new Error("the program that made this page has closed this song");

@@ -145,7 +145,7 @@ function hear(name, song, { names, sounds, seconds }) {
   sounds.mixture = song;
   const title = name.replace(/\.[^.]*$/, "") || "song", peak = Math.max(...names.map(stem => loudest(sounds[stem])));
   live.gain = Math.min(1, .999 / peak); live.sounds = sounds; live.title = title;
-  window.given = { buffer: stem => sounds[stem.name], file: stem => wav(sounds[stem.name], live.gain), format: "wav" };
+  window.given = { buffer: stem => sounds[stem.name], gain: live.gain };
   const sets = [{ name: "separated", stems: names.map(stem => ({ name: stem, note: "" })) }, { name: "the song", stems: [{ name: "mixture", note: "" }] }];
   const data = { sets, rate: RATE, duration: song.duration, format: "wav", gain: 1, title, colors: live.about.colors };
   const safe = text => text.replace(/[&<>"']/g, x => `&#${x.charCodeAt(0)};`);
@@ -166,31 +166,9 @@ async function begin(frame, run) {
 
 function loudest(buffer) { let peak = 0; for (let c = 0; c < buffer.numberOfChannels; c++) for (const v of buffer.getChannelData(c)) if (Math.abs(v) > peak) peak = Math.abs(v); return peak; }
 
-function wav(buffer, gain = 1) {
-  const c = buffer.numberOfChannels, n = buffer.length, view = new DataView(new ArrayBuffer(44 + 2 * c * n)), text = (at, x) => [...x].forEach((k, i) => view.setUint8(at + i, k.charCodeAt(0)));
-  text(0, "RIFF"); view.setUint32(4, 36 + 2 * c * n, true); text(8, "WAVEfmt "); view.setUint32(16, 16, true); view.setUint16(20, 1, true); view.setUint16(22, c, true);
-  view.setUint32(24, RATE, true); view.setUint32(28, RATE * c * 2, true); view.setUint16(32, c * 2, true); view.setUint16(34, 16, true); text(36, "data"); view.setUint32(40, 2 * c * n, true);
-  for (let k = 0; k < c; k++) { const x = buffer.getChannelData(k); for (let i = 0; i < n; i++) view.setInt16(44 + 2 * (i * c + k), Math.max(-32768, Math.min(32767, Math.round(x[i] * gain * 32768))), true); }
-  return new Blob([view], { type: "audio/wav" });
-}
-
-// What is heard now, as one file.
-function mixed() {
-  const desk = $("live-desk").firstElementChild.contentWindow.desk, set = desk.state.set, gains = desk.gains()[set], stems = desk.sets[set].stems;
-  const like = live.sounds.mixture, out = Array.from({ length: like.numberOfChannels }, () => new Float32Array(like.length));
-  stems.forEach((stem, k) => out.forEach((y, c) => { const x = live.sounds[stem.name].getChannelData(c); if (gains[k]) for (let i = 0; i < y.length; i++) y[i] += x[i] * gains[k]; }));
-  const buffer = sound(out);
-  return wav(buffer, Math.min(1, .999 / Math.max(loudest(buffer), 1e-9)));
-}
-
-function save(blob, name) {
-  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name.replace(/[^\p{L}\p{N} ._()-]/gu, "_") });
-  link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}
-
 function choose(file) { if (file) file.arrayBuffer().then(bytes => take(file.name, bytes), () => fail(words.decode)); }
 
-Object.assign(live, { take, mixed, wav, words });
+Object.assign(live, { take, words });
 const zone = $("live");
 $("live-file").onchange = event => { choose(event.target.files[0]); event.target.value = ""; };
 async function sample(key, name) { try { if (!live.files) { show("work"); say("loading " + name); await live.loading; } if (live.files) take(name, live.files[key].slice(0)); } catch (error) { fail(error.message); } }
@@ -198,7 +176,6 @@ $("live-funk").onclick = () => sample("funk", "the funk band");
 $("live-toy").onclick = () => sample("toy", "the toy band");
 $("live-cancel").onclick = () => { stop(); show("choose"); say("cancelled"); if (live.files) start(); $("live-toy").focus(); };
 $("live-again").onclick = () => { $("live-desk").replaceChildren(); live.sounds = null; window.given = null; stop(); show("choose"); say("Choose a song."); start(); $("live-toy").focus(); };
-$("live-mix").onclick = () => save(mixed(), live.title + " - mix.wav");
 for (const kind of ["dragenter", "dragover"]) zone.addEventListener(kind, event => { event.preventDefault(); zone.classList.add("over"); });
 for (const kind of ["dragleave", "drop"]) zone.addEventListener(kind, event => { event.preventDefault(); zone.classList.remove("over"); });
 zone.addEventListener("drop", event => choose(event.dataTransfer.files[0]));
