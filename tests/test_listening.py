@@ -823,6 +823,35 @@ def test_many_songs_on_one_desk(browser, tmp_path, width):
         assert tab.inner_text("#news") == "removed one" and len(list(server.queue)) == 3
 
 
+CONTROLS = "button|slider|radio|spinbutton|link|progressbar|meter|img|textbox|checkbox|list|heading"
+
+
+def unnamed(tab):
+    "Controls that a screen reader can't name, and how many regions it reads out when they change."
+    seen = tab.locator("body").aria_snapshot()
+    return re.findall(rf'^ *- (?:{CONTROLS})(?: \[[^"]*)?:?$', seen, re.M), len(re.findall("^ *- status", seen, re.M))
+
+
+@pytest.mark.browser
+def test_a_screen_reader_names_every_control(desk, browser, tmp_path):
+    "On a page by itself and on one with songs; values of sliders are not read out over and over."
+    assert unnamed(desk) == ([], 1)
+    desk.keyboard.press("Comma")
+    assert desk.get_attribute("#tempo", "aria-valuetext") == "95 %"
+    stem_folder(tmp_path / "tones")
+    with serving({"untrained": untrained()}) as server:
+        server.queue.add(tmp_path / "tones", "untrained", "tones")
+        finished(server)
+        with opened(browser, f"{server.address}song/1") as tab:
+            tab.wait_for_selector("#play:enabled")
+            until(tab, "document.querySelectorAll('#queue li').length === 1")
+            tab.click("#songs-title")
+            assert unnamed(tab) == ([], 2)
+            assert tab.get_by_role("radio", name="untrained").count() == 1 and tab.get_by_role("button", name="Remove tones").count() == 1
+            tab.evaluate("document.querySelector('.solo').removeAttribute('aria-label'); document.querySelector('.solo').textContent = ''")
+            assert [x.strip() for x in unnamed(tab)[0]] == ["- button"]
+
+
 @pytest.mark.browser
 def test_a_separation_is_cancelled(browser, tmp_path, monkeypatch):
     "How far it is can be seen and heard by a screen reader; Cancel ends it, and the next song goes on."

@@ -13,11 +13,14 @@ function button(className, label, keys, onclick) {
   return make("button", { type: "button", className, onclick, attributes });
 }
 
+// What a slider's `aria-valuetext` says, for those who see it: as a live region it would be read out at every change.
+function hiddenText() { return make("span", { className: "value", attributes: { "aria-hidden": true } }); }
+
 function slider(className, word, label, limits, change) {
   const input = make("input", { type: "range", ...limits, value: 0, attributes: { "aria-label": label } });
   input.oninput = () => { change(+input.value); apply(); };
   input.ondblclick = () => { input.value = 0; input.oninput(); };
-  return make("div", { className: "slider " + className }, make("span", { textContent: word }), input, make("output"));
+  return make("div", { className: "slider " + className }, make("span", { textContent: word }), input, hiddenText());
 }
 
 function row(name, i) {
@@ -108,7 +111,7 @@ function keep(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
-function say(text) { $("status").textContent = text; }
+function say(text) { if ($("status").textContent !== text) $("status").textContent = text; }
 
 async function saving(what, work) {
   const buttons = [$("save-mix"), $("save-all")];
@@ -175,7 +178,7 @@ function applyRow(li, set, sounding) {
   li.querySelector(".note").textContent = k >= 0 && set.stems[k].note || "";
   const db = track.db <= -40 ? "off" : (track.db > 0 ? "+" : "") + track.db.toFixed(1) + " dB";
   for (const [what, text] of [["gain", db], ["pan", panText(track.pan)]]) {
-    li.querySelector(`.${what} output`).textContent = text;
+    li.querySelector(`.${what} .value`).textContent = text;
     li.querySelector(`.${what} input`).setAttribute("aria-valuetext", text);
   }
   li.querySelector("canvas").setAttribute("aria-label", `The ${state.view} of ${name} in ${set.name}`);
@@ -207,8 +210,9 @@ function apply() {
   for (const id of ["play", "save-mix", "save-all"]) $(id).disabled = !state.ready;
   $("from").value = state.from.toFixed(2);
   $("to").value = state.to.toFixed(2);
-  $("tempo").value = $("tempo-text").value = Math.round(state.tempo * 100);
-  $("tempo-text").value += " %";
+  $("tempo").value = Math.round(state.tempo * 100);
+  $("tempo-text").textContent = $("tempo").value + " %";
+  $("tempo").setAttribute("aria-valuetext", $("tempo-text").textContent);
   $("sets").hidden = sets.length < 2;
   if (state.ready) say(spoken(set, sounding));
   applyView();

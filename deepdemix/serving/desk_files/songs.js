@@ -5,7 +5,7 @@
   const stems = /^(drums|bass|other|vocals|guitar|piano|mixture|no_\w+)$/i, seen = {};
   let songs = [];
 
-  function say(text) { $("news").textContent = text; }
+  function say(text) { if ($("news").textContent !== text) $("news").textContent = text; }
 
   function make(tag, settings, ...children) {
     const node = Object.assign(document.createElement(tag), settings);
