@@ -5,6 +5,7 @@ Title, order and sections come from `_quarto.yml`, addresses from settings.ini. 
 in `FRESH` are run, because their numbers come from `results/`. Nothing that a page needs lies outside the folder.
 """
 import ast, html, io, os, re, shutil, sys, tempfile
+from functools import cache
 from pathlib import Path
 
 import nbformat, yaml
@@ -27,6 +28,7 @@ FRESH = ("pretraining_helps", "comparison")
 TIED = ("09_experiment", "hybrid_demucs", "catalogue", "cost", "writing_pages", "gallery") # to results/, to the packages demucs and ray, to bench/, to settings.ini, to sounds/
 
 
+@cache
 def quarto() -> dict:
     "What `_quarto.yml` says of the website."
     return yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]
@@ -46,6 +48,7 @@ def pages() -> list[str]:
     return [page for _, group in menu() for page in group]
 
 
+@cache
 def name_of(page: str) -> str:
     "A page's path on the site, without its suffix, as nbdev has it: 01_data.ipynb is data."
     return _nbpath2html(Path(page)).with_suffix("").as_posix()
