@@ -163,6 +163,15 @@ def test_tests_are_folded(site):
     assert silent.metadata["tags"] == ["remove-input"]
 
 
+def test_imports_are_folded(site):
+    "A cell of imports alone is folded; one that does more stays open."
+    alone, more = cell("import torch\nfrom pathlib import Path", outputs=[]), cell("import torch\ntorch.ones(1)", outputs=[])
+    site.shown(alone)
+    site.shown(more)
+    assert alone.metadata["tags"] == ["hide-input"] and "tags" not in more.metadata
+    assert alone.metadata["mystnb"]["code_prompt_show"] == "Show the imports"
+
+
 def test_solutions_are_folded(site):
     "Under a line of their own, also if they end in a check."
     solution = cell("#| code-fold: true\nx = 1\ntest_eq(x, 1)", outputs=[])

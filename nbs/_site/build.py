@@ -188,6 +188,13 @@ def tests(cell) -> bool:
     return bool(body) and not rich and is_test(body[-1])
 
 
+def imports(cell) -> bool:
+    "Whether a cell only imports."
+    try: body = ast.parse(cell.source).body
+    except SyntaxError: return False # a magic command
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+
+
 def fold(cell, show: str, hide: str) -> None:
     "Fold the code of a cell under a line of its own; what it printed stays in sight."
     cell.metadata["tags"] = ["hide-input"]
@@ -202,6 +209,7 @@ def shown(cell) -> None:
     if "echo:false" in wanted: cell.metadata["tags"] = ["remove-input"]
     elif private: cell.metadata["tags"] = ["hide-input"]
     elif "code-fold:true" in wanted: fold(cell, "Show the solution", "Hide the solution")
+    elif imports(cell): fold(cell, "Show the imports", "Hide the imports")
     elif tests(cell): fold(cell, "Show the tests", "Hide the tests")
 
 
