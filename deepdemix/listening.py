@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -204,15 +205,20 @@ def take(self:DeskHandler,
     self.answer(202, json.dumps(entry.shown()), "json")
 
 # %% ../nbs/10_listening.ipynb #d6abafad
+def _check_song(path, track):
+    "`UserError` for a file that can't be opened."
+    if path.is_dir() or path.suffix.lower() == ".zip" and zipfile.is_zipfile(path): return
+    probe(path, stream_of(path, track))
+
 def _desk_songs(songs, track):
     "The songs that are named. `UserError` for those that can't be opened, before anything is served."
     named = [] if songs is None else [songs] if isinstance(songs, (str, os.PathLike, SeparatedSong)) else list(songs)
     found = []
     for song in named:
         if isinstance(song, SeparatedSong): found.append(song)
-        else: found += find_desk_songs(song)
-        path = None if isinstance(song, SeparatedSong) else Path(song).expanduser()
-        if path and not path.is_dir() and path.suffix.lower() != ".zip": probe(path, stream_of(path, track))
+        else:
+            _check_song(Path(song).expanduser(), track)
+            found += find_desk_songs(song)
     return found
 
 def _server_at(models, port):
