@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANY', 'PERFECT', 'METRICS', 'framewise_sdr', 'median_over_frames', 'sdr', 'Moments', 'moments', 'usdr', 'snr',
-           'sd_sdr', 'si_sdr', 'improvement', 'isr_sir_sar', 'sdr_and_moments', 'scores']
+           'sd_sdr', 'si_sdr', 'improvement', 'isr_sir_sar', 'sdr_and_moments', 'scores', 'score_song']
 
 # %% ../nbs/02a_metrics.ipynb #7156fd6c
 import math
@@ -394,3 +394,22 @@ def scores(
     else: seconds, sums = None, moments(references, estimates)
     found = {name: median_over_frames(seconds) if name == "SDR" else METRICS[name](sums) for name in metrics}
     return (found, seconds) if frames else found
+
+# %% ../nbs/02a_metrics.ipynb #ad8b7823
+def score_song(
+    references: Tensor,              # true sources (sources, channels, time)
+    estimates: Tensor,               # estimated sources, same shape
+    sample_rate: float=SAMPLE_RATE,  # samples per second
+    metrics: tuple=tuple(METRICS),   # which of `METRICS`
+    bss: bool=False,                 # also ISR, SIR and SAR (seconds per song)
+) -> tuple[dict, dict]:              # metric -> (sources,), and metric -> (sources, frames) in dB
+    "All metrics of one song; NaN where a source is silent or a metric has no value."
+    audible = references.flatten(1).any(1)
+    if not audible.any(): raise UserError("all reference sources are silent")
+    r, e = (references, estimates) if audible.all() else (references[audible], estimates[audible])
+    found, seconds = scores(r, e, sample_rate, ["SDR", *metrics] if bss else metrics, frames=True)
+    frames = {} if seconds is None else {"SDR": seconds}
+    if bss: frames |= dict(zip(("ISR", "SIR", "SAR"), isr_sir_sar(r, e, sample_rate)))
+    found |= {name: median_over_frames(x) for name, x in frames.items()}
+    def full(x): return torch.full((len(references), *x.shape[1:]), math.nan, dtype=x.dtype).index_copy(0, audible.nonzero()[:, 0], x)
+    return ({name: full(x) for name, x in found.items()}, {name: full(x) for name, x in frames.items()})

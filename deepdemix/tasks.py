@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'TERMS', 'VALID_SEED', 'Task', 'register_task', 'build_task', 'register_term', 'build_terms',
-           'SeparationTask', 'song_sdr']
+           'SeparationTask', 'scored_song', 'song_sdr']
 
 # %% ../nbs/02b_tasks.ipynb #26c0859a
 import json, math
@@ -13,13 +13,14 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .audio import overlap_add
 from .foundations.distributed import own_rows
-from .foundations.files import UserError
+from .foundations.files import UserError, check_finite
+from .foundations.inference import stems_of_song
 from .foundations.recipe import _fits
 from .foundations.registry import _check_settings, _import_rooms, _no_such, build_network
 from .foundations.separation_losses import LOSSES
 from .foundations.waveforms import to_mono
+from .metrics import score_song
 
 # %% ../nbs/02b_tasks.ipynb #8eba0588
 class Task:
@@ -114,6 +115,7 @@ def _check_data(
             raise UserError(f"{wrong}: set network_args.{name}, or prepare other data")
 
 
+
 # %% ../nbs/02b_tasks.ipynb #88e06a80
 VALID_SEED = 300
 
@@ -194,7 +196,7 @@ def validate(self:SeparationTask):
         mixture, sources = (x.to(self.device) for x in self._valid_batch(start, count))
         total += float(self._loss(mixture, sources)) * count
     logs = dict(valid_loss=total / n)
-    return logs | song_sdr(self.network, self.store.split("valid"), self._duration) if self.recipe.validation == "songs" else logs
+    return logs | song_sdr(self.network, self.store.split("valid")) if self.recipe.validation == "songs" else logs
 
 # %% ../nbs/02b_tasks.ipynb #b6000003
 @patch(as_prop=True)
@@ -205,26 +207,35 @@ def figures(self:SeparationTask):
     return ["train_loss", "valid_loss", *(songs if self.recipe.validation == "songs" else []), *terms]
 
 # %% ../nbs/02b_tasks.ipynb #8eeef5c2
-@patch(as_prop=True)
-def _duration(self:SeparationTask):
-    "Seconds that the network is trained on."
-    return self.recipe.mixer.get("duration", 5.0)
+def scored_song(
+    store, # the data
+    i:int, # position of the song
+    channels:str, # "mono" or "stereo"
+    mixture:str, # "sum" of the stems, or the released "stream"
+): # stems (sources, channels, time) and mixture (channels, time)
+    "One song under a protocol. `UserError` for a song that can't be scored."
+    stems = store.stems(i)
+    check_finite(stems, "the stems")
+    if not stems.any(): raise UserError("all stems are silent")
+    if channels == "mono": stems = to_mono(stems)
+    if mixture == "sum": return stems, stems.sum(0)
+    stream = store.mixture(i, kind="stream")
+    if stream.shape[-1] != stems.shape[-1]: raise UserError(f"the mixture has {stream.shape[-1]} samples, the stems {stems.shape[-1]}")
+    return stems, check_finite(to_mono(stream) if channels == "mono" else stream, "the mixture")
 
+@torch.no_grad()
 def song_sdr(
     network, # a separator
     store, # the songs
-    duration:float=5.0, # seconds that the network sees at a time
 ) -> dict: # decibels: valid_sdr (mean over sources) and valid_sdr_drums, …
-    "museval's SDR of whole songs: median over seconds, then over songs, then the mean over sources. Mono networks are scored on mono sums."
-    from deepdemix.metrics import sdr
-    device, rows = next(network.parameters()).device, []
+    "museval's SDR of whole songs: median over seconds, then over songs, then the mean over sources. Silent songs don't count."
+    protocol = ("mono", "sum") if (network.channels or 1) == 1 else ("stereo", "stream")
+    rows = [torch.full((len(network.sources),), math.nan)]
     for i in range(len(store)):
-        stems = store.stems(i)
-        if network.channels == 1: stems = to_mono(stems)
-        fn = lambda x: network(x.to(device)).float().cpu()
-        estimates = overlap_add(fn, stems.sum(0), int(duration * store.sample_rate))
-        rows.append(sdr(stems, estimates, store.sample_rate))
-    found = torch.stack(rows).nanquantile(0.5, 0)
+        if not store.stems(i).any(): continue
+        stems, mixture = scored_song(store, i, *protocol)
+        rows.append(score_song(stems, stems_of_song(network, mixture), store.sample_rate, ("SDR",))[0]["SDR"])
+    found = torch.stack([x.double() for x in rows]).nanquantile(0.5, 0)
     return {"valid_sdr": float(found.nanmean()), **{f"valid_sdr_{s}": float(v) for s, v in zip(network.sources, found)}}
 
 # %% ../nbs/02b_tasks.ipynb #7cf00570

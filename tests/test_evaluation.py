@@ -233,7 +233,8 @@ def test_other_files_are_refused(tmp_path, text):
 
 
 def test_museval_reads_and_aggregates_the_songs(tmp_path, monkeypatch):
-    monkeypatch.setattr(E, "isr_sir_sar", functools.partial(E.isr_sir_sar, taps=16))
+    from deepdemix import metrics
+    monkeypatch.setattr(metrics, "isr_sir_sar", functools.partial(metrics.isr_sir_sar, taps=16))
     museval = pytest.importorskip("museval", exc_type=RuntimeError)
     store = Songs(3, seconds=2.5)
     store.songs[1].title = "A/C: what?"
@@ -400,3 +401,27 @@ def test_averages_do_not_touch_the_filters_of_warnings(kind, monkeypatch):
     warnings.simplefilter("error")
     values = np.array([[3., np.nan, 1.], [np.nan] * 3, [1., 2., 6.]])
     assert np.array_equal(nan_average(values, kind), [2., np.nan, 3. if kind == "mean" else 2.], equal_nan=True)
+
+
+@pytest.mark.parametrize("network, sizes", [("compact", dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=3500., width=8, hidden=8, layers=1, refine=0.5, channels=2)),
+                                            ("baseline", dict(hidden_size=4, num_layers=1, window_length=256, hop_length=64))])
+def test_the_sdr_that_training_shows_is_that_of_evaluation(tmp_path, network, sizes):
+    "One path through a song: a trained network has one SDR, whoever asks; songs longer than a chunk, averaged weights, half precision."
+    from deepdemix.foundations.inference import stems_of_song
+    from deepdemix.foundations.profiles import recipe_for
+    from deepdemix.foundations.run_metrics import read_metrics
+    from deepdemix.foundations.runs import load_network
+    from deepdemix.separation import Separator
+    from deepdemix.training import fit
+    store = prepare_toy(4, tmp_path / "toy", duration=25., sample_rate=8000, valid=0.5, progress=False)
+    recipe = recipe_for(network, "demo", network_args=dict(sizes, sample_rate=8000), epochs=2, examples_per_epoch=4, batch_size=2, valid_examples=2, validation="songs", device="cpu",
+                        precision="bf16-mixed", ema=0.5, mixer=dict(duration=1.))
+    run = fit(recipe, store, tmp_path / "run", progress=False)
+    shown, songs = read_metrics(run).sort_values("valid_sdr").iloc[-1], store.split("valid")
+    separator = Separator(load_network(run), device="cpu", threads=2)
+    for separate in load_network(run), separator:
+        found = E.evaluate(separate, songs, references=False, metrics=("SDR",)).by_song("SDR").median()
+        assert abs(found.mean() - shown.valid_sdr) < 1e-6
+        assert all(abs(found[s] - shown[f"valid_sdr_{s}"]) < 1e-6 for s in SOURCES)
+    mixture = songs.mixture(0, kind="stream")
+    assert torch.equal(separator(mixture), stems_of_song(load_network(run), mixture))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..audio import overlap_add_blocks
 from .cores import available_memory, default_threads, resident_memory, single_threaded_pool
 from .files import UserError
+from .waveforms import SAMPLE_RATE
 
 # %% ../../nbs/foundations/inference.ipynb #528f114a
 def channel_groups(found, # channels of the song
@@ -56,12 +57,12 @@ def plan_chunks(network, # waveform -> stems
                 context=None): # seconds on each side that are seen and not used; None: 2/5 of what is shared
     "The settings of `overlap_add_blocks` for a network. `UserError` for what can't be."
     hop = getattr(network, "hop", None) or getattr(getattr(network, "stft", None), "hop_length", 1)
-    segment = segment_of(network) if chunk is None else None
-    samples = segment or round((CHUNK if chunk is None else chunk) * network.sample_rate / hop) * hop
+    segment, rate = segment_of(network) if chunk is None else None, getattr(network, "sample_rate", SAMPLE_RATE)
+    samples = segment or round((CHUNK if chunk is None else chunk) * rate / hop) * hop
     overlap = (0.25 if segment else 0.125) if overlap is None else overlap
     if not 0 <= overlap <= 0.9: raise UserError(f"overlap is a part of a chunk from 0 to 0.9, not {overlap}")
-    context = samples * overlap * 0.4 if context is None else context * network.sample_rate
-    if samples <= 0 or not 0 <= context * 2 < samples: raise UserError(f"a chunk of {samples / network.sample_rate:g} s has no room for a context of {context / network.sample_rate:g} s on each side")
+    context = samples * overlap * 0.4 if context is None else context * rate
+    if samples <= 0 or not 0 <= context * 2 < samples: raise UserError(f"a chunk of {samples / rate:g} s has no room for a context of {context / rate:g} s on each side")
     return dict(chunk=samples, overlap=overlap, context=int(context), align=hop, pad=bool(segment))
 
 # %% ../../nbs/foundations/inference.ipynb #b7940939

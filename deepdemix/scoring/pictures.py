@@ -13,8 +13,9 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..audio import SOURCE_COLORS, STFT, show_spectrogram
-from ..evaluation import Windowed, _estimator, _song
+from ..evaluation import Windowed, _estimator
 from .scores import Scores, _one_split
+from ..tasks import scored_song
 from .verdicts import _pick
 
 # %% ../../nbs/scoring/pictures.ipynb #1bc0d77b
@@ -94,7 +95,7 @@ def extremes(self: Scores, n: int=5, *args, **kwargs) -> list[str]:
 
 def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> None:
     "One song: mixture, truth and estimate of one source, side by side."
-    stems, mix = _song(store, i, info.get("channels", "mono"), info.get("mixture", "sum"))
+    stems, mix = scored_song(store, i, info.get("channels", "mono"), info.get("mixture", "sum"))
     k = list(store.sources).index(source)
     estimate = _estimator(separate, store, "", 0)[0](stems, mix, store.songs[i].title)[""]
     estimate = estimate[0][estimate[1].index(k)]
