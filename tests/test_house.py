@@ -1,5 +1,7 @@
 "The rooms stand in order: no circle, no room that leans on one behind it, and none that grows without notice."
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,18 @@ def test_no_circle():
 def test_size(room):
     lines = len(ROOMS[room].read_text(encoding="utf-8").splitlines())
     assert lines <= LIMIT, f"{room} has {lines} lines"
+
+
+BY_NAME = {"foundations.outside", "networks.peers", "foundations.trainer"} # they import what other people wrote
+
+
+@pytest.mark.parametrize("room", [r for r in ROOMS if r not in BY_NAME])
+def test_no_room_is_imported_by_its_name(room):
+    tree = ast.parse(ROOMS[room].read_text(encoding="utf-8"))
+    called = {getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    assert not called & {"import_module", "__import__"}
+
+
+def test_importing_the_networks_leaves_the_profiles_as_they_are():
+    code = "import json; from deepdemix.foundations import profiles, registry; before = json.dumps(profiles.PROFILES); registry.known_networks(); assert json.dumps(profiles.PROFILES) == before"
+    assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr

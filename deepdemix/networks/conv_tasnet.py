@@ -17,7 +17,7 @@ from ..foundations.waveforms import SAMPLE_RATE
 from ..audio import SOURCES
 from ..foundations.files import UserError
 from .protocol import fold_channels
-from ..foundations.profiles import MODELS, PROFILES
+from ..foundations.profiles import ACROSS_SONGS, register_defaults
 from ..foundations.registry import register_network
 
 # %% ../../nbs/networks/conv_tasnet.ipynb #24d889aa
@@ -164,7 +164,5 @@ def receptive_field(self:ConvTasNet) -> int: # samples
 SMALL = dict(filters=512, length=128, bottleneck=128, hidden=256, blocks=8, repeats=3)
 TINY = dict(filters=32, length=64, bottleneck=16, hidden=24, blocks=4, repeats=2)
 
-MODELS["conv_tasnet"] = MODELS["recurrent"] | dict(loss="l1_waveform")
-PROFILES["laptop"]["network_args"]["conv_tasnet"] = SMALL
-PROFILES["demo"]["network_args"]["conv_tasnet"] = TINY
-PROFILES["demo"].setdefault("models", {})["conv_tasnet"] = dict(epochs=4)
+register_defaults("conv_tasnet", ACROSS_SONGS | dict(loss="l1_waveform"),
+                  demo=dict(network_args=TINY, epochs=4), laptop=dict(network_args=SMALL))

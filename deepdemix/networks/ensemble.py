@@ -16,7 +16,7 @@ from ..audio import STFT
 from ..foundations.files import UserError
 from .protocol import fold_channels
 from .wiener import refine_stems
-from ..foundations.profiles import MODELS
+from ..foundations.profiles import register_defaults
 from ..foundations.recipe import Recipe, read_record
 from ..foundations.registry import build_network, register_network
 from ..foundations.runs import load_network, new_record, save_network
@@ -102,4 +102,4 @@ def join_runs(
     save_network(ensemble, record | made | dict(members=records), out)
     return out
 
-MODELS["ensemble"] = dict(loss="l1_waveform")
+register_defaults("ensemble", dict(loss="l1_waveform"))

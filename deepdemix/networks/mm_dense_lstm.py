@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..foundations.files import UserError
 from .layers import LSTM
 from .protocol import MaskNetwork, fold_channels
-from ..foundations.profiles import MODELS, PROFILES
+from ..foundations.profiles import ACROSS_SONGS, register_defaults
 from ..foundations.registry import register_network
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #f5320034
@@ -221,7 +221,5 @@ SMALL = dict(bands=[dict(to=4100., first=16, growth=10, layers=[3, 3, 4, 5, 4, 3
 TINY = dict(bands=[dict(to=4100., first=4, growth=4, layers=[2] * 5, units=[0, 0, 16, 0, 0]), dict(to=16000., first=4, growth=2, layers=[1] * 5, units=[0, 0, 8, 0, 0])],
             full=dict(first=4, growth=3, layers=[1] * 5, units=[0, 0, 16, 0, 0]), final=dict(growth=6, layers=1), window_length=1024, hop_length=512)
 
-MODELS["mm_dense_lstm"] = MODELS["recurrent"] | {}
-PROFILES["laptop"]["network_args"]["mm_dense_lstm"] = SMALL
-PROFILES["demo"]["network_args"]["mm_dense_lstm"] = TINY
-PROFILES["demo"].setdefault("models", {})["mm_dense_lstm"] = dict(epochs=4)
+register_defaults("mm_dense_lstm", ACROSS_SONGS,
+                  demo=dict(network_args=TINY, epochs=4), laptop=dict(network_args=SMALL))

@@ -17,7 +17,7 @@ from ..foundations.waveforms import SAMPLE_RATE
 from ..audio import SOURCES, STFT
 from ..foundations.files import UserError
 from .protocol import fold_channels
-from ..foundations.profiles import MODELS, PROFILES
+from ..foundations.profiles import ACROSS_SONGS, register_defaults
 from ..foundations.registry import register_network
 
 # %% ../../nbs/networks/tfc_tdf.ipynb #8bcefab2
@@ -175,7 +175,5 @@ PUBLISHED = dict(vocals=dict(window_length=6144), drums=dict(window_length=4096,
 SMALL = dict(depth=4, growth=16, layers=2, squeeze=8, bins=1536, output="mask", window_length=4096, hop_length=1024)
 TINY = dict(depth=2, growth=6, layers=1, squeeze=8, bins=384, output="mask", window_length=1024, hop_length=512)
 
-MODELS["tfc_tdf"] = MODELS["recurrent"] | dict(loss="l1_waveform")
-PROFILES["laptop"]["network_args"]["tfc_tdf"] = SMALL
-PROFILES["demo"]["network_args"]["tfc_tdf"] = TINY
-PROFILES["demo"].setdefault("models", {})["tfc_tdf"] = dict(epochs=4)
+register_defaults("tfc_tdf", ACROSS_SONGS | dict(loss="l1_waveform"),
+                  demo=dict(network_args=TINY, epochs=4), laptop=dict(network_args=SMALL))
