@@ -11,7 +11,7 @@ from deepdemix.networks.ensemble import Ensemble, join_runs
 from deepdemix.separation import Separator
 from deepdemix.serving.export import export
 from deepdemix.foundations.recipe import Recipe, read_record
-from deepdemix.foundations.registry import build_network, known_networks
+from deepdemix.foundations.registry import build_network
 from deepdemix.foundations.runs import file_digest, load_network, save_network
 
 COMPACT = dict(octave=16, band=8, bandwidth=16000., width=16, hidden=16, layers=1)
@@ -32,9 +32,6 @@ def saved(path, name, args, seed=0, **facts):
 def pair(tmp_path):
     "Two networks of different windows, one of them with a filter of its own, as runs."
     return [saved(tmp_path / "wide", "compact", dict(WIDE, refine=0.5), 0, hours=1.5, examples=100), saved(tmp_path / "narrow", "compact", NARROW, 1, hours=0.5, examples=20)]
-
-
-def test_it_is_known_by_name(): assert "ensemble" in known_networks()
 
 
 @pytest.mark.parametrize("samples", [1, 700, 44100, 70001])

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from deepdemix.audio import SOURCES
 from deepdemix.foundations.files import UserError
 from deepdemix.baseline import count_parameters
 from deepdemix.data import prepare_toy
@@ -17,7 +18,7 @@ from deepdemix.contrast.probing import probe, random_twin
 from deepdemix.separation import Separator
 from deepdemix.foundations.separation_losses import LOSSES
 from deepdemix.foundations.recipe import Recipe, read_record
-from deepdemix.foundations.registry import build_network, known_networks
+from deepdemix.foundations.registry import NETWORKS, build_network, known_networks
 from deepdemix.training import fit
 from deepdemix.foundations.runs import load_encoder, load_network, save_network
 from deepdemix.foundations.run_metrics import read_metrics
@@ -25,7 +26,19 @@ from deepdemix.foundations.weights import read_weights
 from deepdemix.foundations.profiles import recipe_for
 
 RATE = 8000
+PAPER = dict(duration=0.25, window_length=64, hop_length=32, conv_channels=[2, 2, 3, 3], kernels=[[3, 3]] * 4, pools=[[4, 2], [2, 2]], linears=[12, 8], latent=6, dropout=0., grid=[2, 4, 4])
+BAND = dict(first=4, growth=3, layers=[1] * 3, units=[0, 8, 0])
+COMPACT = dict(window_length=256, hop_length=128, octave=8, band=4, bandwidth=3000., width=8, hidden=8, layers=1)
+MEMBER = dict(window_length=256, hop_length=64, single=8, hidden=8, layers=1, dropout=0., sample_rate=RATE)
 TWINS = {
+    "baseline": ("baseline", dict(window_length=256, hop_length=64, hidden_size=8), "l1_magnitude"),
+    "baseline_stereo": ("baseline", dict(window_length=256, hop_length=64, hidden_size=8, channels=2), "l1_magnitude"),
+    "ddm": ("ddm", PAPER, "l1_magnitude"),
+    "ddm_skip": ("ddm_skip", PAPER, "l1_magnitude"),
+    "mm_dense_lstm": ("mm_dense_lstm", dict(bands=[dict(BAND, to=1500.), dict(BAND, to=3000.)], full=BAND, final=dict(growth=4, layers=1), window_length=256, hop_length=64), "l1_magnitude"),
+    "compact": ("compact", COMPACT, "l1_cells"),
+    "compact_attention": ("compact", COMPACT | dict(attention=2, stack=3), "l1_cells"),
+    "ensemble": ("ensemble", dict(members=[["recurrent", MEMBER], ["recurrent", MEMBER]]), "l1_waveform"),
     "recurrent": ("recurrent", dict(window_length=256, hop_length=64, single=8, hidden=8, layers=1, dropout=0.), "l1_phase_sensitive"),
     "open_unmix": ("open_unmix", dict(window_length=256, hop_length=64, hidden=8, layers=1, bandwidth=3000.), "mse_magnitude"),
     "open_unmix_shared": ("open_unmix", dict(window_length=256, hop_length=64, hidden=8, layers=2, bandwidth=3000., shared=True), "l1_magnitude"),
@@ -35,15 +48,31 @@ TWINS = {
     "hybrid_demucs": ("hybrid_demucs", dict(window_length=64, width=4, depth=4), "l1_waveform"),
     "hybrid_demucs_mono": ("hybrid_demucs", dict(window_length=256, width=8, depth=3, channels=1), "l1_waveform"),
 }
+WITHOUT_ENCODER = {"baseline", "ensemble"} # by name; their twins have no `embed`
+NO_SEPARATOR = {"encoder"}
+WITH_ENCODER = [t for t in TWINS if TWINS[t][0] not in WITHOUT_ENCODER]
 EVERY = pytest.mark.parametrize("twin", TWINS)
-STEREO = pytest.mark.parametrize("twin", [t for t in TWINS if "mono" not in t])
+ENCODERS = pytest.mark.parametrize("twin", WITH_ENCODER)
+STEREO = pytest.mark.parametrize("twin", [t for t in WITH_ENCODER if "mono" not in t and "attention" not in t])
 
 
 def build(twin, seed=0):
     if twin.startswith("hybrid_demucs"): pytest.importorskip("demucs.hdemucs")
     name, args, _ = TWINS[twin]
     torch.manual_seed(seed)
-    return build_network(name, sample_rate=RATE, **args)
+    network = build_network(name, **args | ({} if name == "ensemble" else dict(sample_rate=RATE)))
+    for attention in network.encoder.attention if "attention" in args else (): torch.nn.init.normal_(attention.out.weight, std=0.3) # it begins as nothing
+    return network
+
+
+def excerpt(network, x):
+    "As much of a sound as the network can be trained on."
+    return x[..., :getattr(network, "samples", None)]
+
+
+def outputs(network, x):
+    "The stems of a mixture, and its embedding where there is one."
+    return [network(x)] + ([network.embed(x)] if hasattr(network, "embed") else [])
 
 
 def loss_of(twin): return LOSSES[TWINS[twin][2]]
@@ -58,6 +87,22 @@ def store(tmp_path_factory):
     return prepare_toy(9, tmp_path_factory.mktemp("toy") / "store", duration=1., valid=0.25, test=0.25, sample_rate=RATE, progress=False)
 
 
+def test_every_registered_network_has_a_twin_here():
+    own = {name for name in known_networks() if NETWORKS[name].__module__.startswith("deepdemix.")}
+    assert own - NO_SEPARATOR == {name for name, _, _ in TWINS.values()}
+
+
+@EVERY
+def test_it_offers_what_the_package_asks_for(twin):
+    network = build(twin)
+    assert json.loads(json.dumps(network.args)) == network.args
+    assert tuple(network.sources) == SOURCES and network.sample_rate == RATE and network.channels in (1, 2)
+    again = build_network(TWINS[twin][0], **network.args)
+    assert again.args == network.args and count_parameters(again) == count_parameters(network)
+    assert hasattr(network, "embed") == (twin in WITH_ENCODER)
+    assert (loss_of(twin) is not None) and NETWORKS[TWINS[twin][0]].__doc__
+
+
 @EVERY
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("samples", [1, 63, 3001])
@@ -69,13 +114,38 @@ def test_stems_have_the_form_of_the_mixture_and_are_finite(twin, channels, sampl
     for x in (silence, constant, impulse, torch.rand(2, channels, samples)):
         stems = network(x)
         assert stems.shape == (2, len(network.sources), channels, samples) and stems.isfinite().all()
-        assert network.embed(x).isfinite().all()
+        assert all(y.isfinite().all() for y in outputs(network, x))
+
+
+@EVERY
+@torch.no_grad()
+def test_channels_are_folded(twin):
+    network, x = build(twin).eval(), 0.1 * torch.randn(2, 2, 3000)
+    if network.channels == 1: torch.testing.assert_close(network(x), torch.cat([network(x[:, :1]), network(x[:, 1:])], 2), atol=1e-5, rtol=1e-4)
+    else: torch.testing.assert_close(network(x[:, :1]), network(x[:, :1].repeat(1, 2, 1)).mean(2, keepdim=True), atol=1e-5, rtol=1e-4)
+    if network.channels == 2:
+        with pytest.raises(UserError, match="channels"): network(torch.zeros(1, 3, 500))
+
+
+SOUNDS = dict(dc=torch.full((2, 2, 4000), 0.7), square=torch.where(torch.arange(4000) // 50 % 2 == 0, 1., -1.).expand(2, 2, -1),
+              click=torch.eye(1, 4000).expand(2, 2, -1), faint=1e-7 * torch.ones(2, 2, 4000).cumsum(-1).sin(), one_sided=torch.tensor([[0.5], [0.]]) * torch.ones(2, 1, 4000))
+
+
+@EVERY
+@pytest.mark.parametrize("sound", SOUNDS)
+def test_odd_sounds_give_finite_stems_and_gradients(twin, sound):
+    network, x = build(twin), SOUNDS[sound].clone()
+    for training in (True, False): assert all(y.isfinite().all() for y in outputs(network.train(training), x))
+    x = excerpt(network, x)
+    loss_of(twin)(network.train(), x, x[:, None].repeat(1, 4, 1, 1) / 4).backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
 @EVERY
 @torch.no_grad()
 def test_training_on_silence_leaves_finite_weights(twin):
     network, x = build(twin).train(), torch.zeros(2, 2, 2000)
+    x = excerpt(network, x)
     with torch.enable_grad(): loss_of(twin)(network, x, x[:, None].expand(-1, 4, -1, -1)).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
     assert all(v.isfinite().all() for v in network.state_dict().values())
@@ -86,18 +156,19 @@ def test_training_on_silence_leaves_finite_weights(twin):
 def test_stems_do_not_depend_on_the_rest_of_the_batch(twin, song):
     network = build(twin).eval()
     x = torch.stack([song[0], song.sum(0), 0 * song[0]])
-    for alone, together in zip(x, network(x)): torch.testing.assert_close(network(alone[None])[0], together, atol=1e-5, rtol=1e-4)
-    for alone, together in zip(x, network.embed(x)): torch.testing.assert_close(network.embed(alone[None])[0], together, atol=1e-5, rtol=1e-4)
+    alone = [torch.cat(parts) for parts in zip(*(outputs(network, one[None]) for one in x))]
+    for one, together in zip(alone, outputs(network, x)): torch.testing.assert_close(one, together, atol=1e-5, rtol=1e-4)
 
 
 @EVERY
 def test_the_gradient_reaches_every_parameter(twin, song, out_of_reach):
     network = build(twin).train()
+    song = excerpt(network, song)
     loss_of(twin)(network, song.sum(0)[None], song[None]).backward()
     assert out_of_reach(network) == []
 
 
-@EVERY
+@ENCODERS
 def test_the_encoder_is_all_that_embed_uses(twin, song):
     network = build(twin).train()
     z = network.embed(torch.stack([song[0], song[1]]))
@@ -120,19 +191,18 @@ def test_each_tensor_is_saved_once_and_loaded_again(twin, song, tmp_path):
     assert len({v.data_ptr() for v in network.state_dict().values()}) == len(weights)
     again = load_network(tmp_path)
     assert read_record(tmp_path)["network"] == [name, network.args] and again.args == network.args
-    assert torch.equal(again(song.sum(0)[None]), network(song.sum(0)[None]))
-    assert torch.equal(again.embed(song.sum(0)[None]), network.embed(song.sum(0)[None]))
+    for a, b in zip(outputs(again, song.sum(0)[None]), outputs(network, song.sum(0)[None])): assert torch.equal(a, b)
 
 
 @EVERY
 @torch.no_grad()
 def test_copies_and_random_twins_are_whole(twin, song):
     network, x = build(twin).eval(), song.sum(0)[None]
-    before = network(x), network.embed(x)
+    before = outputs(network, x)
     for p in (twin_ := copy.deepcopy(network)).parameters(): p.zero_()
     assert torch.equal(network(x), before[0]) and not torch.equal(twin_(x), before[0])
     fresh = random_twin(network, seed=1)
-    assert torch.equal(network.embed(x), before[1]) and not torch.equal(fresh.embed(x), before[1])
+    assert all(torch.equal(a, b) for a, b in zip(outputs(network, x), before)) and not torch.equal(outputs(fresh, x)[-1], before[-1])
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), build(twin, seed=1).parameters()))
 
 
@@ -145,10 +215,11 @@ def test_a_long_song_goes_through_in_chunks(twin):
 
 @EVERY
 def test_a_tiny_twin_learns_one_mix(twin, song):
-    network, mixture = build(twin).train(), song.sum(0)[None]
+    network = build(twin).train()
+    song = excerpt(network, song[..., :4000])
     optimizer, losses = torch.optim.Adam(network.parameters(), lr=1e-2), []
     for _ in range(25):
-        loss = loss_of(twin)(network, mixture[..., :4000], song[None, ..., :4000])
+        loss = loss_of(twin)(network, song.sum(0)[None], song[None])
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
     assert min(losses[-3:]) < 0.85 * losses[0]
@@ -158,14 +229,17 @@ def run(twin, store, out, **settings):
     build(twin)
     name, args, loss = TWINS[twin]
     recipe = dict(network=name, network_args=args | dict(sample_rate=RATE), loss=loss, epochs=1, examples_per_epoch=8, valid_examples=4, batch_size=4,
-                  mixer=dict(duration=0.5, level=None, pitch=None, stretch=None), device="cpu")
+                  mixer=dict(duration=seconds(twin), level=None, pitch=None, stretch=None), device="cpu")
     return fit(Recipe.from_dict(recipe | settings), store, out, progress=False)
+
+
+def seconds(twin): return TWINS[twin][1].get("duration", 0.5)
 
 
 @STEREO
 @pytest.mark.parametrize("loss", ["triplet", "supcon"])
 def test_pretraining_probe_and_transfer(twin, loss, store, tmp_path):
-    first = run(twin, store, tmp_path / "pt", kind="pretraining", loss=loss, mixer=dict(duration=0.5))
+    first = run(twin, store, tmp_path / "pt", kind="pretraining", loss=loss, mixer=dict(duration=seconds(twin)), task_args=dict(margin=2.)) # every triplet counts
     assert {"valid_loss", "valid_knn", "collapsed"} <= set(read_metrics(first).columns)
     trained, untrained = load_network(first), build(twin, seed=0)
     moved = {k: not torch.equal(v, dict(untrained.named_parameters())[k]) for k, v in trained.named_parameters()}
@@ -173,7 +247,7 @@ def test_pretraining_probe_and_transfer(twin, loss, store, tmp_path):
     assert all(k.startswith("encoder.") and k.endswith(".bias") for k in wrong), "a norm or a softmax may make a bias as good as idle; weights must move"
     fresh = load_encoder(build(twin, seed=1), first)
     assert all(torch.equal(v, trained.encoder.state_dict()[k]) for k, v in fresh.encoder.state_dict().items())
-    trained.duration = 0.5
+    trained.duration = seconds(twin)
     table = probe(trained, store.split("train"), store.split("test"), per_song=2, k=1, randoms=1)
     assert list(table.index) == ["encoder", "random encoder", "mel statistics"] and table.notna().all(axis=None)
     second = run(twin, store, tmp_path / "frozen", encoder=str(first), freeze_encoder=True)
