@@ -83,6 +83,7 @@ class Mixer:
     ):
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "store")}
         self.__dict__.update(self.settings, store=store, frames=round(duration * store.sample_rate))
+        self.weights = getattr(store, "song_weights", None)
         if pitch is None and stretch is None: self.shift = None
         self.bank = Bank(store, channels, pitch, stretch, None if shift == "exact" else self.shift, variants, refresh, excerpt, seed, memory, cache, workers)
         self._check()
@@ -155,7 +156,7 @@ def _group(self: Mixer, i: int, sources: list[int], pool: list[int], salt: int =
     best, most = None, -math.inf
     for attempt in range(1 if self.gate is None else TRIES):
         rng = generator(self.seed, PLACE, i, sources[0] + salt, attempt)
-        pieces = self._place(rng, pool[rng.integers(len(pool))], sources, i, detune)
+        pieces = self._place(rng, self._song(rng, pool), sources, i, detune)
         quietest = min((p.lufs for p in pieces if self._has(p)), default=SILENCE)
         if quietest > most: best, most = pieces, quietest
         if self.gate is None or most >= self.gate: break
@@ -163,6 +164,13 @@ def _group(self: Mixer, i: int, sources: list[int], pool: list[int], salt: int =
 
 @patch
 def _has(self: Mixer, p): return self.store.sources[p.source] in self.store.songs[p.song].present
+
+@patch
+def _song(self: Mixer, rng, pool):
+    "One of some songs; where songs have weights, heavy ones more often."
+    if self.weights is None: return pool[rng.integers(len(pool))]
+    share = np.asarray(self.weights, float)[list(pool)]
+    return pool[rng.choice(len(pool), p=share / share.sum())]
 
 # %% ../nbs/02_augmentation.ipynb #d4873b14
 @patch

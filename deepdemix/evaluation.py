@@ -109,6 +109,12 @@ def _each_song(store, estimate: Callable, channels: str, mixture: str, metrics, 
     if not records: raise UserError(f"no song could be scored; the first, {failed[0]['song']}: {failed[0]['reason']}")
     return records, failed
 
+def _reference_notes(store) -> list:
+    "What must be said of references that a model has made."
+    teachers = sorted({getattr(s, "teacher", "") for s in store.songs} - {""})
+    about = f"The references are pseudo-stems of {', '.join(teachers)}: the scores say how near a model comes to that, not to the truth."
+    return [about] if teachers else []
+
 def _info(store, channels: str, mixture: str, **more) -> dict:
     "What must be known to repeat the scores."
     return {"deepdemix": __version__, "data": getattr(store, "digest", None), "songs": len(store), "sample_rate": store.sample_rate,
@@ -172,7 +178,8 @@ def evaluate(
     channels, mixture = _protocol(separate, store, channels, mixture)
     estimate, lost = _estimator(separate, store, name, seed)
     records, failed = _each_song(store, estimate, channels, mixture, metrics, bss, seed, progress)
-    about = {"notes": getattr(separate, "notes", None) or None} | (info or {})
+    notes = [*(getattr(separate, "notes", None) or ()), *_reference_notes(store), *(info or {}).get("notes", ())]
+    about = (info or {}) | {"notes": notes or None}
     scores = _from_records(records, _info(store, channels, mixture, **about), [{"model": name, **f} for f in lost + failed])
     if isinstance(references, Scores): return scores + references
     if not references: return scores

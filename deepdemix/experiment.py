@@ -25,7 +25,7 @@ from .foundations.files import UserError, atomic_path
 from .foundations.profiles import recipe_for
 from .foundations.recipe import kept_settings, read_record
 from .foundations.run_metrics import show_metrics
-from .foundations.runs import load_network
+from .foundations.runs import load_network, trained_on
 from .foundations.statistics import average_songs
 from .foundations.store import Store
 from .foundations.waveforms import to_mono
@@ -148,7 +148,8 @@ def score_steps(
         for step in (s for s in steps if s.label and not _known(scores, s.label, seed, split)):
             if progress: say(f"seed {seed}: scoring {step.label} on {len(songs)} {split} songs")
             network = load_network(Path(out) / f"seed{seed}" / step.name)
-            scores = _add(scores, evaluate(network, songs, name=step.label, seed=seed, references=False), path)
+            about = dict(notes=trained_on(Path(out) / f"seed{seed}" / step.name, "Each model"))
+            scores = _add(scores, evaluate(network, songs, name=step.label, seed=seed, references=False, info=about), path)
     return scores
 
 # %% ../nbs/09_experiment.ipynb #5d474607

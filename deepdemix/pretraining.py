@@ -288,7 +288,7 @@ def stream(self:ContrastTask,
     if not len(songs): raise UserError(f"the data has no songs in its '{split}' split")
     if mixer.pop("duration", duration) != duration: raise UserError(f"the recipe's mixer.duration is {self.recipe.mixer['duration']:g} s, the encoder takes {duration:g} s: make them equal")
     if songs.sample_rate != self.network.sample_rate: raise UserError(f"the data has {songs.sample_rate} Hz, the encoder takes {self.network.sample_rate} Hz")
-    rarest, instruments, several = check_classes(songs, split), tuple(instruments_of(songs)), hasattr(songs, "song_weights")
+    rarest, instruments, several = check_classes(songs, split), tuple(instruments_of(songs)), getattr(songs, "song_weights", None) is not None
     settings = dict(duration=duration, channels=self.network.channels, instruments=instruments, **{k: v for k, v in mixer.items() if k != "coherent"})
     if self.triplets: return (WeightedTriplets if several else Triplets)(songs, seed=seed, **settings)
     wanted = self.settings.per_class or max(2, round(3 * self.recipe.batch_size / len(instruments)))

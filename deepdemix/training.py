@@ -400,7 +400,7 @@ def fit(
     store, # a `Store`, or a path that `open_data` takes
     out, # the run folder to make
     resume:bool=False, # go on with the run in `out`; begins one if there is none
-    logger:str="csv", # "tensorboard" writes event files besides
+    logger:str="csv", # "tensorboard", "wandb" and "mlflow" get the figures besides
     progress:bool=True, # a bar on a terminal, a line an epoch elsewhere
     task=None, # a `Task`, or a class of one; None: by the recipe's kind
     devices:int|str|None=None, # processes on this machine, one to a device; "auto": one for every GPU; None: one, or as many as torchrun or SLURM has started
@@ -421,6 +421,11 @@ def fit(
             return _run(recipe, store, out, task, record, state, logger, progress, trainer)
 
 # %% ../nbs/03_training.ipynb #50cc209c
+def _carried(record, state):
+    "What of the record of an earlier start stays true."
+    kept = ("best", "loggers") if state else ("loggers",)
+    return {k: record[k] for k in kept if record and k in record}
+
 def _run(recipe, store, out, task, record, state, logger, progress, trainer):
     "One start of a run, from its first or its saved step to its end or the next stop."
     first = trainer.is_global_zero
@@ -428,8 +433,8 @@ def _run(recipe, store, out, task, record, state, logger, progress, trainer):
     if recipe.encoder and state is None: load_encoder(task.network, run_folder(recipe.encoder))
     if recipe.start and state is None: load_start(task.network, recipe.start)
     if (recipe.freeze_encoder or recipe.unfreeze_every) and not isinstance(getattr(task.network, "encoder", None), nn.Module): raise UserError(f"the network '{recipe.network}' has no encoder to freeze")
-    record = new_record(recipe, task.network, store) | ({"best": record["best"]} if record and "best" in record and state else {})
-    reporter = Reporter(recipe, out, logger if first else "csv", progress and first)
+    record = new_record(recipe, task.network, store) | _carried(record, state)
+    reporter = Reporter(recipe, out, logger if first else "csv", progress and first, record)
     loop = Loop(task, recipe, out, record, reporter)
     try: return _drive(loop, trainer, store, state)
     finally: reporter.close()

@@ -16,10 +16,11 @@ from fastcore.basics import patch
 from ..augmentation import BalancedBatches, Triplets
 from ..foundations.files import UserError
 from ..foundations.recipe import _fits
+from ..foundations.store import stem_minutes
 
 # %% ../../nbs/contrast/stores.ipynb #a27fd669
 class Stores:
-    "Several stores as one: all songs of the first, the songs given of the others; `split` works as a store's, and only the first has valid and test."
+    "Several stores as one: all songs of the first, those given of the others; only the first has valid and test."
     def __init__(self,
                  stores, # `Store`s; the first decides what is held out
                  weights=None): # one for each store; None: every song counts the same
@@ -34,7 +35,12 @@ class Stores:
     def __len__(self): return len(self.songs)
 
     @property
-    def parts(self): return {"stores": [dict(name=Path(s.path).name, digest=s.digest, songs=len(s), weight=w) for s, w in zip(self.stores, self.weights)]}
+    def minutes(self): return stem_minutes(self.songs)
+
+    @property
+    def parts(self):
+        about = lambda s: dict(name=Path(s.path).name, digest=s.digest, songs=len(s), minutes=stem_minutes(s.songs))
+        return {"stores": [about(s) | dict(weight=w) for s, w in zip(self.stores, self.weights)]}
 
     @property
     def digest(self): return hashlib.sha256("\n".join(f"{s.digest}\t{w:g}" for s, w in zip(self.stores, self.weights)).encode()).hexdigest()
@@ -129,7 +135,7 @@ def _open(path, first):
 def open_stores(
     data, # a `Store`, a path that `open_data` takes, "path=weight", or a list of those and of pairs (store or path, weight)
 ): # a `Store`, or `Stores`
-    "What pretraining learns from. The first of a list is validated on; of a further folder of stems every song is for training, whatever it lacks."
+    "What training learns from. The first of a list is validated on; of a further folder of stems every song is for training."
     pairs = [_weighted(x) for x in (data if isinstance(data, list) else [data])]
     stores = [_open(x, first=not k) if x is None or isinstance(x, (str, Path)) else x for k, (x, _) in enumerate(pairs)]
     both = join_stores(stores, [w for _, w in pairs])

@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..audio import overlap_add_blocks
 from .cores import available_memory, default_threads, resident_memory, single_threaded_pool
 from .files import UserError
+from .triangle import run_chunks
 from .waveforms import SAMPLE_RATE
 
 # %% ../../nbs/foundations/inference.ipynb #528f114a
@@ -55,12 +55,14 @@ def plan_chunks(network, # waveform -> stems
                 chunk=None, # seconds; None: what the network was made for, or 20
                 overlap=None, # part of a chunk that is shared; None: 1/4 for networks made for one length, else 1/8
                 context=None): # seconds on each side that are seen and not used; None: 2/5 of what is shared
-    "The settings of `overlap_add_blocks` for a network. `UserError` for what can't be."
+    "The settings of `run_chunks` for a network. `UserError` for what can't be."
     hop = getattr(network, "hop", None) or getattr(getattr(network, "stft", None), "hop_length", 1)
     segment, rate = segment_of(network) if chunk is None else None, getattr(network, "sample_rate", SAMPLE_RATE)
     samples = segment or round((CHUNK if chunk is None else chunk) * rate / hop) * hop
     overlap = (0.25 if segment else 0.125) if overlap is None else overlap
     if not 0 <= overlap <= 0.9: raise UserError(f"overlap is a part of a chunk from 0 to 0.9, not {overlap}")
+    if segment and context is None and getattr(network, "cut", "fade") == "triangle":
+        return dict(chunk=segment, overlap=overlap, cut="triangle", window=network.window)
     context = samples * overlap * 0.4 if context is None else context * rate
     if samples <= 0 or not 0 <= context * 2 < samples: raise UserError(f"a chunk of {samples / rate:g} s has no room for a context of {context / rate:g} s on each side")
     return dict(chunk=samples, overlap=overlap, context=int(context), align=hop, pad=bool(segment))
@@ -144,12 +146,12 @@ def stems_of_blocks(
     first = next(blocks, None)
     if first is None: return
     together = itertools.chain([first], blocks)
-    if torch.device(device).type != "cpu": yield from overlap_add_blocks(call, together, **plan)
-    elif threads == 1: yield from overlap_add_blocks(one_thread()(call), together, **plan)
+    if torch.device(device).type != "cpu": yield from run_chunks(call, together, **plan)
+    elif threads == 1: yield from run_chunks(one_thread()(call), together, **plan)
     else:
         size = 4 * sources * len(first) * plan["chunk"] * plan.get("batch_size", 1)
         with single_threaded_pool(threads) as pool:
-            yield from overlap_add_blocks(call, together, **plan, pool=ChunkPool(pool, threads, size), ahead=threads)
+            yield from run_chunks(call, together, **plan, pool=ChunkPool(pool, threads, size), ahead=threads)
 
 def stems_of_song(
     network, # waveform (b, c, time) -> stems (b, s, c, time), with `sources` and `sample_rate`

@@ -136,6 +136,7 @@ def prepare(
     workers=None, # threads; None: up to 4
     parts=None, # keep the store in that many folders, each a store of some of the songs
     each=None, # who does the work, instead of `threads`: a function with the same arguments
+    teacher=None, # what the index shall know of the model that makes the stems: a dictionary
 ) -> Store:
     "Decode songs into a store, go on where an earlier run stopped, and open it. `UserError` names the songs that cannot be prepared; the others are kept."
     settings = _Settings(tuple(sources), check_rate(sample_rate), channels, dtype, allow_missing, trim)
@@ -149,7 +150,7 @@ def prepare(
         songs = [dict(entries[t.file], part=_part(t.file, parts)) for t in takes if t.file in entries]
         skipped = [dict(title=t, problem=p) for t, p in sorted(problems.items())]
         if skipped: _note(out, f"{_plural(len(skipped), 'song')} left out: {_list(problems.values(), 3)}")
-        _write_parts(out, songs, settings.sample_rate, sources, skipped)
+        _write_parts(out, songs, settings.sample_rate, sources, skipped, teacher)
         _tidy(out, homes)
     return Store.open(out)
 
@@ -159,12 +160,15 @@ def _part(file, parts):
     if parts is not None and not 1 <= parts <= 10000: raise UserError(f"parts={parts}: use 1 to 10000")
     return f"part-{int(file.rsplit('-', 1)[1], 16) % parts:04d}" if parts else ""
 
-def _write_index(folder, songs, sample_rate, sources, skipped=()):
+def _write_index(folder, songs, sample_rate, sources, skipped=(), teacher=None):
     "Write the index that makes a folder a store."
-    _write_json(folder / "store.json", dict(format=FORMAT, sample_rate=sample_rate, sources=sources, digest=_digest(map(_song, songs)), skipped=list(skipped), songs=songs))
+    seconds = round(sum(s["frames"] for s in songs) / sample_rate, 3)
+    made = dict(teacher=dict(teacher, seconds=seconds)) if teacher else {}
+    about = dict(format=FORMAT, sample_rate=sample_rate, sources=sources, **made)
+    _write_json(folder / "store.json", dict(about, digest=_digest(map(_song, songs)), skipped=list(skipped), songs=songs))
 
-def _write_parts(out, songs, sample_rate, sources, skipped):
+def _write_parts(out, songs, sample_rate, sources, skipped, teacher=None):
     "Write the index of each part, and last the one of the whole."
     for part in sorted({s["part"] for s in songs} - {""}):
-        _write_index(out / part, [dict(s, part="") for s in songs if s["part"] == part], sample_rate, sources)
-    _write_index(out, songs, sample_rate, sources, skipped)
+        _write_index(out / part, [dict(s, part="") for s in songs if s["part"] == part], sample_rate, sources, (), teacher)
+    _write_index(out, songs, sample_rate, sources, skipped, teacher)

@@ -59,6 +59,11 @@ class FileNetwork(nn.Module):
         onnx = self.path.suffix == ".onnx"
         self.graph = OnnxGraph(path, threads) if onnx else load_script(path)
         self.hybrid = self.about["layout"] == "htdemucs"
+        self.cut = "triangle" if self.hybrid else "fade"
+
+    def window(self, frames:int) -> int:
+        "How many samples the network takes for a segment, where songs are cut as Demucs cuts them."
+        return self.segment
 
     @property
     def notes(self) -> list:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIX', 'RESEARCH', 'PEERS', 'CLASSES', 'Peer', 'peer_notes', 'demucs_class', 'read_demucs', 'PeerNetwork',
-           'run_demucs', 'fetch_demucs', 'load_peer']
+           'valid_length', 'run_demucs', 'fetch_demucs', 'load_peer']
 
 # %% ../../nbs/networks/peers.ipynb #3660fef9
 import contextlib
@@ -115,8 +115,8 @@ def _read_pickle(path, demucs):
 
 # %% ../../nbs/networks/peers.ipynb #70322de6
 class PeerNetwork(nn.Module):
-    "Demucs' networks as one: waveform `(b, c, time)` -> stems `(b, s, c, time)`."
-    hop = 1
+    "Demucs' networks as one: waveform `(b, c, time)` -> stems `(b, s, c, time)`; songs are cut as Demucs cuts them."
+    hop, cut = 1, "triangle"
     def __init__(self,
         models, # Demucs' networks
         weights=None, # one list a network, with one number a stem; None: all the same
@@ -127,8 +127,11 @@ class PeerNetwork(nn.Module):
         self.models, self.notes = nn.ModuleList(models), list(notes)
         self.sources, self.sample_rate, self.channels = tuple(first.sources), int(first.samplerate), first.audio_channels
         self.register_buffer("weights", torch.tensor(weights or [[1.] * len(self.sources)] * len(models)), persistent=False)
-        fixed = [int(m.segment * m.samplerate) for m in models if getattr(m, "use_train_segment", False)]
-        self.segment = min(fixed) if fixed else None
+        self.segment = min(int(m.segment * m.samplerate) for m in models)
+
+    def window(self, frames:int) -> int:
+        "How many samples the networks take for a segment."
+        return max(valid_length(m, frames) for m in self.models)
 
     def forward(self, waveform):
         total = 0
@@ -136,13 +139,20 @@ class PeerNetwork(nn.Module):
             if weight.any(): total = total + run_demucs(model, waveform) * weight[:, None, None]
         return total
 
+def valid_length(
+    model, # one of Demucs' networks
+    frames:int, # samples
+) -> int:
+    "How many samples it takes for so many."
+    return model.valid_length(frames) if hasattr(model, "valid_length") else frames
+
 def run_demucs(
     model, # one of Demucs' networks
     waveform, # (b, c, time)
 ): # (b, s, c, time)
     "One network on a waveform, filled with silence on both sides to a length that it takes."
     frames = waveform.shape[-1]
-    valid = model.valid_length(frames) if hasattr(model, "valid_length") else frames
+    valid = valid_length(model, frames)
     left = (valid - frames) // 2
     return model(F.pad(waveform, (left, valid - frames - left)))[..., left:left + frames]
 

@@ -34,7 +34,7 @@ from ..foundations.recipe import Recipe, kept_settings, read_record
 from ..foundations.registry import build_network
 from ..tasks import build_task
 from ..training import fit
-from ..foundations.runs import load_network
+from ..foundations.runs import load_network, trained_on
 from ..foundations.run_metrics import read_metrics
 from ..foundations.profiles import recipe_for
 
@@ -179,7 +179,8 @@ def _take_turn(
         with FileLock(out / f".{entry.folder}-{start}-seed{seed}.lock", timeout=0):
             if (name, seed) in _scored(out): return False
             run = train_entry(store, out, entry, start, seed, **budget)
-            found = evaluate(load_network(run), store.split("test"), "stereo", name=name, seed=seed, references=False, window=10.)
+            about = dict(notes=trained_on(run, "Each model"))
+            found = evaluate(load_network(run), store.split("test"), "stereo", name=name, seed=seed, references=False, window=10., info=about)
             with FileLock(out / ".lock"): (Scores.load(out / "scores.json") + found).save(out / "scores.json", digits=4)
     except Timeout: return False
     return True

@@ -7,7 +7,7 @@ __all__ = ['score_model']
 
 # %% ../../nbs/studies/score_model.ipynb #b24bf6a0
 from ..evaluation import evaluate
-from ..foundations.runs import file_digest
+from ..foundations.runs import file_digest, trained_on
 from ..foundations.store import Store
 from ..scoring.scores import Scores
 from ..separation import Separator
@@ -26,6 +26,7 @@ def score_model(
     separator = model if isinstance(model, Separator) else Separator.from_pretrained(model, device=device)
     network, name = separator.network, name or separator.name
     channels = channels or ("mono" if separator.channels == 1 else "stereo")
-    separator.stft, separator.notes = getattr(network, "stft", None), getattr(network, "notes", None)
+    learned = trained_on(separator.origin.parent, name) if separator.origin else []
+    separator.stft, separator.notes = getattr(network, "stft", None), [*(getattr(network, "notes", None) or ()), *learned]
     record = {"model": name, "weights": file_digest(separator.origin) if separator.origin else None}
     return evaluate(separator, store, channels=channels, name=name, references=references, info=record, progress=progress)
