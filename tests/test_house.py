@@ -81,3 +81,18 @@ def test_no_room_is_imported_by_its_name(room):
 def test_importing_the_networks_leaves_the_profiles_as_they_are():
     code = "import json; from deepdemix.foundations import profiles, registry; before = json.dumps(profiles.PROFILES); registry.known_networks(); assert json.dumps(profiles.PROFILES) == before"
     assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+
+
+def patches(room):
+    "(class, method) of every method that a room adds to a class which it does not define."
+    body = ast.parse(ROOMS[room].read_text(encoding="utf-8")).body
+    own = {n.name for n in body if isinstance(n, ast.ClassDef)}
+    for n in body:
+        if not isinstance(n, ast.FunctionDef) or not any("patch" in ast.unparse(d) for d in n.decorator_list): continue
+        kind = n.args.args[0].annotation
+        for name in ([kind] if isinstance(kind, ast.Name) else getattr(kind, "elts", [])):
+            if name.id not in own: yield name.id, n.name
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_class_grows_in_its_own_room(room): assert not list(patches(room))

@@ -9,7 +9,6 @@ __all__ = ['plot_scores', 'plot_songs', 'show_songs']
 from contextlib import contextmanager
 
 import numpy as np
-from fastcore.basics import patch
 from torch import nn
 
 from ..audio import SOURCE_COLORS, STFT, show_spectrogram
@@ -78,21 +77,6 @@ def plot_songs(
     return ax
 
 # %% ../../nbs/scoring/pictures.ipynb #aa8ee44c
-@patch
-def ranked(self: Scores, metric: str="SDR", model: str=None, split: str=None, source: str=None) -> list[str]:
-    "Song titles, best first, by one source or by the mean over all."
-    table = self.by_song(metric, model, split)
-    order = (table[source] if source else table.mean(axis=1)).dropna().sort_values(ascending=False)
-    return list(order.index)
-
-
-@patch
-def extremes(self: Scores, n: int=5, *args, **kwargs) -> list[str]:
-    "Titles of the `n` best songs, then of the `n` worst, none twice; what else is given goes to `ranked`."
-    order = self.ranked(*args, **kwargs)
-    return order if len(order) <= 2 * n else order[:n] + order[len(order) - n:]
-
-
 def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> None:
     "One song: mixture, truth and estimate of one source, side by side."
     stems, mix = scored_song(store, i, info.get("channels", "mono"), info.get("mixture", "sum"))

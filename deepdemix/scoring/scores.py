@@ -113,6 +113,21 @@ def _single(self: Scores) -> str:
     if len(self.models) != 1: raise UserError(f"name one of the models: {', '.join(self.models) or 'there is none'}")
     return self.models[0]
 
+# %% ../../nbs/scoring/scores.ipynb #2ab5abfc
+@patch
+def ranked(self: Scores, metric: str="SDR", model: str=None, split: str=None, source: str=None) -> list[str]:
+    "Song titles, best first, by one source or by the mean over all."
+    table = self.by_song(metric, model, split)
+    order = (table[source] if source else table.mean(axis=1)).dropna().sort_values(ascending=False)
+    return list(order.index)
+
+
+@patch
+def extremes(self: Scores, n: int=5, *args, **kwargs) -> list[str]:
+    "Titles of the `n` best songs, then of the `n` worst, none twice; what else is given goes to `ranked`."
+    order = self.ranked(*args, **kwargs)
+    return order if len(order) <= 2 * n else order[:n] + order[len(order) - n:]
+
 # %% ../../nbs/scoring/scores.ipynb #d7bbbd34
 @patch
 def summary(self: Scores, metrics=None, intervals: bool=False):
