@@ -116,7 +116,7 @@ def new_record(
     "The record of a run that begins."
     count = sum(p.numel() for p in network.parameters())
     data = {} if store is None else {"digest": store.digest, "songs": len(store), **getattr(store, "parts", {})}
-    if songs := [s for s in getattr(store, "songs", ()) if s.split == "train"]: data["minutes"] = stem_minutes(songs)
+    if hasattr(store, "minutes"): data["minutes"] = stem_minutes([s for s in store.songs if s.split == "train"])
     data |= _origins(recipe)
     imports = {"imports": found} if (found := needed()) else {}
     return dict(format=FORMAT, status="running", finished=False, recipe=recipe.to_dict(), network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
