@@ -1,10 +1,11 @@
 """Separation: stages of the default model and Hybrid Transformer Demucs on one file, and an hour in flat memory; `make bench` runs it."""
-import subprocess, sys, tempfile
+import contextlib, os, subprocess, sys, tempfile, time
 from statistics import median
 
 import torch
 
 from deepdemix.foundations.codecs import read
+from deepdemix.foundations.cores import available_cores
 from deepdemix.foundations.encoding import write
 from deepdemix.foundations.toy_band import toy_song
 from deepdemix.metrics import sdr
@@ -50,6 +51,39 @@ def runtimes(song, repeats=5):
     yield row("onnxruntime, one thread", median(times["onnx"]), "of real time", "PyTorch", median(times["torch"]))
 
 
+@contextlib.contextmanager
+def busy(processes):
+    "A block beside so many processes that never rest."
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try: yield
+    finally:
+        for other in others: other.kill()
+        for other in others: other.wait()
+
+
+def cost(separator, song):
+    "Seconds on the clock and of processor time, of the process and all its threads, for one separation."
+    clock, before = time.perf_counter(), os.times()
+    separator(song)
+    after = os.times()
+    return time.perf_counter() - clock, after.user + after.system - before.user - before.system
+
+
+def machines(song, rate, seconds=60, others=4):
+    "A minute on one core and on all that may be used, alone and beside busy processes; in turns."
+    cores, song = max(2, available_cores()), song[:, :seconds * rate]
+    runs = {n: Separator.from_pretrained("default", device="cpu", threads=n) for n in (1, cores)}
+    runs[1](song[:, :5 * rate])
+    quiet = {n: cost(run, song) for n, run in runs.items()}
+    with busy(others): beside = {n: cost(run, song) for n, run in runs.items()}
+    name = lambda n: f"{n} thread{'s' * (n > 1)}"
+    for n in runs:
+        yield row(f"processor time, {name(n)}", quiet[n][1] / seconds, "of real time")
+        yield row(f"processor time beside {others} busy processes, {name(n)}", beside[n][1] / seconds, "of real time", "alone", quiet[n][1] / seconds)
+        yield row(f"clock beside {others} busy processes, {name(n)}", beside[n][0] / seconds, "of real time", "alone", quiet[n][0] / seconds)
+    yield row(f"efficiency from 1 thread to {cores}", quiet[1][0] / quiet[cores][0] / cores, "of all cores")
+
+
 def chunking(stems):
     "What separating in chunks changes, against the whole song at once; `stems` are the true ones."
     separator, song = Separator.from_pretrained("default"), stems.sum(0)
@@ -86,6 +120,7 @@ def everything(folder, duration=120, rate=44100):
     song = stems.sum(0)
     write(f"{folder}/song.wav", song, rate)
     yield from stages(f"{folder}/song.wav", folder, duration)
+    yield from machines(song, rate)
     yield from runtimes(song)
     yield from chunking(stems)
     yield from hour(song, rate, folder)
