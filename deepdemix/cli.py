@@ -10,30 +10,14 @@ __all__ = ['PROFILE_NAMES', 'LOGGER_NAMES', 'PROFILE_HELP', 'download', 'prepare
 import argparse, os, sys
 
 from .foundations.command_line import (
-    Terminated, _all_taken, _at_home, _devices, _marked, _polite, _port, _positive, _reason, _seed, _stopped)
+    Terminated, _all_taken, _at_home, _data_option, _devices, _import_option, _marked, _polite, _port,
+    _positive, _reason, _seed, _stopped)
 from .foundations.console import say, streams
 from .serving.model_commands import _on_ray, export, join, label, listen, models, separate
 
 # %% ../nbs/11_cli.ipynb #279bd20b
 PROFILE_NAMES = ("demo", "laptop", "workstation", "author", "paper")
 LOGGER_NAMES = ("csv", "tensorboard", "wandb", "mlflow")
-
-# %% ../nbs/11_cli.ipynb #51958a00
-def _import_option(
-    parser:argparse.ArgumentParser, # the command's parser
-):
-    "Add `--import`, which every command takes."
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE.py|MODULE",
-                        help="import networks of your own first; may be repeated")
-
-def _data_option(
-    parser:argparse.ArgumentParser, # the command's parser
-    several:bool=False, # whether it may be given more than once
-):
-    "Add `--data`."
-    where = "a store, a MUSDB18 folder or a folder of stems (default: MUSDB_PATH)"
-    if several: parser.add_argument("--data", metavar="STORE[=WEIGHT]", action="append", help=f"{where}; may be repeated, the first is validated on, a weight says how often a song is drawn")
-    else: parser.add_argument("--data", metavar="STORE", help=where)
 
 # %% ../nbs/11_cli.ipynb #fccf0cbf
 def _recipe_options(

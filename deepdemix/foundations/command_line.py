@@ -31,6 +31,23 @@ def _renamed(found, old, new):
     if isinstance(found, list): return [_renamed(x, old, new) for x in found]
     return {k: _renamed(x, old, new) for k, x in found.items()} if isinstance(found, dict) else found
 
+# %% ../../nbs/foundations/command_line.ipynb #043a4edf
+def _import_option(
+    parser:argparse.ArgumentParser, # the command's parser
+):
+    "Add `--import`, which every command takes."
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE.py|MODULE",
+                        help="import networks of your own first; may be repeated")
+
+def _data_option(
+    parser:argparse.ArgumentParser, # the command's parser
+    several:bool=False, # whether it may be given more than once
+):
+    "Add `--data`."
+    where = "a store, a MUSDB18 folder or a folder of stems (default: MUSDB_PATH)"
+    if several: parser.add_argument("--data", metavar="STORE[=WEIGHT]", action="append", help=f"{where}; may be repeated, the first is validated on, a weight says how often a song is drawn")
+    else: parser.add_argument("--data", metavar="STORE", help=where)
+
 # %% ../../nbs/foundations/command_line.ipynb #e3d545fd
 def _seed(text):
     "A seed on the command line."
