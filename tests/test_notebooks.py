@@ -93,7 +93,7 @@ def test_opens_in_jupyter(path):
         assert cell["metadata"] == ({"jupyter": {"source_hidden": True}} if folded else {}), cell["id"]
 
 
-COURSE = ["01_data", "02_augmentation", "04_baseline", "05_pretraining", "06_deepdemix", "07_evaluation", "09_experiment"] # notebooks that end in exercises
+COURSE = ["01_data", "02_augmentation", "04_baseline", "05_pretraining", "06_deepdemix", "07_evaluation", "08_separation", "09_experiment"] # notebooks that end in exercises
 
 
 @pytest.mark.parametrize("name", COURSE)
