@@ -43,7 +43,8 @@ def test_saved_with_a_kernel_and_cleaned(folder):
         model = manager.get(f"nbs/{notebook.name}")
         model["content"]["metadata"].update(KERNEL)
         for number, cell in enumerate(c for c in model["content"]["cells"] if c["cell_type"] == "code"):
-            cell["execution_count"], cell["metadata"] = number + 1, {"execution": {"iopub.status.busy": "2026-01-01"}, "jupyter": {"source_hidden": False}, "tags": [], "trusted": True}
+            # a solution's own mark, which hides its code, is the one that stays
+            cell["execution_count"], cell["metadata"] = number + 1, {"execution": {"iopub.status.busy": "2026-01-01"}, "collapsed": False, "tags": [], "trusted": True, **cell["metadata"]}
         manager.save(model, f"nbs/{notebook.name}")
         assert path.read_bytes() != notebook.read_bytes()
     clean(folder / "nbs", folder)
