@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+readme = here / "README.md"
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
@@ -12,7 +13,8 @@ cfg = parser["DEFAULT"]
 licenses = {"apache2": "Apache-2.0"}
 statuses = {"3": "Development Status :: 3 - Alpha", "4": "Development Status :: 4 - Beta"}
 minor = lambda version: int(version.split(".")[1])
-pythons = [f"Programming Language :: Python :: 3.{n}" for n in range(minor(cfg["min_python"]), minor(cfg["max_python"]) + 1)]
+versions = range(minor(cfg["min_python"]), minor(cfg["max_python"]) + 1)
+pythons = [f"Programming Language :: Python :: 3.{n}" for n in versions]
 
 words = lambda key: cfg.get(key, "").split()
 extras = {key.removesuffix("_requirements"): words(key) for key in cfg if key.endswith("_requirements")}
@@ -23,7 +25,7 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     keywords=cfg["keywords"],
     author=cfg["author"],

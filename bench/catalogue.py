@@ -1,18 +1,22 @@
-"A catalogue on Ray: what the workers' time goes into, and what a song that is finished costs; the default model, toy songs; `make bench BENCH=catalogue` runs it."
-import tempfile, time
+"""A catalogue on Ray: what the workers' time goes into, and what a song that is finished costs; the default
+model, toy songs; `make bench BENCH=catalogue` runs it."""
+import tempfile
+import time
 from pathlib import Path
 
-from deepdemix.foundations.encoding import write
-from deepdemix.serving.cluster import OnRay, cluster
-from deepdemix.serving.catalogue import alone, read_manifest, separate_catalogue
-from deepdemix.foundations.toy_band import toy_song
 from report import report, row
+
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.serving.catalogue import alone, read_manifest, separate_catalogue
+from deepdemix.serving.cluster import OnRay, cluster
 
 
 def timed(*args, **kw):
     "A summary, and the seconds it took."
     began = time.perf_counter()
-    return separate_catalogue(*args, progress=False, loading=dict(device="cpu", threads=1), **kw), time.perf_counter() - began
+    return (separate_catalogue(*args, progress=False, loading=dict(device="cpu", threads=1), **kw),
+            time.perf_counter() - began)
 
 
 def measure(folder, songs=30, duration=30.0, workers=2):
@@ -21,20 +25,28 @@ def measure(folder, songs=30, duration=30.0, workers=2):
     yield row("length of a song", duration, "s")
     _, one = timed([folder / "in"], folder / "alone", each=alone)
     busy_alone = read_manifest(folder / "alone").seconds.sum()
-    yield row("separating, one process of one thread", busy_alone / songs / duration, "of real time", note=f"{songs} songs of {duration:g} s")
+    yield row("separating, one process of one thread", busy_alone / songs / duration, "of real time",
+              note=f"{songs} songs of {duration:g} s")
     yield row("records, levels and the manifest", (one - busy_alone) / busy_alone, "of separating")
     began = time.perf_counter()
     with cluster(cores=workers):
         yield row("start a cluster", time.perf_counter() - began, "s")
         _, two = timed([folder / "in"], folder / "ray", each=OnRay(workers=workers))
         busy = read_manifest(folder / "ray").seconds.sum()
-        yield row(f"the catalogue on {workers} workers, start of the workers included", songs / two * 3600, "songs/h", "one process", songs / one * 3600, True)
-        yield row("share of the workers' time that is separation", busy / workers / two, "", note="the rest: starting, levels, records, waiting")
+        yield row(f"the catalogue on {workers} workers, start of the workers included", songs / two * 3600,
+                  "songs/h", "one process", songs / one * 3600, True)
+        yield row("share of the workers' time that is separation", busy / workers / two, "",
+                  note="the rest: starting, levels, records, waiting")
         _, again = timed([folder / "in"], folder / "ray", each=OnRay(workers=workers))
         yield row("a restart with nothing to do", again, "s")
     stems = [x for x in (folder / "ray").rglob("*.wav")]
     yield row("stems as 16 bit wav", sum(x.stat().st_size for x in stems) / songs / duration, "B/s of music")
-    yield row("records and manifest", sum(x.stat().st_size for x in [*(folder / "ray" / ".catalogue").rglob("*.json"), folder / "ray" / "manifest.parquet"]) / songs, "B/song")
+    yield row(
+        "records and manifest",
+        sum(x.stat().st_size
+            for x in [*(folder / "ray" / ".catalogue").rglob("*.json"), folder / "ray" / "manifest.parquet"])
+        / songs, "B/song",
+    )
 
 
 if __name__ == "__main__":

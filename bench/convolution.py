@@ -1,24 +1,30 @@
-"""The encoder's first block, forward and backward, computed in several ways: seconds an excerpt and the difference; `make bench BENCH=convolution`, or with a size's name for that one alone."""
+"""The encoder's first block, forward and backward, computed in several ways: seconds an excerpt and the
+difference; `make bench BENCH=convolution`, or with a size's name for that one alone."""
 import sys
 
 import torch
-from torch.nn import functional as F
+from report import report, row, seconds
 from scipy.fft import next_fast_len
+from torch.nn import functional as F
 
 from deepdemix.pretraining import conv_block
-from report import report, row, seconds
 
 SIZES = {"laptop": (4, 8), "paper": (16, 32)}
 
 
 class FFTConvolution(torch.autograd.Function):
-    "A padded convolution by overlap-save along time: maps (b, c, t, f) and kernels (o, c, kt, kf), exact up to rounding."
+    """A padded convolution by overlap-save along time: maps (b, c, t, f) and kernels (o, c, kt, kf), exact
+    up to rounding."""
 
     @staticmethod
     def forward(ctx, x, weight, tile):
-        (b, c, frames, n_f), (o, _, kt, kf) = (x.shape[0], x.shape[1], x.shape[2] - weight.shape[2] + 1, x.shape[3] - weight.shape[3] + 1), weight.shape
-        tiles, size = -(-frames // tile), (next_fast_len(tile + kt - 1), next_fast_len(n_f + kf - 1, real=True))
-        pieces = F.pad(x, (0, 0, 0, tiles * tile - frames)).unfold(2, tile + kt - 1, tile).permute(0, 2, 1, 4, 3)
+        (b, c, frames, n_f), (o, _, kt, kf) = (x.shape[0], x.shape[1], x.shape[2] - weight.shape[2] + 1,
+                                               x.shape[3] - weight.shape[3] + 1), weight.shape
+        tiles = -(-frames // tile)
+        size = (next_fast_len(tile + kt - 1), next_fast_len(n_f + kf - 1, real=True))
+        pieces = (
+            F.pad(x, (0, 0, 0, tiles * tile - frames)).unfold(2, tile + kt - 1, tile).permute(0, 2, 1, 4, 3)
+        )
         spectrum = torch.fft.rfft2(pieces, size).reshape(b * tiles, c, -1).permute(2, 0, 1)
         kernels = torch.fft.rfft2(weight, size).conj().reshape(o, c, -1).permute(2, 1, 0)
         ctx.save_for_backward(spectrum, kernels)
@@ -55,7 +61,9 @@ def plainly(block, x):
     "The block as torch computes it when left alone."
     for layer in block[:4:2]:
         kt, kf = layer.kernel_size
-        x = F.relu(F.conv2d(F.pad(x, ((kf - 1) // 2, kf // 2, (kt - 1) // 2, kt // 2)), layer.weight, layer.bias))
+        x = F.relu(
+            F.conv2d(F.pad(x, ((kf - 1) // 2, kf // 2, (kt - 1) // 2, kt // 2)), layer.weight, layer.bias)
+        )
     return block[4](x)
 
 
@@ -68,10 +76,15 @@ def everything(batch=2):
     "All rows."
     for name, channels in SIZES.items():
         torch.manual_seed(0)
-        block, x = conv_block(1, *channels, ((8, 16), (8, 16)), (16, 4), dropout=0.0), torch.randn(batch, 1, 1724, 257)
-        ways = {"plain, single precision": (lambda x: plainly(block, x), False), "plain, bfloat16": (lambda x: plainly(block, x), True), "FFT": (lambda x: by_fft(block, x), False),
-                "folded, single precision": (block, False), "folded, bfloat16": (block, True), "folded, bfloat16, ReLU after the pooling": (lambda x: pooled_first(block, x), True)}
-        if name == "laptop": ways["plain, bfloat16, compiled"] = torch.compile(lambda x: plainly(block, x)), True
+        block = conv_block(1, *channels, ((8, 16), (8, 16)), (16, 4), dropout=0.0)
+        x = torch.randn(batch, 1, 1724, 257)
+        ways = {"plain, single precision": (lambda x: plainly(block, x), False),
+                "plain, bfloat16": (lambda x: plainly(block, x), True),
+                "FFT": (lambda x: by_fft(block, x), False), "folded, single precision": (block, False),
+                "folded, bfloat16": (block, True),
+                "folded, bfloat16, ReLU after the pooling": (lambda x: pooled_first(block, x), True)}
+        if name == "laptop":
+            ways["plain, bfloat16, compiled"] = torch.compile(lambda x: plainly(block, x)), True
         first = None
         for way, (call, low) in ways.items():
             def step():
@@ -80,11 +93,15 @@ def everything(batch=2):
                 y.square().mean().backward()
                 return torch.cat([y.detach().flatten(), block[2].weight.grad.flatten() * 1e6])
             try: found = step()
-            except Exception as error: yield row(f"{name}, {way}", None, "", note=f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"); continue
+            except Exception as error:
+                yield row(f"{name}, {way}", None, "",
+                          note=f"{type(error).__name__}: {str(error).splitlines()[0][:60]}")
+                continue
             taken = seconds(step, 3) / batch
             if first is None: first = found, taken
             apart = float((found - first[0]).norm() / first[0].norm())
-            yield row(f"{name}, {way}", taken, "s/excerpt", "plain, single precision", first[1], note=f"relative difference {apart:.0e}") | dict(difference=apart)
+            yield row(f"{name}, {way}", taken, "s/excerpt", "plain, single precision", first[1],
+                      note=f"relative difference {apart:.0e}") | dict(difference=apart)
 
 
 if __name__ == "__main__":

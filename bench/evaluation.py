@@ -3,11 +3,11 @@ import resource
 
 import numpy as np
 import torch
+from report import absent, report, row, seconds
 
 from deepdemix.data import open_data
 from deepdemix.evaluation import evaluate
 from deepdemix.metrics import framewise_sdr, isr_sir_sar, scores
-from report import absent, report, row, seconds
 
 
 def song(duration):
@@ -25,17 +25,36 @@ def against_museval(store, songs=3, long=60):
         stems = store.stems(i)
         estimates = stems.roll(1, -1) * 0.8 + 0.05 * stems.sum(0)
         found = []
-        theirs.append(seconds(lambda: found.append(museval.evaluate(stems.transpose(1, 2).numpy(), estimates.transpose(1, 2).numpy(), win=44100, hop=44100))))
-        ours.append((seconds(lambda: framewise_sdr(stems, estimates, 44100), 5), seconds(lambda: isr_sir_sar(stems, estimates, 44100))))
-        apart[0] = max(apart[0], np.nanmax(np.abs(framewise_sdr(stems, estimates, 44100).numpy() - found[0][0])))
-        for a, b in zip(isr_sir_sar(stems, estimates, 44100), found[0][1:]): apart[1] = max(apart[1], np.nanmax(np.abs(a.numpy() - b)))
-    yield row("SDR of a test preview, median", float(np.median([a for a, _ in ours])), "s", "museval, all four", float(np.median(theirs)))
-    yield row("ISR, SIR and SAR of a test preview, median", float(np.median([b for _, b in ours])), "s", "museval, all four", float(np.median(theirs)))
+        theirs.append(
+            seconds(
+                lambda: found.append(
+                    museval.evaluate(
+                        stems.transpose(1, 2).numpy(), estimates.transpose(1, 2).numpy(), win=44100, hop=44100
+                    )
+                )
+            )
+        )
+        ours.append((seconds(lambda: framewise_sdr(stems, estimates, 44100), 5),
+                     seconds(lambda: isr_sir_sar(stems, estimates, 44100))))
+        apart[0] = max(
+            apart[0], np.nanmax(np.abs(framewise_sdr(stems, estimates, 44100).numpy() - found[0][0]))
+        )
+        for a, b in zip(isr_sir_sar(stems, estimates, 44100), found[0][1:]):
+            apart[1] = max(apart[1], np.nanmax(np.abs(a.numpy() - b)))
+    yield row("SDR of a test preview, median", float(np.median([a for a, _ in ours])), "s",
+              "museval, all four", float(np.median(theirs)))
+    yield row("ISR, SIR and SAR of a test preview, median", float(np.median([b for _, b in ours])), "s",
+              "museval, all four", float(np.median(theirs)))
     yield row("largest difference to museval, SDR", float(apart[0]), "dB")
     yield row("largest difference to museval, ISR, SIR and SAR", float(apart[1]), "dB")
     stems, estimates = song(long)
-    once = seconds(lambda: museval.evaluate(stems.transpose(1, 2).numpy(), estimates.transpose(1, 2).numpy(), win=44100, hop=44100))
-    yield row(f"SDR of a song of {long} s", seconds(lambda: framewise_sdr(stems, estimates, 44100), 5), "s", "museval, all four", once)
+    once = seconds(
+        lambda: museval.evaluate(
+            stems.transpose(1, 2).numpy(), estimates.transpose(1, 2).numpy(), win=44100, hop=44100
+        )
+    )
+    yield row(f"SDR of a song of {long} s", seconds(lambda: framewise_sdr(stems, estimates, 44100), 5), "s",
+              "museval, all four", once)
 
 
 def long_songs():
@@ -46,13 +65,16 @@ def long_songs():
     stems, estimates = (torch.tensor([x]).expand(4, 2, 3600 * 44100) for x in (0.1, 0.2))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield row("every measure of a song of an hour", seconds(lambda: scores(stems, estimates)), "s")
-    yield row("memory that it added, at most", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "MiB")
+    yield row("memory that it added, at most",
+              (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "MiB")
 
 
 def everything(store):
     "All rows."
     quarter = lambda mixture: mixture.expand(4, *mixture.shape) / 4
-    yield row(f"{len(store)} test previews, every measure", seconds(lambda: evaluate(quarter, store, "stereo")), "s", note="with the reference rows that need no masks")
+    yield row(f"{len(store)} test previews, every measure",
+              seconds(lambda: evaluate(quarter, store, "stereo")), "s",
+              note="with the reference rows that need no masks")
     yield from long_songs()
     try: yield from against_museval(store)
     except (ImportError, RuntimeError) as error: yield absent("SDR", "museval", error)

@@ -1,13 +1,15 @@
-"A demo pretraining on the toy band: seconds, and what its encoder knows on songs that nothing was chosen by; `make bench BENCH=pretraining` runs it."
+"""A demo pretraining on the toy band: seconds, and what its encoder knows on songs that nothing was chosen
+by; `make bench BENCH=pretraining` runs it."""
 import tempfile
 from pathlib import Path
 
-from deepdemix.data import prepare_toy
-from deepdemix.studies.demo import DEMO_SONGS
-from deepdemix.pretraining import pretrain
-from deepdemix.contrast.probing import probe
-from deepdemix.foundations.runs import load_network
 from report import report, row, seconds
+
+from deepdemix.contrast.probing import probe
+from deepdemix.data import prepare_toy
+from deepdemix.foundations.runs import load_network
+from deepdemix.pretraining import pretrain
+from deepdemix.studies.demo import DEMO_SONGS
 
 
 def everything(folder):
@@ -17,7 +19,8 @@ def everything(folder):
         taken = seconds(lambda: pretrain(store, folder / loss, loss=loss, profile="demo", progress=False))
         yield row(f"{loss}, demo pretraining", taken, "s")
         table = probe(load_network(folder / loss), store.split("train"), store.split("test"))
-        yield row(f"{loss}, nearest neighbours on test songs", float(table.knn["encoder"]), "", "random encoder", float(table.knn["random encoder"]), True)
+        yield row(f"{loss}, nearest neighbours on test songs", float(table.knn["encoder"]), "",
+                  "random encoder", float(table.knn["random encoder"]), True)
 
 
 if __name__ == "__main__":

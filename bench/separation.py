@@ -1,8 +1,15 @@
-"""Separation: stages of the default model and Hybrid Transformer Demucs on one file, and an hour in flat memory; `make bench` runs it."""
-import contextlib, os, subprocess, sys, tempfile, time
+"""Separation: stages of the default model and Hybrid Transformer Demucs on one file, and an hour in flat
+memory; `make bench` runs it."""
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from statistics import median
 
 import torch
+from report import absent, report, row, seconds
 
 from deepdemix.foundations.codecs import read
 from deepdemix.foundations.cores import available_cores
@@ -11,7 +18,6 @@ from deepdemix.foundations.toy_band import toy_song
 from deepdemix.metrics import sdr
 from deepdemix.separation import Separator
 from deepdemix.serving.export import load_separator
-from report import absent, report, row, seconds
 
 
 def htdemucs(path, out):
@@ -31,11 +37,17 @@ def stages(path, out, duration):
     stems = separator.separate(song, rate)
     def encode(format):
         for name, stem in stems.items(): write(f"{out}/{name}.{format}", stem, rate)
-    parts = {"decode": lambda: read(path), "network, chunks and overlap": lambda: separator.separate(song, rate)} | {f"write four stems as {f}": lambda f=f: encode(f) for f in ("wav", "flac", "mp3")}
+    parts = {
+        "decode": lambda: read(path), "network, chunks and overlap": lambda: separator.separate(song, rate),
+    } | {f"write four stems as {f}": lambda f=f: encode(f) for f in ("wav", "flac", "mp3")}
     for what, call in parts.items(): yield row(what, seconds(call, 3) / duration, "of real time")
     whole = seconds(lambda: separator.separate_file(path, out, overwrite=True), 3) / duration
-    try: yield row("end to end, wav out", whole, "of real time", "HTDemucs, random weights", seconds(lambda: htdemucs(path, out)) / duration)
-    except ImportError as error: yield row("end to end, wav out", whole, "of real time"); yield absent("end to end", "demucs", error)
+    try:
+        yield row("end to end, wav out", whole, "of real time", "HTDemucs, random weights",
+                  seconds(lambda: htdemucs(path, out)) / duration)
+    except ImportError as error:
+        yield row("end to end, wav out", whole, "of real time")
+        yield absent("end to end", "demucs", error)
 
 
 def runtimes(song, repeats=5):
@@ -46,9 +58,12 @@ def runtimes(song, repeats=5):
         runs = {name: load_separator("default", name, device="cpu", threads=1) for name in ("torch", "onnx")}
         times = {name: [] for name in runs}
         for _ in range(repeats):
-            for name, run in runs.items(): times[name].append(seconds(lambda: run(song[:, :20 * 44100]), 1) / 20)
+            for name, run in runs.items():
+                times[name].append(seconds(lambda: run(song[:, :20 * 44100]), 1) / 20)
     finally: torch.set_num_threads(before)
-    yield row("onnxruntime, one thread", median(times["onnx"]), "of real time", "PyTorch", median(times["torch"]))
+    yield row(
+        "onnxruntime, one thread", median(times["onnx"]), "of real time", "PyTorch", median(times["torch"])
+    )
 
 
 @contextlib.contextmanager
@@ -79,8 +94,10 @@ def machines(song, rate, seconds=60, others=4):
     name = lambda n: f"{n} thread{'s' * (n > 1)}"
     for n in runs:
         yield row(f"processor time, {name(n)}", quiet[n][1] / seconds, "of real time")
-        yield row(f"processor time beside {others} busy processes, {name(n)}", beside[n][1] / seconds, "of real time", "alone", quiet[n][1] / seconds)
-        yield row(f"clock beside {others} busy processes, {name(n)}", beside[n][0] / seconds, "of real time", "alone", quiet[n][0] / seconds)
+        yield row(f"processor time beside {others} busy processes, {name(n)}", beside[n][1] / seconds,
+                  "of real time", "alone", quiet[n][1] / seconds)
+        yield row(f"clock beside {others} busy processes, {name(n)}", beside[n][0] / seconds, "of real time",
+                  "alone", quiet[n][0] / seconds)
     yield row(f"efficiency from 1 thread to {cores}", quiet[1][0] / quiet[cores][0] / cores, "of all cores")
 
 
@@ -89,8 +106,10 @@ def chunking(stems):
     separator, song = Separator.from_pretrained("default"), stems.sum(0)
     with torch.inference_mode(): whole = separator.network(song[None])[0]
     pieces = separator(song)
-    yield row("chunks against the whole at once", float(10 * torch.log10(whole.square().sum() / (pieces - whole).square().sum())), "dB")
-    yield row("what chunks cost in SDR, mean over the stems", float((sdr(stems, whole) - sdr(stems, pieces)).mean()), "dB")
+    yield row("chunks against the whole at once",
+              float(10 * torch.log10(whole.square().sum() / (pieces - whole).square().sum())), "dB")
+    yield row("what chunks cost in SDR, mean over the stems",
+              float((sdr(stems, whole) - sdr(stems, pieces)).mean()), "dB")
 
 
 HOUR = """
@@ -109,7 +128,12 @@ def hour(song, rate, folder):
     path, length = f"{folder}/hour.wav", 3600 * rate
     with Writer(path, rate, 2) as out:
         for start in range(0, length, song.shape[-1]): out.write(song[:, :length - start])
-    taken, most = map(float, subprocess.run([sys.executable, "-c", HOUR, path, f"{folder}/hour"], check=True, capture_output=True, text=True).stdout.split())
+    taken, most = map(
+        float,
+        subprocess.run(
+            [sys.executable, "-c", HOUR, path, f"{folder}/hour"], check=True, capture_output=True, text=True
+        ).stdout.split(),
+    )
     yield row("an hour of stereo", taken / 3600, "of real time")
     yield row("an hour of stereo, peak memory of the process", most / 2**20, "GiB")
 

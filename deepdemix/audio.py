@@ -7,7 +7,8 @@ __all__ = ['SOURCES', 'SOURCE_COLORS', 'show_waveform', 'show_stems', 'player', 
            'OverlapAdd', 'overlap_add_blocks', 'overlap_add']
 
 # %% ../nbs/00_audio.ipynb #71ea2811
-import io, math
+import io
+import math
 from collections import deque
 
 import numpy as np
@@ -19,12 +20,20 @@ from .foundations.codecs import read, read_blocks, read_streams
 from .foundations.decoding import AudioInfo, Decoder, probe
 from .foundations.encoding import Writer, write
 from .foundations.files import UserError
-from .foundations.waveforms import (
-    SAMPLE_RATE, as_waveform, resample, resample_blocks, to_channels, to_mono)
+from deepdemix.foundations.waveforms import (
+    SAMPLE_RATE,
+    as_waveform,
+    resample,
+    resample_blocks,
+    to_channels,
+    to_mono,
+)
 
 # %% ../nbs/00_audio.ipynb #7144a0b5
 SOURCES = ("drums", "bass", "other", "vocals")
-SOURCE_COLORS = {"drums": "#D55E00", "bass": "#0072B2", "other": "#009E73", "vocals": "#CC79A7", "mixture": "#555555"}
+SOURCE_COLORS = {
+    "drums": "#D55E00", "bass": "#0072B2", "other": "#009E73", "vocals": "#CC79A7", "mixture": "#555555",
+}
 
 # %% ../nbs/00_audio.ipynb #c08b6b10
 def _axes(ax, width=4.9, height=1.6):
@@ -46,7 +55,9 @@ def show_waveform(
     x = x.mean(0) if x.ndim == 2 else x
     n = max(1, len(x) // points)
     bins = x[:len(x) // n * n].view(-1, n)
-    ax.fill_between(np.arange(len(bins)) * n / sample_rate, bins.amin(1).numpy(), bins.amax(1).numpy(), color=color, lw=0)
+    ax.fill_between(
+        np.arange(len(bins)) * n / sample_rate, bins.amin(1).numpy(), bins.amax(1).numpy(), color=color, lw=0
+    )
     ax.set(xlim=(0, len(x) / sample_rate), xlabel="time (s)", title=title)
     return ax
 
@@ -60,7 +71,8 @@ def show_stems(
     "Draw the waveforms of all stems below each other, on one scale and in their colours; return the figure."
     import matplotlib.pyplot as plt
     stems = torch.as_tensor(stems).detach().cpu()
-    fig, axes = plt.subplots(len(stems), 1, figsize=(4.9, 0.9 * len(stems) + 0.4), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(stems), 1, figsize=(4.9, 0.9 * len(stems) + 0.4), sharex=True, sharey=True,
+                             layout="constrained", squeeze=False)
     for ax, x, name in zip(axes[:, 0], stems, names):
         show_waveform(x, sample_rate, ax, color=SOURCE_COLORS.get(name, SOURCE_COLORS["mixture"]))
         ax.set(ylabel=name, xlabel="")
@@ -94,7 +106,8 @@ def _window(kind, length):
         return hann.sqrt() if kind == "sqrt_hann" else hann
     from scipy.signal import get_window
     try: return torch.from_numpy(get_window(kind, length))
-    except ValueError as e: raise UserError(f"unknown window {kind!r}; use hann, sqrt_hann or one of scipy.signal.windows") from e
+    except ValueError as e:
+        raise UserError(f"unknown window {kind!r}; use hann, sqrt_hann or one of scipy.signal.windows") from e
 
 # %% ../nbs/00_audio.ipynb #613fbd8c
 def _overlap_sum(frames, hop):
@@ -108,7 +121,8 @@ def _overlap_sum(frames, hop):
 
 # %% ../nbs/00_audio.ipynb #54d188da
 class STFT(nn.Module):
-    "Waveform (…, channels, time) to complex spectrogram (…, n_t, n_f, channels) and back: nussl's numbers, exactly invertible, differentiable."
+    """Waveform (…, channels, time) to complex spectrogram (…, n_t, n_f, channels) and back: nussl's numbers,
+    exactly invertible, differentiable."""
     def __init__(self,
         window_length=512, # samples; n_f = window_length // 2 + 1
         hop_length=128, # samples between frames
@@ -117,7 +131,8 @@ class STFT(nn.Module):
         super().__init__()
         self.window_length, self.hop_length, self.window_type = window_length, hop_length, window_type
         if window_length > 2**18: raise UserError(f"window_length {window_length}: at most {2**18} samples")
-        if not 0 < hop_length <= window_length: raise UserError(f"hop_length {hop_length} must be between 1 and window_length {window_length}")
+        if not 0 < hop_length <= window_length:
+            raise UserError(f"hop_length {hop_length} must be between 1 and window_length {window_length}")
         window = _window(window_type, window_length)
         self.register_buffer("window", window.float(), persistent=False)
         self.scale, self.edge = 1 / window.sum().item(), window_length // 2
@@ -144,7 +159,9 @@ def _norm(self: STFT, n_t, dtype=torch.float32):
 def _cover(self: STFT, n_t):
     "The same in float64 by running sums, in the memory of a few windows whatever the hop."
     steps = -(-self.window_length // self.hop_length)
-    square = nn.functional.pad(self.window.double().square(), (0, steps * self.hop_length - self.window_length))
+    square = nn.functional.pad(
+        self.window.double().square(), (0, steps * self.hop_length - self.window_length)
+    )
     total = nn.functional.pad(square.view(steps, -1).cumsum(0), (0, 0, 1, 0))
     row = torch.arange(n_t + steps - 1)
     return (total[row.clamp(max=steps - 1) + 1] - total[(row - n_t + 1).clamp(min=0)]).flatten()
@@ -161,7 +178,8 @@ def _check(self: STFT):
 # %% ../nbs/00_audio.ipynb #6abb1594
 @patch
 def forward(self: STFT, waveform):
-    "(…, channels, time) to complex (…, n_t, n_f, channels): `scipy.signal.stft` as nussl calls it, scaled by 1 / sum(window)."
+    """(…, channels, time) to complex (…, n_t, n_f, channels): `scipy.signal.stft` as nussl calls it, scaled
+    by 1 / sum(window)."""
     if waveform.dtype in (torch.float16, torch.bfloat16): waveform = waveform.float()
     total = (self.frames(waveform.shape[-1]) - 1) * self.hop_length + self.window_length
     x = nn.functional.pad(waveform, (self.edge, total - self.edge - waveform.shape[-1]))
@@ -171,7 +189,8 @@ def forward(self: STFT, waveform):
 # %% ../nbs/00_audio.ipynb #06d70453
 @patch
 def inverse(self: STFT, spectrogram, length=None):
-    "Complex (…, n_t, n_f, channels) to (…, channels, length); undoes `forward` exactly. Without `length`, all that the frames cover."
+    """Complex (…, n_t, n_f, channels) to (…, channels, length); undoes `forward` exactly. Without `length`,
+    all that the frames cover."""
     n_t = spectrogram.shape[-3]
     most = (n_t - 1) * self.hop_length + self.window_length - 2 * self.edge
     length = most if length is None else length
@@ -221,13 +240,15 @@ def show_spectrogram(
     mag = (stft(x) if x.ndim < 3 else x).abs().float().mean(-1)
     db = amplitude_to_db(mag / mag.max().clamp(min=1e-8), amin=10 ** (floor / 20))
     edges = (0, len(mag) * stft.hop_length / sample_rate, 0, sample_rate / 2000)
-    ax.imshow(db.T.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=floor, vmax=0, extent=edges, interpolation="nearest")
+    ax.imshow(db.T.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=floor, vmax=0, extent=edges,
+              interpolation="nearest")
     ax.set(xlabel="time (s)", ylabel="kHz", title=title, ylim=(0, top or edges[-1]))
     return ax
 
 # %% ../nbs/00_audio.ipynb #33d5abd0
 def _ramp(length, context, fade, first, last, shape):
-    "The weight of each sample of a chunk: 0 in the context, up and down over the cross-fade, flat where the song begins and ends."
+    """The weight of each sample of a chunk: 0 in the context, up and down over the cross-fade, flat where
+    the song begins and ends."""
     up = torch.linspace(0, 1, fade + 2)[1:-1]
     if shape == "cosine": up = torch.sin(up * torch.pi / 2) ** 2
     side = torch.cat([torch.zeros(context), up, torch.ones(length)])[:length]
@@ -238,14 +259,17 @@ def _ramp(length, context, fade, first, last, shape):
 
 # %% ../nbs/00_audio.ipynb #b93c2564
 class OverlapAdd:
-    "Run `fn` over a stream of any length in chunks of one size, with context on both sides and cross-fades, in bounded memory."
+    """Run `fn` over a stream of any length in chunks of one size, with context on both sides and
+    cross-fades, in bounded memory."""
     def __init__(self,
         fn, # (batch, channels, chunk) -> (batch, sources, channels, chunk)
         chunk, # samples per call
         overlap=0.25, # the part of a chunk that it shares with the next one
         context=None, # samples at each inner edge whose output is thrown away; None: a quarter of the overlap
         batch_size=1, # chunks per call
-        align=1, # chunks start at multiples of this: the hop of the network's STFT, so that its frames fall where they would in the whole song
+        # chunks start at multiples of this: the hop of the network's STFT, so that its frames fall where they
+        # would in the whole song
+        align=1,
         fade="linear", # or "cosine"
         pad=True, # fill a song shorter than a chunk up with zeros; otherwise `fn` gets it as it is
         device=None, # where `fn` runs; its output comes back to where the waveform is
@@ -254,10 +278,20 @@ class OverlapAdd:
     ):
         shared = max(round(chunk * overlap), 2 * (context or 0))
         self.step = (chunk - shared) // align * align
-        if self.step <= 0 or chunk <= 0: raise UserError(f"chunks of {chunk} samples are too short for an overlap of {overlap} and a context of {context or 0} samples; take longer chunks")
+        if self.step <= 0 or chunk <= 0:
+            raise UserError(
+                f"chunks of {chunk} samples are too short for an overlap of {overlap} and a context of"
+                f" {context or 0} samples; take longer chunks"
+            )
         self.context = (chunk - self.step) // 4 if context is None else context
         self.width = chunk - self.step - 2 * self.context
-        self.fn, self.chunk, self.batch_size, self.align, self.fade, self.pad, self.device = fn, chunk, batch_size, align, fade, pad, device
+        self.fn = fn
+        self.chunk = chunk
+        self.batch_size = batch_size
+        self.align = align
+        self.fade = fade
+        self.pad = pad
+        self.device = device
         self.held, self.start, self.next, self.queue, self.out = None, 0, 0, [], None
         self.pool, self.ahead, self.pending = pool, ahead, deque()
 
@@ -267,7 +301,9 @@ def _enqueue(self: OverlapAdd, start, last):
     "Put the chunk at `start` into the queue; zeros fill what the song does not."
     x = self.held[:, start - self.start:start - self.start + self.chunk]
     if self.pad or start: x = nn.functional.pad(x, (0, self.chunk - x.shape[1]))
-    self.queue.append((start, x, _ramp(self.chunk, self.context, self.width, start == 0, last, self.fade)[:x.shape[1]]))
+    self.queue.append(
+        (start, x, _ramp(self.chunk, self.context, self.width, start == 0, last, self.fade)[: x.shape[1]])
+    )
 
 @patch
 def push(self: OverlapAdd,
@@ -298,7 +334,9 @@ def _finished(self: OverlapAdd, until):
     "Give out the samples before `until` and make room for as many."
     n = until - self.pos
     done = self.out[..., :n] / self.norm[:n]
-    self.out, self.norm = [torch.cat([x[..., n:], x.new_zeros(*x.shape[:-1], n)], -1) for x in (self.out, self.norm)]
+    self.out, self.norm = [
+        torch.cat([x[..., n:], x.new_zeros(*x.shape[:-1], n)], -1) for x in (self.out, self.norm)
+    ]
     self.pos = until
     return [done] if n else []
 
@@ -319,7 +357,10 @@ def _run(self: OverlapAdd, batch):
     "The stems of a batch of chunks."
     stems = self.fn(batch if self.device is None else batch.to(self.device))
     if stems.ndim != 4 or stems.shape[0] != len(batch) or stems.shape[-1] != batch.shape[-1]:
-        raise ValueError(f"fn must turn (batch, channels, time) into (batch, sources, channels, time); it turned {tuple(batch.shape)} into {tuple(stems.shape)}")
+        raise ValueError(
+            "fn must turn (batch, channels, time) into (batch, sources, channels, time); it turned"
+            f" {tuple(batch.shape)} into {tuple(stems.shape)}"
+        )
     return stems.to(batch)
 
 @patch
@@ -350,7 +391,8 @@ def overlap_add_blocks(
     progress=None, # called with the number of samples finished so far
     **kwargs, # context, batch_size, align, fade, pad, device, pool, ahead: see `OverlapAdd`
 ):
-    "Yield stems (sources, channels, time) as they are finished; joined, they are exactly as long as the input. Memory is bounded by the chunks of a batch, and by how many batches a pool has in work."
+    """Yield stems (sources, channels, time) as they are finished; joined, they are exactly as long as the
+    input. Memory is bounded by the chunks of a batch, and by how many batches a pool has in work."""
     adder, count = OverlapAdd(fn, chunk, overlap, **kwargs), 0
     def steps():
         for block in blocks: yield adder.push(block)
@@ -372,7 +414,9 @@ def overlap_add(
     progress=None, # called with the number of samples finished so far
     **kwargs, # align, fade, pad, device, pool, ahead: see `OverlapAdd`
 ):
-    "Run `fn` over a waveform of any length, chunk by chunk: stems (sources, channels, time). `UserError` for an empty waveform."
+    """Run `fn` over a waveform of any length, chunk by chunk: stems (sources, channels, time). `UserError`
+    for an empty waveform."""
     if not waveform.shape[-1]: raise UserError("there is nothing to separate: the waveform is empty")
-    done = overlap_add_blocks(fn, waveform.split(chunk, -1), chunk, overlap, progress, context=context, batch_size=batch_size, **kwargs)
+    done = overlap_add_blocks(fn, waveform.split(chunk, -1), chunk, overlap, progress, context=context,
+                              batch_size=batch_size, **kwargs)
     return torch.cat(list(done), -1)

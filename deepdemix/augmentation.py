@@ -6,7 +6,10 @@
 __all__ = ['LEVELS', 'TRIES', 'Piece', 'Mix', 'Mixer', 'level_gain', 'Blocks', 'Excerpts', 'Triplets', 'BalancedBatches']
 
 # %% ../nbs/02_augmentation.ipynb #2f0ced66
-import contextlib, functools, math, weakref
+import contextlib
+import functools
+import math
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,13 +62,15 @@ class Mixer:
         store, # a `Store`
         duration: float = 5.0, # seconds
         coherent: float = 1.0, # share of mixes whose sources come from one place in one song
-        level: tuple | None = ("lufs", -20, (-5, 5)), # ("lufs", reference, range of the SNR), ("gain", range in dB, around the song's balance) or None
+        # ("lufs", reference, range of the SNR), ("gain", range in dB, around the song's balance) or None
+        level: tuple | None = ("lufs", -20, (-5, 5)),
         pitch: tuple | None = (-2, 2), # range in semitones
         stretch: tuple | None = (0.8, 1.2), # range of new length / old length
         channels: int | None = None, # None: the store's; 1: mono
         seed: int = 0, # decides everything
         size: int = 6000, # what `len` says; larger numbers are examples too
-        shift: str | None = "bank", # "bank", "exact" (every draw afresh, slow), "tied" (bank of tape speeds) or None
+        # "bank", "exact" (every draw afresh, slow), "tied" (bank of tape speeds) or None
+        shift: str | None = "bank",
         variants: int = 1, # copies of each song in the bank at a time
         refresh: int = 6000, # examples after which a copy is replaced
         excerpt: float = 15.0, # seconds of a song at most in one copy
@@ -79,13 +84,16 @@ class Mixer:
         memory: float = 4.0, # GiB of copies kept
         cache: str | None = None, # folder where processes share copies
         workers: int = 0, # processes that render copies ahead
-        detune: float = 0.0, # probability that each source of a coherent mix is taken from another copy, at its own pitch and tempo
+        # probability that each source of a coherent mix is taken from another copy, at its own pitch and
+        # tempo
+        detune: float = 0.0,
     ):
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "store")}
         self.__dict__.update(self.settings, store=store, frames=round(duration * store.sample_rate))
         self.weights = getattr(store, "song_weights", None)
         if pitch is None and stretch is None: self.shift = None
-        self.bank = Bank(store, channels, pitch, stretch, None if shift == "exact" else self.shift, variants, refresh, excerpt, seed, memory, cache, workers)
+        self.bank = Bank(store, channels, pitch, stretch, None if shift == "exact" else self.shift, variants,
+                         refresh, excerpt, seed, memory, cache, workers)
         self._check()
 
     def __len__(self): return self.size
@@ -106,12 +114,18 @@ def _check(self: Mixer):
     must(self.shift in ("bank", "exact", "tied", None), "shift", "'bank', 'exact', 'tied' or None")
     must(_level_ok(self.level), "level", LEVELS)
     must(self.frames > 0, "duration", "more than 0 seconds")
-    for name in ("coherent", "swap", "flip", "mixup", "detune"): must(0 <= getattr(self, name) <= 1, name, "a share between 0 and 1")
+    for name in ("coherent", "swap", "flip", "mixup", "detune"):
+        must(0 <= getattr(self, name) <= 1, name, "a share between 0 and 1")
     must(self.channels in (None, 1, 2), "channels", "None, 1 or 2")
-    if self.detune and self.shift != "exact": must(self.shift and self.variants > 1, "detune", "0, or two variants at least of songs that are shifted")
-    self.pools = [[k for k, s in enumerate(self.store.songs) if name in s.present] for name in self.store.sources]
+    if self.detune and self.shift != "exact":
+        must(self.shift and self.variants > 1, "detune",
+             "0, or two variants at least of songs that are shifted")
+    self.pools = [
+        [k for k, s in enumerate(self.store.songs) if name in s.present] for name in self.store.sources
+    ]
     for name, pool in zip(self.store.sources, self.pools):
-        if not pool and self.coherent < 1: raise UserError(f"No song has {name}, so mixes across songs can't be made: use coherent=1.")
+        if not pool and self.coherent < 1:
+            raise UserError(f"No song has {name}, so mixes across songs can't be made: use coherent=1.")
 
 # %% ../nbs/02_augmentation.ipynb #0a1defce
 @patch
@@ -120,7 +134,9 @@ def _place(self: Mixer, rng, song: int, sources: list[int], index: int, detune: 
     variant, place = int(rng.integers(self.variants)), rng.random()
     if not detune: return self._pieces(rng, song, variant, place, sources, index)
     order = rng.permutation(self.variants).tolist()
-    return sum((self._pieces(rng, song, order[k % len(order)], place, [s], index) for k, s in enumerate(sources)), [])
+    return sum(
+        (self._pieces(rng, song, order[k % len(order)], place, [s], index) for k, s in enumerate(sources)), []
+    )
 
 @patch
 def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Piece]:
@@ -132,7 +148,8 @@ def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Piec
         start = round(at * v.stretch)
     frames = min(self.frames, round(self._reach(v.frames, v.stretch) * v.stretch), v.length - start)
     lufs = v.loudness(start, frames)
-    return [Piece(s, song, v, start, frames, float(lufs[s]), (v.start + at) / self.store.sample_rate) for s in sources]
+    return [Piece(s, song, v, start, frames, float(lufs[s]), (v.start + at) / self.store.sample_rate)
+            for s in sources]
 
 
 
@@ -143,7 +160,9 @@ def _reach(self: Mixer, total, stretch):
 
 @patch
 def _fresh(self: Mixer, rng, song, place) -> Variant:
-    total, pitch, stretch = self.store.songs[song].frames, _between(rng, self.pitch, 0.0), _between(rng, self.stretch, 1.0)
+    total = self.store.songs[song].frames
+    pitch = _between(rng, self.pitch, 0.0)
+    stretch = _between(rng, self.stretch, 1.0)
     reach = self._reach(total, stretch)
     return self.bank.render(song, pitch, stretch, int(place * (total - reach + 1)), reach)
 
@@ -151,8 +170,11 @@ def _fresh(self: Mixer, rng, song, place) -> Variant:
 TRIES = 8
 
 @patch
-def _group(self: Mixer, i: int, sources: list[int], pool: list[int], salt: int = 0, detune: bool = False) -> list[Piece]:
-    "Pieces of one place in one song; with a gate the first of some draws in which all is loud enough, or else the best of them."
+def _group(
+    self: Mixer, i: int, sources: list[int], pool: list[int], salt: int = 0, detune: bool = False
+) -> list[Piece]:
+    """Pieces of one place in one song; with a gate the first of some draws in which all is loud enough, or
+    else the best of them."""
     best, most = None, -math.inf
     for attempt in range(1 if self.gate is None else TRIES):
         rng = generator(self.seed, PLACE, i, sources[0] + salt, attempt)
@@ -200,15 +222,19 @@ def draw(self: Mixer,
 ) -> list[Piece]: # one piece a source, then those added by `mixup`
     "Choose songs, places and levels of the example `i`."
     rng, sources = generator(self.seed, MIX, i), range(len(self.pools))
-    coherent, levels, doubled = rng.random() < self.coherent, rng.random(len(sources)), rng.random(len(sources))
+    coherent = rng.random() < self.coherent
+    levels = rng.random(len(sources))
+    doubled = rng.random(len(sources))
     detune = rng.random() < self.detune
     if coherent: pieces = self._group(i, list(sources), range(len(self.store)), detune=detune)
     else:
         pieces = []
         for s in sources: pieces += self._group(i, [s], self._others(s, [p.song for p in pieces]))
     for s in sources:
-        if doubled[s] < self.mixup: pieces += self._group(i, [s], self._others(s, [pieces[s].song]), salt=len(sources))
-    for p in pieces: self._set_level(p, levels[p.source], 2 ** -0.5 if doubled[p.source] < self.mixup else 1.0)
+        if doubled[s] < self.mixup:
+            pieces += self._group(i, [s], self._others(s, [pieces[s].song]), salt=len(sources))
+    for p in pieces:
+        self._set_level(p, levels[p.source], 2 ** -0.5 if doubled[p.source] < self.mixup else 1.0)
     return pieces
 
 # %% ../nbs/02_augmentation.ipynb #7776dfca
@@ -227,12 +253,14 @@ class Blocks:
         return torch.from_numpy(lent).view(shape)
 
     def _take_back(self, block):
-        "Keep a block that nobody holds any more; what is over the limit goes, the sizes first that came back longest ago."
+        """Keep a block that nobody holds any more; what is over the limit goes, the sizes first that came
+        back longest ago."""
         blocks = self.free.pop(block.size, [])
         blocks.append(block)
         self.free[block.size] = blocks
         with contextlib.suppress(LookupError): # another thread was quicker
-            while sum(4 * size * len(free) for size, free in list(self.free.items())) > self.limit: self._let_go()
+            while sum(4 * size * len(free) for size, free in list(self.free.items())) > self.limit:
+                self._let_go()
 
     def _let_go(self):
         "Give one block back to the system."
@@ -244,7 +272,8 @@ class Blocks:
 _blocks = Blocks()
 
 def _block(shape, device):
-    return _blocks.get(shape) if torch.device(device or "cpu").type == "cpu" else torch.empty(shape, device=device)
+    return (_blocks.get(shape) if torch.device(device or "cpu").type == "cpu"
+            else torch.empty(shape, device=device))
 
 @functools.lru_cache(8)
 def _ramp(frames, device):
@@ -257,9 +286,15 @@ def _put(self: Mixer, out: Tensor, pieces: list[Piece]) -> None: # out (sources,
     for k, p in enumerate(pieces):
         part, n = out[p.source, :, :p.frames], min(fade, p.frames // 2)
         cut = p.variant.cut(p.source, p.start, p.frames, out.device)
-        if k >= len(out): cut = cut * p.gain; part = cut
-        else: torch.mul(cut, p.gain, out=part); out[p.source, :, p.frames:] = 0
-        if n: part[..., :n] *= _ramp(n, out.device); part[..., -n:] *= _ramp(n, out.device).flip(0)
+        if k >= len(out):
+            cut = cut * p.gain
+            part = cut
+        else:
+            torch.mul(cut, p.gain, out=part)
+            out[p.source, :, p.frames:] = 0
+        if n:
+            part[..., :n] *= _ramp(n, out.device)
+            part[..., -n:] *= _ramp(n, out.device).flip(0)
         if k >= len(out): out[p.source, :, :p.frames] += part
 
 # %% ../nbs/02_augmentation.ipynb #2b8ad01c
@@ -270,15 +305,24 @@ def _colour(self: Mixer, out: Tensor, i: int) -> None: # out (sources, channels,
     for s in range(many):
         if swap[s]: out[s] = out[s].flip(0)
         if flip[s]: out[s].neg_()
-        if self.eq: out[s] = shelf(out[s], self.store.sample_rate, *(self.eq[0] + (self.eq[1] - self.eq[0]) * gains[s]).tolist())
+        if self.eq:
+            out[s] = shelf(
+                out[s], self.store.sample_rate, *(self.eq[0] + (self.eq[1] - self.eq[0]) * gains[s]).tolist()
+            )
 
 # %% ../nbs/02_augmentation.ipynb #3a4423bd
 @patch
-def _sum(self: Mixer, out: Tensor, mixture: Tensor) -> Tensor: # out (sources, channels, time), mixture (channels, time)
+def _sum(
+    self: Mixer,
+    out: Tensor, # (sources, channels, time)
+    mixture: Tensor, # (channels, time)
+) -> Tensor:
     torch.sum(out, 0, out=mixture)
     peak = torch.stack(torch.aminmax(mixture)).abs().amax()
     scale = 1 / torch.clamp(peak * (1 + 1e-6), min=1.0)
-    if mixture.device.type != "cpu" or scale < 1: out *= scale; mixture *= scale
+    if mixture.device.type != "cpu" or scale < 1:
+        out *= scale
+        mixture *= scale
     return scale
 
 # %% ../nbs/02_augmentation.ipynb #20d457dc
@@ -309,8 +353,9 @@ def __getitem__(self: Mixer, i: int) -> Mix:
     pieces = self.draw(i)
     mixture, sources, scales = self._assemble([(i, pieces)])
     of = lambda get: tuple(get(p) for p in pieces[:len(self.pools)])
-    return Mix(mixture[0], sources[0], of(lambda p: self.store.songs[p.song].title), of(lambda p: p.seconds), of(lambda p: p.frames), of(lambda p: p.snr),
-               of(lambda p: p.variant.pitch), of(lambda p: p.variant.stretch), of(lambda p: 20 * math.log10(p.gain)), float(scales[0]),
+    return Mix(mixture[0], sources[0], of(lambda p: self.store.songs[p.song].title), of(lambda p: p.seconds),
+               of(lambda p: p.frames), of(lambda p: p.snr), of(lambda p: p.variant.pitch),
+               of(lambda p: p.variant.stretch), of(lambda p: 20 * math.log10(p.gain)), float(scales[0]),
                bool(generator(self.seed, MIX, i).random() < self.coherent), i)
 
 # %% ../nbs/02_augmentation.ipynb #1b29bc2f
@@ -338,21 +383,34 @@ class Excerpts:
     "What triplets and balanced batches share: audible excerpts of one stem of one song."
     def __init__(self, store, duration, channels, seed, size, instruments, gate, level, bank):
         if bank["pitch"] is None and bank["stretch"] is None: bank["shift"] = None
-        self.store, self.duration, self.seed, self.size, self.gate, self.level = store, duration, seed, size, gate, level
-        self.frames, self.instruments = round(duration * store.sample_rate), tuple(instruments or store.sources)
+        self.store = store
+        self.duration = duration
+        self.seed = seed
+        self.size = size
+        self.gate = gate
+        self.level = level
+        self.frames = round(duration * store.sample_rate)
+        self.instruments = tuple(instruments or store.sources)
         unknown = [name for name in self.instruments if name not in store.sources]
         if unknown: raise UserError(f"The store has no {unknown[0]}: it has {', '.join(store.sources)}.")
-        if len(self.instruments) < 2: raise UserError("Contrast needs two instruments at least; one was given.")
+        if len(self.instruments) < 2:
+            raise UserError("Contrast needs two instruments at least; one was given.")
         if not _level_ok(level): raise UserError(f"level={level!r}: use {LEVELS}.")
         self.bank = Bank(store, channels, seed=seed, **bank)
-        self.pools = [[k for k, s in enumerate(store.songs) if name in s.present] for name in self.instruments]
+        self.pools = [
+            [k for k, s in enumerate(store.songs) if name in s.present] for name in self.instruments
+        ]
 
     def __len__(self): return self.size
 
     def need(self, songs: int):
         "Refuse a store in which an instrument is played in fewer songs than this."
         for name, pool in zip(self.instruments, self.pools):
-            if len(pool) < songs: raise UserError(f"{name} is in {len(pool)} of the songs and {songs} are needed: leave it out by instruments=(…), or add songs.")
+            if len(pool) < songs:
+                raise UserError(
+                    f"{name} is in {len(pool)} of the songs and {songs} are needed: leave it out by"
+                    " instruments=(…), or add songs."
+                )
 
 # %% ../nbs/02_augmentation.ipynb #4515bbf4
 @patch
@@ -370,30 +428,37 @@ def song_order(self: Excerpts, rng, songs: list) -> np.ndarray: # the same numbe
 
 @patch
 def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
-    "An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in random order."
+    """An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in
+    random order."""
     source = self.store.sources.index(self.instruments[label])
     for song in self.song_order(rng, [k for k in self.pools[label] if k not in barred]).tolist():
         v = self.bank.get(song, int(rng.integers(self.bank.variants)), index)
         starts, frames = self._starts(v, source)
         if len(starts):
             start = int(rng.choice(starts))
-            piece = Piece(source, song, v, start, frames, float(v.loudness(start, frames)[source]), (v.start + start / v.stretch) / self.store.sample_rate)
+            piece = Piece(source, song, v, start, frames, float(v.loudness(start, frames)[source]),
+                          (v.start + start / v.stretch) / self.store.sample_rate)
             if self.level: piece.snr = float(rng.uniform(*self.level[-1]))
             piece.gain = level_gain(self.level, piece.snr, piece.lufs)
             return piece
-    raise UserError(f"No further song has {self.duration:g} s of {self.instruments[label]} above {self.gate:g} LUFS: lower the gate, or leave it out by instruments=(…).")
+    raise UserError(
+        f"No further song has {self.duration:g} s of {self.instruments[label]} above {self.gate:g} LUFS:"
+        " lower the gate, or leave it out by instruments=(…)."
+    )
 
 @patch
 def cut(self: Excerpts, piece: Piece, out: Tensor) -> Tensor: # out and result (channels, time)
     "Write the waveform of a piece to `out`; where it is too short, silence follows."
-    torch.mul(piece.variant.cut(piece.source, piece.start, piece.frames, out.device), piece.gain, out=out[:, :piece.frames])
+    torch.mul(piece.variant.cut(piece.source, piece.start, piece.frames, out.device), piece.gain,
+              out=out[:, : piece.frames])
     out[:, piece.frames:] = 0
     return out
 
 # %% ../nbs/02_augmentation.ipynb #01ef19a3
 @delegates(Bank)
 class Triplets(Excerpts):
-    "Anchor and positive: one instrument in two songs; negative: another instrument in any song (paper, section 4.3)."
+    """Anchor and positive: one instrument in two songs; negative: another instrument in any song (paper,
+    section 4.3)."""
     def __init__(self,
         store, # a `Store`
         duration: float = 5.0, # seconds
@@ -407,7 +472,8 @@ class Triplets(Excerpts):
         stretch: tuple | None = None, # range of new length / old length
         **kwargs, # as in `Bank`
     ):
-        super().__init__(store, duration, channels, seed, size, instruments, gate, level, dict(kwargs, pitch=pitch, stretch=stretch))
+        super().__init__(store, duration, channels, seed, size, instruments, gate, level,
+                         dict(kwargs, pitch=pitch, stretch=stretch))
         self.need(2)
 
 # %% ../nbs/02_augmentation.ipynb #9adf705a
@@ -429,7 +495,8 @@ def __getitem__(self: Triplets, i: int) -> Tensor: # (3, channels, time)
 def info(self: Triplets, i: int) -> dict:
     "Titles, instruments, places (s) and loudnesses (LUFS) of the triplet `i`."
     pieces, labels = self.draw(i)
-    return dict(songs=tuple(self.store.songs[p.song].title for p in pieces), instruments=tuple(self.instruments[k] for k in labels),
+    return dict(songs=tuple(self.store.songs[p.song].title for p in pieces),
+                instruments=tuple(self.instruments[k] for k in labels),
                 starts=tuple(p.seconds for p in pieces), lufs=tuple(p.lufs for p in pieces))
 
 # %% ../nbs/02_augmentation.ipynb #7327ba0a
@@ -438,13 +505,15 @@ def batch(self: Triplets,
     n: int, # number of triplets
     start: int = 0, # the first one's number
     device: str | torch.device | None = None, # where to put them together
-) -> tuple[Tensor, Tensor, Tensor]: # waveforms (n, 3, channels, time), labels (n, 3), numbers of the songs (n, 3)
+# waveforms (n, 3, channels, time), labels (n, 3), numbers of the songs (n, 3)
+) -> tuple[Tensor, Tensor, Tensor]:
     "The triplets from `start` on, stacked."
     drawn = [self.draw(i) for i in range(start, start + n)]
     waves = _block((n, 3, self.bank.channels, self.frames), device)
     for (pieces, _), out in zip(drawn, waves):
         for p, wave in zip(pieces, out): self.cut(p, wave)
-    labels, songs = torch.tensor([k for _, k in drawn]), torch.tensor([[p.song for p in pieces] for pieces, _ in drawn])
+    labels = torch.tensor([k for _, k in drawn])
+    songs = torch.tensor([[p.song for p in pieces] for pieces, _ in drawn])
     return waves, labels.to(waves.device), songs.to(waves.device)
 
 # %% ../nbs/02_augmentation.ipynb #6b110d41
@@ -459,14 +528,16 @@ class BalancedBatches(Excerpts):
         seed: int = 0, # decides everything
         size: int = 6000, # batches that `len` says; larger numbers are batches too
         instruments: tuple | None = None, # the classes; None: all sources of the store
-        background: tuple | None = None, # range in dB of the stem over the song's other stems; None: the stem alone
+        # range in dB of the stem over the song's other stems; None: the stem alone
+        background: tuple | None = None,
         gate: float = -50.0, # LUFS that an excerpt must reach
         level: tuple | None = None, # as in `Mixer`
         pitch: tuple | None = None, # range in semitones
         stretch: tuple | None = None, # range of new length / old length
         **kwargs, # as in `Bank`
     ):
-        super().__init__(store, duration, channels, seed, size, instruments, gate, level, dict(kwargs, pitch=pitch, stretch=stretch))
+        super().__init__(store, duration, channels, seed, size, instruments, gate, level,
+                         dict(kwargs, pitch=pitch, stretch=stretch))
         self.per_class, self.background = per_class, background
         self.need(per_class)
 
@@ -475,7 +546,8 @@ class BalancedBatches(Excerpts):
 def batch(self: BalancedBatches,
     start: int = 0, # number of the batch
     device: str | torch.device | None = None, # where to put it together
-) -> tuple[Tensor, Tensor, Tensor]: # waveforms (instruments * per_class, channels, time), labels, numbers of the songs
+# waveforms (instruments * per_class, channels, time), labels, numbers of the songs
+) -> tuple[Tensor, Tensor, Tensor]:
     "One batch, instrument by instrument."
     labels, songs = torch.arange(len(self.instruments)).repeat_interleave(self.per_class), []
     waves = _block((len(labels), self.bank.channels, self.frames), device)
@@ -489,7 +561,8 @@ def batch(self: BalancedBatches,
 
 @patch
 def _under(self: BalancedBatches, rng, piece, wave) -> None:
-    snr, stems = rng.uniform(*self.background), piece.variant.cut(slice(None), piece.start, piece.frames, wave.device)
+    snr = rng.uniform(*self.background)
+    stems = piece.variant.cut(slice(None), piece.start, piece.frames, wave.device)
     rest = fit_length(stems.sum(0) - stems[piece.source], self.frames)
     wave += rest * (wave.square().mean() / rest.square().mean().clamp(min=1e-10) * 10 ** (-snr / 10)).sqrt()
 

@@ -13,7 +13,8 @@ from .networks.protocol import MaskNetwork
 # %% ../nbs/04_baseline.ipynb #29ffaa93
 @register_network("baseline")
 class Baseline(MaskNetwork):
-    "The paper's recurrent mask network (section 4.1): dB, batch norm, one bidirectional LSTM, linear and sigmoid."
+    """The paper's recurrent mask network (section 4.1): dB, batch norm, one bidirectional LSTM, linear and
+    sigmoid."""
     name = "baseline"
     def __init__(self,
                  hidden_size=50, # of each direction
@@ -22,12 +23,15 @@ class Baseline(MaskNetwork):
                  dropout=0., # between recurrent layers; the paper gives none
                  rnn_type="lstm", # or "gru"
                  **kwargs): # sources, sample_rate, channels and the STFT's sizes, as in `MaskNetwork`
-        sizes = dict(hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional, dropout=dropout, rnn_type=rnn_type)
+        sizes = dict(hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional,
+                     dropout=dropout, rnn_type=rnn_type)
         super().__init__(sizes, **kwargs)
         self.amplitude_to_db = AmplitudeToDB()
         self.normalization = BatchNorm(self.n_f)
         self.recurrent_stack = RecurrentStack(self.n_f * self.channels, **sizes)
-        self.embedding = Embedding(hidden_size * (1 + bidirectional), self.n_f, self.channels, len(self.sources))
+        self.embedding = Embedding(
+            hidden_size * (1 + bidirectional), self.n_f, self.channels, len(self.sources)
+        )
 
     def predict(self, magnitude):
         "The mask `(b, n_t, n_f, channels, s)` of a magnitude `(b, n_t, n_f, channels)`."

@@ -7,11 +7,25 @@ __all__ = ['PROFILE_NAMES', 'LOGGER_NAMES', 'PROFILE_HELP', 'download', 'prepare
            'evaluate', 'compare', 'experiment', 'label_efficiency', 'contest', 'demo', 'make_parser', 'main']
 
 # %% ../nbs/11_cli.ipynb #695d07e2
-import argparse, os, sys
+import argparse
+import os
+import sys
 
-from .foundations.command_line import (
-    Terminated, _all_taken, _at_home, _data_option, _devices, _import_option, _marked, _polite, _port,
-    _positive, _reason, _seed, _stopped)
+from deepdemix.foundations.command_line import (
+    Terminated,
+    _all_taken,
+    _at_home,
+    _data_option,
+    _devices,
+    _import_option,
+    _marked,
+    _polite,
+    _port,
+    _positive,
+    _reason,
+    _seed,
+    _stopped,
+)
 from .foundations.console import say, streams
 from .serving.model_commands import _on_ray, export, join, label, listen, models, separate
 
@@ -24,11 +38,17 @@ def _recipe_options(
     parser:argparse.ArgumentParser, # the command's parser
 ):
     "Add what makes a recipe."
-    parser.add_argument("--profile", choices=PROFILE_NAMES, default="laptop", help="sizes and counts (default: laptop)")
+    parser.add_argument(
+        "--profile", choices=PROFILE_NAMES, default="laptop", help="sizes and counts (default: laptop)"
+    )
     parser.add_argument("--seed", type=_seed, help="the run's seed (default: the recipe's, 0 in a profile)")
-    parser.add_argument("--recipe", metavar="FILE", help="a whole recipe, instead of a profile: YAML, JSON or a run folder")
-    parser.add_argument("--set", action="append", default=[], metavar="field=value", help="change one field of the recipe; may be repeated")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (default: the recipe's, auto in a profile)")
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="a whole recipe, instead of a profile: YAML, JSON or a run folder"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="field=value",
+                        help="change one field of the recipe; may be repeated")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"),
+                        help="where to compute (default: the recipe's, auto in a profile)")
 
 def _training_options(
     parser:argparse.ArgumentParser, # the command's parser
@@ -37,11 +57,26 @@ def _training_options(
     _data_option(parser, several=True)
     _recipe_options(parser)
     parser.add_argument("-o", "--out", metavar="RUN", help="the run folder to make")
-    parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN", help="go on where this run, or that of --out, stopped; alone it goes on with the recipe and the songs that the run has")
-    parser.add_argument("--logger", choices=LOGGER_NAMES, default="csv", help="where the curves go besides metrics.csv (default: nowhere); pip install 'deepdemix[loggers]'")
-    parser.add_argument("--devices", type=_devices, metavar="N|auto", help="processes on this machine, one to a device (default: 1, or what torchrun or SLURM has started)")
-    parser.add_argument("--nodes", type=int, metavar="N", help="machines (default: 1, or what torchrun or SLURM has started)")
-    parser.add_argument("--strategy", choices=("auto", "ddp"), default="auto", help="how several processes train together (default: auto)")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, default=False, metavar="RUN",
+        help=(
+            "go on where this run, or that of --out, stopped; alone it goes on with the recipe and the songs"
+            " that the run has"
+        ),
+    )
+    parser.add_argument(
+        "--logger", choices=LOGGER_NAMES, default="csv",
+        help="where the curves go besides metrics.csv (default: nowhere); pip install 'deepdemix[loggers]'",
+    )
+    parser.add_argument(
+        "--devices", type=_devices, metavar="N|auto",
+        help="processes on this machine, one to a device (default: 1, or what torchrun or SLURM has started)",
+    )
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="machines (default: 1, or what torchrun or SLURM has started)"
+    )
+    parser.add_argument("--strategy", choices=("auto", "ddp"), default="auto",
+                        help="how several processes train together (default: auto)")
 
 # %% ../nbs/11_cli.ipynb #d5f814a4
 def _open(
@@ -54,9 +89,14 @@ def _open(
 # %% ../nbs/11_cli.ipynb #28c2e54b
 def _ray_options(parser):
     "Add what a command takes that can run on a cluster."
-    parser.add_argument("--ray", action="store_true", help="work on all cores with Ray: pip install 'deepdemix[ray]'")
-    parser.add_argument("--address", metavar="HOST:PORT", help="with --ray: join this cluster (default: one of our own, on this machine)")
-    parser.add_argument("--workers", metavar="N", type=_positive, help="with --ray: processes (default: as many as fit)")
+    parser.add_argument(
+        "--ray", action="store_true", help="work on all cores with Ray: pip install 'deepdemix[ray]'"
+    )
+    parser.add_argument("--address", metavar="HOST:PORT",
+                        help="with --ray: join this cluster (default: one of our own, on this machine)")
+    parser.add_argument(
+        "--workers", metavar="N", type=_positive, help="with --ray: processes (default: as many as fit)"
+    )
 
 # %% ../nbs/11_cli.ipynb #1b974bd9
 def download(
@@ -71,7 +111,10 @@ def prepare(
 ):
     "Decode songs once into a store."
     from deepdemix import data
-    options = {name: getattr(args, name) for name in ("allow_missing", "trim", "skip_bad", "repair", "dtype", "parts")} | {"each": _on_ray(args)}
+    options = {
+        name: getattr(args, name)
+        for name in ("allow_missing", "trim", "skip_bad", "repair", "dtype", "parts")
+    } | {"each": _on_ray(args)}
     if args.musdb: store = data.prepare_musdb(args.musdb, args.out, **options)
     elif args.stems: store = data.prepare_stems(args.stems, args.out, **options)
     else: store = data.prepare_toy(args.toy, args.out, seed=args.seed, **options)
@@ -85,8 +128,8 @@ def _recipe(
     **fields, # fields that the command itself sets
 ):
     "The recipe that the options ask for; if they name none, that of the run folder."
-    from deepdemix.foundations.recipe import Recipe, parse_settings
     from deepdemix.foundations.profiles import recipe_for
+    from deepdemix.foundations.recipe import Recipe, parse_settings
     from deepdemix.foundations.runs import recipe_from
     if network and args.recipe: fields["network"] = network
     if args.recipe: recipe = Recipe.load(args.recipe)
@@ -118,9 +161,10 @@ def _fit(
     args:argparse.Namespace, # the training options
 ):
     "Train and name the run folder; of several processes the first does."
-    from deepdemix.training import fit
     from deepdemix.foundations.distributed import is_first
-    run = fit(recipe, store, args.out, resume=bool(args.resume), logger=args.logger, devices=args.devices, nodes=args.nodes, strategy=args.strategy)
+    from deepdemix.training import fit
+    run = fit(recipe, store, args.out, resume=bool(args.resume), logger=args.logger, devices=args.devices,
+              nodes=args.nodes, strategy=args.strategy)
     if is_first(): print(run)
 
 def _find_out(
@@ -130,13 +174,15 @@ def _find_out(
     from deepdemix.foundations.files import UserError
     named = args.resume if isinstance(args.resume, str) else args.out
     if not named: raise UserError("say where the run goes: --out RUN")
-    if args.out and os.path.realpath(args.out) != os.path.realpath(named): raise UserError(f"--out {args.out} and --resume {named} are two folders: name one")
+    if args.out and os.path.realpath(args.out) != os.path.realpath(named):
+        raise UserError(f"--out {args.out} and --resume {named} are two folders: name one")
     args.out = named
 
 def _training_data(
     args:argparse.Namespace, # data, resume, out
 ):
-    "The songs that `--data` names; without it those that a resumed run has learnt from, or those of MUSDB_PATH."
+    """The songs that `--data` names; without it those that a resumed run has learnt from, or those of
+    MUSDB_PATH."""
     from deepdemix.contrast.stores import open_stores
     from deepdemix.training import run_data
     return open_stores(args.data or (args.resume and run_data(args.out)) or None)
@@ -147,7 +193,11 @@ def train(
     "Train a separator, from scratch, from a pretrained encoder, or from a trained one."
     from deepdemix.foundations.files import UserError
     _find_out(args)
-    if not (args.model or args.recipe or args.start or args.resume): raise UserError("say what to train: --model NAME (see `deepdemix models`), --start RUN, --recipe FILE or --resume RUN")
+    if not (args.model or args.recipe or args.start or args.resume):
+        raise UserError(
+            "say what to train: --model NAME (see `deepdemix models`), --start RUN, --recipe FILE or"
+            " --resume RUN"
+        )
     recipe = _recipe(args, args.model, encoder=_run(args.encoder), start=_start(args.start))
     _fit(recipe, _training_data(args), args)
 
@@ -156,7 +206,8 @@ def pretrain(
 ):
     "Pretrain an encoder with a contrastive loss, on the songs of one store or of several."
     _find_out(args)
-    own = args.resume and not (args.model or args.recipe) and os.path.exists(os.path.join(args.out, "recipe.json"))
+    own = (args.resume and not (args.model or args.recipe)
+           and os.path.exists(os.path.join(args.out, "recipe.json")))
     recipe = _recipe(args, None if own else "pretraining", args.model, loss=args.loss)
     _fit(recipe, _training_data(args), args)
 
@@ -165,10 +216,13 @@ def print_recipe(
 ):
     "Print a recipe, to keep it, change it and give it to `--recipe`."
     import json
+
     from deepdemix.foundations.files import UserError
-    if not (args.model or args.recipe): raise UserError("say which recipe: a network's name (see `deepdemix models`), or --recipe FILE")
+    if not (args.model or args.recipe):
+        raise UserError("say which recipe: a network's name (see `deepdemix models`), or --recipe FILE")
     recipe = _recipe(args, args.model)
-    print(json.dumps(recipe.to_dict(), indent=1) if args.json else recipe.to_yaml(), end="\n" if args.json else "")
+    print(json.dumps(recipe.to_dict(), indent=1) if args.json else recipe.to_yaml(),
+          end="\n" if args.json else "")
 
 
 
@@ -224,7 +278,8 @@ def experiment(
 ):
     "Run the paper's experiment: baseline, DDM and DDM (pt), Table 1 and the verdict."
     from deepdemix.experiment import run_experiment
-    result = run_experiment(_open(args), args.out, profile=args.profile, seeds=args.seeds, controls=args.controls, settings=_fields(args), logger=args.logger)
+    result = run_experiment(_open(args), args.out, profile=args.profile, seeds=args.seeds,
+                            controls=args.controls, settings=_fields(args), logger=args.logger)
     print(result.text())
     print(f"saved: {args.out}")
 
@@ -233,7 +288,10 @@ def label_efficiency(
 ):
     "Train on ever more songs, with and without a pretrained encoder, and draw the curves."
     from deepdemix.studies.label_efficiency import label_efficiency
-    print(label_efficiency(_open(args), args.out, profile=args.profile, seeds=args.seeds, songs=args.songs, settings=_fields(args), logger=args.logger))
+    print(
+        label_efficiency(_open(args), args.out, profile=args.profile, seeds=args.seeds, songs=args.songs,
+                         settings=_fields(args), logger=args.logger)
+    )
     print(f"saved: {args.out}")
 
 # %% ../nbs/11_cli.ipynb #52ee2727
@@ -242,7 +300,8 @@ def contest(
 ):
     "Train four networks for the same time, with and without pretraining, and score them."
     from deepdemix.studies.contest import ENTRIES, run_contest
-    found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.cores, args.seeds, settings=_fields(args), logger=args.logger)
+    found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.cores, args.seeds,
+                        settings=_fields(args), logger=args.logger)
     print(found.table(("SDR", "uSDR")), *found.verdicts(), f"saved: {args.out}", sep="\n")
 
 def demo(
@@ -258,8 +317,10 @@ def _add_data_commands(
 ):
     "download and prepare"
     p = commands.add_parser("download", help="download the 7-second previews of MUSDB18")
-    p.add_argument("--musdb7", action="store_true", required=True, help="the 7-second previews, 161 MB; the only ones that may be fetched without asking")
-    p.add_argument("-o", "--out", required=True, metavar="DIR", help="the folder to make"); p.set_defaults(run=download)
+    p.add_argument("--musdb7", action="store_true", required=True,
+                   help="the 7-second previews, 161 MB; the only ones that may be fetched without asking")
+    p.add_argument("-o", "--out", required=True, metavar="DIR", help="the folder to make")
+    p.set_defaults(run=download)
     p = commands.add_parser("prepare", help="decode songs once into a store")
     kind = p.add_mutually_exclusive_group(required=True)
     kind.add_argument("--musdb", metavar="DIR", help="MUSDB18: 7-second previews, full, or HQ")
@@ -267,12 +328,20 @@ def _add_data_commands(
     kind.add_argument("--toy", metavar="N", type=int, help="N songs of the toy band")
     p.add_argument("-o", "--out", required=True, metavar="STORE", help="the folder of the store")
     p.add_argument("--seed", type=_seed, default=0, help="the toy band's seed (default: 0)")
-    p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32", help="int16: half the size; auto: only where nothing is lost (default: float32)")
+    p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32",
+                   help="int16: half the size; auto: only where nothing is lost (default: float32)")
     p.add_argument("--allow-missing", action="store_true", help="a song may lack stems: they become silence")
-    p.add_argument("--trim", action="store_true", help="cut stems of unequal length to the shortest one of their song")
+    p.add_argument(
+        "--trim", action="store_true", help="cut stems of unequal length to the shortest one of their song"
+    )
     p.add_argument("--skip-bad", action="store_true", help="leave out songs that can't be prepared")
-    p.add_argument("--repair", action="store_true", help="check every digest, and decode anew what no longer fits")
-    p.add_argument("--parts", type=_positive, metavar="N", help="keep the store in N folders, for stores that are copied or fetched in pieces"); _ray_options(p); p.set_defaults(run=prepare)
+    p.add_argument(
+        "--repair", action="store_true", help="check every digest, and decode anew what no longer fits"
+    )
+    p.add_argument("--parts", type=_positive, metavar="N",
+                   help="keep the store in N folders, for stores that are copied or fetched in pieces")
+    _ray_options(p)
+    p.set_defaults(run=prepare)
     _add_label_command(commands)
 
 def _add_label_command(
@@ -285,10 +354,15 @@ def _add_label_command(
                    help="the teacher: a model as `separate` takes it (default: default)")
     p.add_argument("-o", "--out", required=True, metavar="STORE",
                    help="the folder of the store; begun before, it goes on there")
-    p.add_argument("--gate", type=float, default=-40., metavar="DB",
-                   help="a stem whose loudest second lies further below the song's counts as missing (default: -40)")
-    p.add_argument("--dtype", choices=("float32", "int16"), default="float32", help="int16: half the size (default: float32)")
-    p.add_argument("--repair", action="store_true", help="check every digest, and label anew what no longer fits")
+    p.add_argument(
+        "--gate", type=float, default=-40.0, metavar="DB",
+        help="a stem whose loudest second lies further below the song's counts as missing (default: -40)",
+    )
+    p.add_argument("--dtype", choices=("float32", "int16"), default="float32",
+                   help="int16: half the size (default: float32)")
+    p.add_argument(
+        "--repair", action="store_true", help="check every digest, and label anew what no longer fits"
+    )
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                    help="where to compute (default: a GPU if there is one)")
     p.add_argument("--threads", type=_positive, metavar="N", help="processor threads")
@@ -301,20 +375,36 @@ def _add_training_commands(
     "pretrain and train"
     p = commands.add_parser("pretrain", help="pretrain an encoder with a contrastive loss")
     _training_options(p)
-    p.add_argument("--loss", choices=("triplet", "supcon", "ntxent", "multi_similarity"), help="the loss (default: triplet, the paper's)"); p.set_defaults(run=pretrain)
-    p.add_argument("--model", metavar="NAME", help="pretrain the encoder of this network (default: the paper's encoder, for ddm and ddm_skip)")
+    p.add_argument("--loss", choices=("triplet", "supcon", "ntxent", "multi_similarity"),
+                   help="the loss (default: triplet, the paper's)")
+    p.set_defaults(run=pretrain)
+    p.add_argument(
+        "--model", metavar="NAME",
+        help="pretrain the encoder of this network (default: the paper's encoder, for ddm and ddm_skip)",
+    )
     p = commands.add_parser("train", help="train a separator")
     p.add_argument("--model", metavar="NAME", help="a network's name: see `deepdemix models`")
     p.add_argument("--encoder", metavar="RUN", help="start from the encoder of this run")
-    p.add_argument("--start", metavar="RUN|NAME", help="train this run or bundled model further, by its own recipe unless --model or --recipe says otherwise"); _training_options(p); p.set_defaults(run=train)
+    p.add_argument(
+        "--start", metavar="RUN|NAME",
+        help=("train this run or bundled model further, by its own recipe unless --model or --recipe says"
+              " otherwise"),
+    )
+    _training_options(p)
+    p.set_defaults(run=train)
     p = commands.add_parser("recipe", help="print a recipe with a line on each field, for --recipe")
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a network's name (see `deepdemix models`), or pretraining")
+    p.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a network's name (see `deepdemix models`), or pretraining"
+    )
     _recipe_options(p)
     p.add_argument("--json", action="store_true", help="print JSON, which knows no comments")
     p.set_defaults(run=print_recipe)
 
 # %% ../nbs/11_cli.ipynb #14f9763e
-PROFILE_HELP = "sizes and counts: demo takes under a minute a model, laptop about an hour for the whole experiment, workstation a night for it, author and paper want a GPU"
+PROFILE_HELP = (
+    "sizes and counts: demo takes under a minute a model, laptop about an hour for the whole experiment,"
+    " workstation a night for it, author and paper want a GPU"
+)
 
 def _study_options(
     p, # a command's parser
@@ -322,43 +412,84 @@ def _study_options(
     profile:str|None=None, # the default; None: there is nothing to choose
 ):
     "What commands that train several models take."
-    p.add_argument("-o", "--out", required=True, metavar="DIR", help="its folder; begun before, it goes on there")
-    if profile: p.add_argument("--profile", choices=PROFILE_NAMES, default=profile, help=f"{PROFILE_HELP} (default: {profile})")
-    p.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"runs of everything (default: {seeds})")
+    p.add_argument(
+        "-o", "--out", required=True, metavar="DIR", help="its folder; begun before, it goes on there"
+    )
+    if profile:
+        p.add_argument(
+            "--profile", choices=PROFILE_NAMES, default=profile, help=f"{PROFILE_HELP} (default: {profile})"
+        )
+    p.add_argument(
+        "--seeds", type=int, default=seeds, metavar="N", help=f"runs of everything (default: {seeds})"
+    )
     p.add_argument("--recipe", metavar="FILE", help="recipe fields for all models, as YAML or JSON")
-    p.add_argument("--set", action="append", default=[], metavar="field=value", help="change a recipe field of all models; may be repeated")
-    p.add_argument("--logger", choices=LOGGER_NAMES, default="csv", help="where the curves go besides metrics.csv (default: nowhere); pip install 'deepdemix[loggers]'")
+    p.add_argument("--set", action="append", default=[], metavar="field=value",
+                   help="change a recipe field of all models; may be repeated")
+    p.add_argument(
+        "--logger", choices=LOGGER_NAMES, default="csv",
+        help="where the curves go besides metrics.csv (default: nowhere); pip install 'deepdemix[loggers]'",
+    )
 
 # %% ../nbs/11_cli.ipynb #5332f0d6
 def _add_score_commands(
     commands, # argparse's subparsers
 ):
     "evaluate, compare, experiment, label-efficiency, contest and demo"
-    p = commands.add_parser("evaluate", help="score models and the stems of other tools, beside the reference rows")
-    p.add_argument("--model", action="append", default=[], metavar="[NAME=]RUN|NAME", help="a run folder or a bundled model; may be repeated")
-    p.add_argument("--estimates", action="append", default=[], metavar="[NAME=]DIR", help="stems that another tool has written, as DIR/song/stem.*; may be repeated")
-    p.add_argument("--museval", action="append", default=[], metavar="[NAME=]DIR", help="results in museval's files, as DIR/song.json; may be repeated"); _data_option(p)
-    p.add_argument("--split", default="test", choices=("train", "valid", "test"), help="which songs (default: test)")
+    p = commands.add_parser(
+        "evaluate", help="score models and the stems of other tools, beside the reference rows"
+    )
+    p.add_argument("--model", action="append", default=[], metavar="[NAME=]RUN|NAME",
+                   help="a run folder or a bundled model; may be repeated")
+    p.add_argument("--estimates", action="append", default=[], metavar="[NAME=]DIR",
+                   help="stems that another tool has written, as DIR/song/stem.*; may be repeated")
+    p.add_argument("--museval", action="append", default=[], metavar="[NAME=]DIR",
+                   help="results in museval's files, as DIR/song.json; may be repeated")
+    _data_option(p)
+    p.add_argument(
+        "--split", default="test", choices=("train", "valid", "test"), help="which songs (default: test)"
+    )
     p.add_argument("-o", "--out", required=True, metavar="scores.json", help="where the scores go")
-    p.add_argument("--channels", choices=("mono", "stereo"), help="the protocol (default: stereo where a row is stereo, else mono)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: a GPU if there is one)"); p.set_defaults(run=evaluate)
+    p.add_argument("--channels", choices=("mono", "stereo"),
+                   help="the protocol (default: stereo where a row is stereo, else mono)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                   help="where to compute (default: a GPU if there is one)")
+    p.set_defaults(run=evaluate)
     p = commands.add_parser("compare", help="the paired verdict on two models")
-    p.add_argument("a", metavar="SCORES_A", help="a scores.json"); p.add_argument("b", metavar="SCORES_B", nargs="?", help="another; without it both models stand in the first")
-    p.add_argument("--model-a", metavar="NAME", help="which, where a file holds several"); p.add_argument("--model-b", metavar="NAME", help="likewise, of the second")
+    p.add_argument("a", metavar="SCORES_A", help="a scores.json")
+    p.add_argument(
+        "b", metavar="SCORES_B", nargs="?", help="another; without it both models stand in the first"
+    )
+    p.add_argument("--model-a", metavar="NAME", help="which, where a file holds several")
+    p.add_argument("--model-b", metavar="NAME", help="likewise, of the second")
     p.add_argument("--split", choices=("train", "valid", "test"), help="the songs (default: test)")
-    p.add_argument("--metric", default="SDR", metavar="NAME", help="such as SDR, uSDR, SI-SDR (default: SDR)"); p.set_defaults(run=compare)
+    p.add_argument("--metric", default="SDR", metavar="NAME", help="such as SDR, uSDR, SI-SDR (default: SDR)")
+    p.set_defaults(run=compare)
     p = commands.add_parser("experiment", help="the paper's experiment: Table 1")
-    _data_option(p); _study_options(p, 1, "laptop"); p.add_argument("--controls", action="store_true", help="train the control rows too"); p.set_defaults(run=experiment)
+    _data_option(p)
+    _study_options(p, 1, "laptop")
+    p.add_argument("--controls", action="store_true", help="train the control rows too")
+    p.set_defaults(run=experiment)
     p = commands.add_parser("label-efficiency", help="how many songs pretraining is worth")
-    _data_option(p); _study_options(p, 3, "demo")
-    p.add_argument("--songs", type=int, nargs="+", default=[4, 8, 20, 40, 80], metavar="N", help="training songs of each point (default: 4 8 20 40 80)"); p.set_defaults(run=label_efficiency)
-    p = commands.add_parser("contest", help="four networks, the same songs and the same time, with and without pretraining")
-    _data_option(p); _study_options(p, 2)
-    p.add_argument("--minutes", type=float, default=30., metavar="M", help="for each run, pretraining included (default: 30)")
-    p.add_argument("--cores", type=int, default=2, metavar="N", help="that the minutes are counted on (default: 2)"); p.set_defaults(run=contest)
+    _data_option(p)
+    _study_options(p, 3, "demo")
+    p.add_argument("--songs", type=int, nargs="+", default=[4, 8, 20, 40, 80], metavar="N",
+                   help="training songs of each point (default: 4 8 20 40 80)")
+    p.set_defaults(run=label_efficiency)
+    p = commands.add_parser(
+        "contest", help="four networks, the same songs and the same time, with and without pretraining"
+    )
+    _data_option(p)
+    _study_options(p, 2)
+    p.add_argument("--minutes", type=float, default=30.0, metavar="M",
+                   help="for each run, pretraining included (default: 30)")
+    p.add_argument(
+        "--cores", type=int, default=2, metavar="N", help="that the minutes are counted on (default: 2)"
+    )
+    p.set_defaults(run=contest)
     p = commands.add_parser("demo", help="the first run: nothing is downloaded, on any CPU, in minutes")
     p.add_argument("-o", "--out", default="demo", metavar="DIR", help="what it leaves behind (default: demo)")
-    p.add_argument("--seed", type=_seed, default=0, help="of songs, weights and mixes (default: 0)"); p.set_defaults(run=demo)
+    p.add_argument("--seed", type=_seed, default=0, help="of songs, weights and mixes (default: 0)")
+    p.set_defaults(run=demo)
 
 # %% ../nbs/11_cli.ipynb #57d52f50
 def _desk_options(
@@ -413,8 +544,13 @@ def _add_separate_command(
                    help="songs, folders of songs, - for standard input; with --ray lists too (.txt, .m3u)")
     p.add_argument("-o", "--out", default="separated", metavar="DIR",
                    help="a folder for each song is made here (default: separated)")
-    p.add_argument("--model", default="default", metavar="RUN|NAME|FILE",
-                   help="a bundled model, a run folder, another project's model (see `deepdemix models`) or a file: ONNX, TorchScript (default: default)")
+    p.add_argument(
+        "--model", default="default", metavar="RUN|NAME|FILE",
+        help=(
+            "a bundled model, a run folder, another project's model (see `deepdemix models`) or a file: ONNX,"
+            " TorchScript (default: default)"
+        ),
+    )
     p.add_argument("--backend", choices=("auto", "torch", "onnx"), default="auto",
                    help="what runs the network (default: onnxruntime for FILE.onnx, else PyTorch)")
     p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one")
@@ -437,7 +573,9 @@ def _add_separate_command(
     p.add_argument("--overlap", type=float, help="part of a chunk that the next one shares, 0 to 0.9")
     p.add_argument("--batch-size", type=int, help="chunks that go through the network together")
     p.add_argument("--threads", type=int, help="processor threads")
-    p.add_argument("--listen", action="store_true", help="open the listening desk with the stems when they are there")
+    p.add_argument(
+        "--listen", action="store_true", help="open the listening desk with the stems when they are there"
+    )
     _desk_options(p, "with --listen: ")
     _ray_options(p)
     p.set_defaults(run=separate)
@@ -446,11 +584,14 @@ def _add_separate_command(
 def make_parser() -> argparse.ArgumentParser: # the parser of the whole command
     "All commands and their options."
     from deepdemix import __version__
-    parser = argparse.ArgumentParser(prog="deepdemix", description="Music source separation with contrastive pretraining.",
+    parser = argparse.ArgumentParser(prog="deepdemix",
+                                     description="Music source separation with contrastive pretraining.",
                                      epilog="`deepdemix COMMAND --help` says what a command takes.")
     parser.add_argument("--version", action="version", version=f"deepdemix {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_separate_command, _add_data_commands, _add_training_commands, _add_score_commands, _add_model_commands): add(commands)
+    for add in (_add_separate_command, _add_data_commands, _add_training_commands, _add_score_commands,
+                _add_model_commands):
+        add(commands)
     for command in commands.choices.values(): _import_option(command)
     return parser
 

@@ -7,7 +7,9 @@ __all__ = ['assign_splits', 'prepare_stems', 'validation_titles', 'prepare_musdb
            'prepare_toy', 'open_data', 'is_musdb']
 
 # %% ../nbs/01_data.ipynb #8c75083a
-import hashlib, os, re
+import hashlib
+import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,8 +17,16 @@ from pathlib import Path
 
 from .audio import SOURCES
 from .foundations.files import UserError
-from .foundations.store import (
-    FORMAT, _HOW_TO_SPLIT, _SPLITS, Song, Store, _new_folder, _plain, cache_folder)
+from deepdemix.foundations.store import (
+    _HOW_TO_SPLIT,
+    _SPLITS,
+    FORMAT,
+    Song,
+    Store,
+    _new_folder,
+    _plain,
+    cache_folder,
+)
 from .foundations.store_preparing import _list, _note, _plural, prepare
 from .foundations.store_songs import Take
 from .foundations.toy_band import toy_song
@@ -24,17 +34,22 @@ from .foundations.waveforms import SAMPLE_RATE
 
 # %% ../nbs/01_data.ipynb #7cca26ed
 _STREAMS = ("mixture", "drums", "bass", "other", "vocals")
-_NOT_AUDIO = {".txt", ".json", ".csv", ".mid", ".midi", ".png", ".jpg", ".jpeg", ".pdf", ".npy", ".npz", ".yaml", ".yml", ".xml", ".asd", ".pkf", ".md"}
+_NOT_AUDIO = {
+    ".txt", ".json", ".csv", ".mid", ".midi", ".png", ".jpg", ".jpeg", ".pdf", ".npy", ".npz", ".yaml",
+    ".yml", ".xml", ".asd", ".pkf", ".md",
+}
 _AUDIO = {
-    ".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".m4b", ".mp4", ".aac", ".aif", ".aiff",
-    ".aifc", ".caf", ".w64", ".rf64", ".wma", ".wv", ".ape", ".alac", ".au"}
+    ".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".m4b", ".mp4", ".aac", ".aif",
+    ".aiff", ".aifc", ".caf", ".w64", ".rf64", ".wma", ".wv", ".ape", ".alac", ".au",
+}
 _CLUTTER = {
     "@eadir", "__macosx", "lost+found", "#recycle", "@recycle", "#snapshot", "@snapshot", "$recycle.bin",
     "system volume information"}
 _STEM_FILE = re.compile(r"\.stem\.(mp4|m4a)$", re.IGNORECASE)
 
 def _contents(folder):
-    "(files, folders) in a folder, but for hidden ones and those of systems. `UserError` if it cannot be read."
+    """(files, folders) in a folder, but for hidden ones and those of systems. `UserError` if it cannot be
+    read."""
     try:
         clutter = lambda name: name.startswith(".") or name.lower() in _CLUTTER
         paths = sorted(p for p in folder.iterdir() if not clutter(p.name))
@@ -55,7 +70,9 @@ def _song_folder(folder, split, sources, above=()):
     for path in files: found.setdefault(names.get(path.stem.lower()), []).append(path)
     extra = tuple(p.name for p in found.pop(None, []) if p.suffix.lower() in _AUDIO)
     found = {n: [p for p in ps if p.suffix.lower() in _AUDIO] or ps for n, ps in found.items()}
-    twice = "; ".join(f"{n} is there twice ({', '.join(p.name for p in ps)})" for n, ps in found.items() if len(ps) > 1)
+    twice = "; ".join(
+        f"{n} is there twice ({', '.join(p.name for p in ps)})" for n, ps in found.items() if len(ps) > 1
+    )
     stems = {n: (ps[0], 0) for n, ps in found.items() if n != "mixture"}
     mixture = (found["mixture"][0], 0) if "mixture" in found else None
     none = None if stems else f"none of {', '.join(sources)} is in this folder"
@@ -63,12 +80,15 @@ def _song_folder(folder, split, sources, above=()):
 
 # %% ../nbs/01_data.ipynb #b52c7ba7
 def _search(folder, split, sources, left, skip=(), above=(), depth=2):
-    "The songs in a folder; where there are none, those in its folders. `left` gets what is not taken, and why."
+    """The songs in a folder; where there are none, those in its folders. `left` gets what is not taken, and
+    why."""
     files, folders = _contents(folder)
     takes, others = [_stem_file(p, split, above) for p in files if _STEM_FILE.search(p.name)], []
     for path in (p for p in folders if not _is_store(p, skip)):
         try: take = _song_folder(path, split, sources, above)
-        except UserError as e: left[path] = str(e.__cause__.strerror).lower(); continue
+        except UserError as e:
+            left[path] = str(e.__cause__.strerror).lower()
+            continue
         (takes if take.stems else others).append(take if take.stems else (path, take))
     deep = not takes and depth > 1
     for path, take in others:
@@ -77,7 +97,8 @@ def _search(folder, split, sources, left, skip=(), above=(), depth=2):
     return takes
 
 def _leave(path, take, sources, left):
-    "A folder without stems: a song that has a problem, if there is other sound in it; else it is left, as a whole."
+    """A folder without stems: a song that has a problem, if there is other sound in it; else it is left, as
+    a whole."""
     if take.extra: return [take]
     deeper = any(_song_folder(p, "train", sources).stems for p in _contents(path)[1])
     for p in [p for p in left if path in p.parents]: del left[p]
@@ -116,14 +137,16 @@ class _Survey:
         said = "; ".join(f"{_list(paths)} ({why})" for why, paths in reasons.items())
         if said: yield f"{_plural(len(self.left), 'folder')} not taken: {said}"
         where = f"beside the folders {', '.join(sorted(self.splits))} taken for training"
-        if self.beside: yield f"{_plural(len(self.beside), 'song')} {where}: {_list(t.title for t in self.beside)}"
+        if self.beside:
+            yield f"{_plural(len(self.beside), 'song')} {where}: {_list(t.title for t in self.beside)}"
         extra = Counter(name for t in self.takes if t.stems for name in t.extra)
         said = _list(f"{name} in {_plural(count, 'song')}" for name, count in extra.most_common())
         if extra: yield f"sound files not used, for they are not called {', '.join(sources)}: {said}"
 
 # %% ../nbs/01_data.ipynb #d1c0a003
 def _split_folders(folder, sources, skip=()):
-    "(folder, {a folder in it: its split}): those called train, valid or test, or those of the only folder in it."
+    """(folder, {a folder in it: its split}): those called train, valid or test, or those of the only folder
+    in it."""
     folders = [p for p in _contents(folder)[1] if not _is_store(p, skip)]
     found = {p: _SPLITS[p.name.lower()] for p in folders if p.name.lower() in _SPLITS}
     found = {p: split for p, split in found.items() if not _song_folder(p, split, sources).stems}
@@ -132,7 +155,8 @@ def _split_folders(folder, sources, skip=()):
     return _split_folders(folders[0], sources, skip) if inner else (folder, {})
 
 def _survey(folder, sources, out=None):
-    "Find the songs of a folder. The folder of a split counts if it has songs; others beside are not searched."
+    """Find the songs of a folder. The folder of a split counts if it has songs; others beside are not
+    searched."""
     skip = {Path(out).expanduser().resolve()} if out else set()
     (root, places), left, beside = _split_folders(folder, sources, skip), {}, []
     found = {path: _search(path, split, sources, left, skip) for path, split in places.items()}
@@ -153,15 +177,19 @@ def assign_splits(
     test=0.2, # share for the test
     seed=0, # another seed, another split
 ) -> dict:
-    "Title -> train, valid or test, drawn by a hash of seed and title: at least one song in each split that has a share, if there are three."
+    """Title -> train, valid or test, drawn by a hash of seed and title: at least one song in each split that
+    has a share, if there are three."""
     order = sorted(set(titles), key=lambda t: hashlib.sha256(f"{seed}:{t}".encode()).hexdigest())
     n = len(order)
     n_test, n_valid = (max(bool(share) and n > 2, round(share * n)) for share in (test, valid))
-    return {t: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, t in enumerate(order)}
+    return {
+        t: "test" if k < n_test else "valid" if k < n_test + n_valid else "train" for k, t in enumerate(order)
+    }
 
 # %% ../nbs/01_data.ipynb #e8f40f05
 def prepare_stems(
-    folder, # song/{drums,bass,other,vocals}.* or .stem.mp4, directly, under train/, valid/, test/, or under artists
+    # song/{drums,bass,other,vocals}.* or .stem.mp4, directly, under train/, valid/, test/, or under artists
+    folder,
     out, # folder of the store
     sources=SOURCES, # names of the stem files
     valid=0.1, # share of validation songs, where the folder has no split for them
@@ -169,7 +197,8 @@ def prepare_stems(
     seed=0, # of that split
     **settings, # as for `prepare`
 ) -> Store:
-    "Decode any folder of stems into a store. Warns of what is left out. `UserError` as `prepare`, and without songs."
+    """Decode any folder of stems into a store. Warns of what is left out. `UserError` as `prepare`, and
+    without songs."""
     folder = _folder(folder, "songs, each a folder with drums, bass, other and vocals in it")
     _check_shares(valid, test)
     found = _survey(folder, sources, out)
@@ -195,19 +224,28 @@ def _check_found(folder, found, sources):
     if any(t.stems for t in found.takes): return found.takes
     if (folder / "store.json").is_file():
         raise UserError(f"{folder}: this is a store; there is nothing to prepare")
-    if _song_folder(folder, "train", sources).stems: raise UserError(f"{folder}: these are the stems of one song; give the folder that holds the song folders")
+    if _song_folder(folder, "train", sources).stems:
+        raise UserError(
+            f"{folder}: these are the stems of one song; give the folder that holds the song folders"
+        )
     expected = f"expected folders with {', '.join(sources)} in them (any audio format), or .stem.mp4 files"
     raise UserError("; ".join([f"{folder}: no songs here; {expected}", *found.notes(sources)]))
 
 # %% ../nbs/01_data.ipynb #e5d1149d
 @lru_cache(1)
 def validation_titles() -> tuple:
-    "The 14 validation titles of MUSDB18, from musdb's own configuration, without importing musdb (its import needs the ffmpeg program)."
+    """The 14 validation titles of MUSDB18, from musdb's own configuration, without importing musdb (its
+    import needs the ffmpeg program)."""
     from importlib.util import find_spec
+
     import yaml
     spec = find_spec("musdb")
     if spec is None: raise UserError("the package musdb is not installed: pip install musdb")
-    return tuple(yaml.safe_load((Path(spec.origin).parent / "configs" / "mus.yaml").read_text(encoding="utf-8"))["validation_tracks"])
+    return tuple(
+        yaml.safe_load((Path(spec.origin).parent / "configs" / "mus.yaml").read_text(encoding="utf-8"))[
+            "validation_tracks"
+        ]
+    )
 
 # %% ../nbs/01_data.ipynb #de207b48
 def prepare_musdb(
@@ -215,7 +253,8 @@ def prepare_musdb(
     out, # folder of the store
     **settings, # as for `prepare`
 ) -> Store:
-    "Decode MUSDB18 in any of its forms into a store, with the split of the `musdb` package: 80 train, 14 valid, 50 test songs when it is complete."
+    """Decode MUSDB18 in any of its forms into a store, with the split of the `musdb` package: 80 train, 14
+    valid, 50 test songs when it is complete."""
     root = _folder(root, "MUSDB18, with train/ and test/ in it")
     found = _survey(root, SOURCES, out)
     if not found.splits:
@@ -231,21 +270,32 @@ def prepare_musdb(
 def find_musdb() -> Path:
     "The folder of MUSDB18 that `MUSDB_PATH` names; `UserError` if it names none."
     root = os.environ.get("MUSDB_PATH")
-    if not root: raise UserError("MUSDB_PATH is not set: let it name the folder of MUSDB18, or get the previews with `deepdemix download --musdb7 --out DIR`")
+    if not root:
+        raise UserError(
+            "MUSDB_PATH is not set: let it name the folder of MUSDB18, or get the previews with `deepdemix"
+            " download --musdb7 --out DIR`"
+        )
     return _folder(root, "MUSDB18 (MUSDB_PATH)")
 
 def download_musdb7(
     out, # folder to download into, 161 MB
 ) -> Path:
-    "Download the 7-second previews of MUSDB18 with the `musdb` package, which needs the ffmpeg program. Returns the folder."
+    """Download the 7-second previews of MUSDB18 with the `musdb` package, which needs the ffmpeg program.
+    Returns the folder."""
     import shutil
     if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
-        raise UserError("musdb's download needs the programs ffmpeg and ffprobe: install ffmpeg (apt install ffmpeg, brew install ffmpeg), then try again")
+        raise UserError(
+            "musdb's download needs the programs ffmpeg and ffprobe: install ffmpeg (apt install ffmpeg, brew"
+            " install ffmpeg), then try again"
+        )
     out = Path(out).expanduser()
     _new_folder(out)
     import musdb
     try: musdb.DB(root=str(out), download=True)
-    except OSError as e: raise UserError(f"{out}: the download failed ({e}); check the connection and the disk, then try again") from e
+    except OSError as e:
+        raise UserError(
+            f"{out}: the download failed ({e}); check the connection and the disk, then try again"
+        ) from e
     return out
 
 # %% ../nbs/01_data.ipynb #d3aa7bad
@@ -273,20 +323,27 @@ def prepare_toy(
     sample_rate=SAMPLE_RATE, # Hz
     **settings, # as for `prepare`
 ) -> Store:
-    "Let the toy band play `n` songs into a store: song k is `toy_song(1000 * seed + k)`. The first are for training, the last for the test."
+    """Let the toy band play `n` songs into a store: song k is `toy_song(1000 * seed + k)`. The first are for
+    training, the last for the test."""
     if n < 1: raise UserError(f"a toy store needs at least one song, not {n}")
     n_test, n_valid = (max(n > 2, round(share * n)) for share in (test, valid))
     split = lambda k: "test" if k >= n - n_test else "valid" if k >= n - n_test - n_valid else "train"
-    takes = [ToyTake(f"toy {1000 * seed + k:04d}", split(k), dict.fromkeys(SOURCES), seed=1000 * seed + k, duration=duration, sample_rate=sample_rate) for k in range(n)]
+    takes = [
+        ToyTake(f"toy {1000 * seed + k:04d}", split(k), dict.fromkeys(SOURCES), seed=1000 * seed + k,
+                duration=duration, sample_rate=sample_rate)
+        for k in range(n)
+    ]
     return prepare(takes, out, sample_rate=sample_rate, **settings)
 
 # %% ../nbs/01_data.ipynb #8cd59d38
 def open_data(
-    path=None, # a store or its address, a MUSDB18 folder or a folder of stems; None: the MUSDB18 of MUSDB_PATH
+    # a store or its address, a MUSDB18 folder or a folder of stems; None: the MUSDB18 of MUSDB_PATH
+    path=None,
     progress=True, # show a bar when songs must be decoded
     **settings, # as for `prepare`
 ) -> Store:
-    "Open a store; decode anything else once into the cache ($DEEPDEMIX_CACHE or ~/.cache/deepdemix) and open that. Changed files make a new one."
+    """Open a store; decode anything else once into the cache ($DEEPDEMIX_CACHE or ~/.cache/deepdemix) and
+    open that. Changed files make a new one."""
     if "://" in str(path): return Store.open(path)
     path = find_musdb() if path is None else _folder(path, "a store, of MUSDB18 or of stems")
     if (path / "store.json").is_file(): return Store.open(path)
@@ -297,7 +354,8 @@ def open_data(
 
 # %% ../nbs/01_data.ipynb #781f3f09
 def is_musdb(path) -> bool:
-    "Whether a folder, or the only one in it, is like MUSDB18: stem files in train/ or test/ and no valid/, or its songs."
+    """Whether a folder, or the only one in it, is like MUSDB18: stem files in train/ or test/ and no valid/,
+    or its songs."""
     root, places = _split_folders(Path(path), SOURCES)
     if "valid" in places.values(): return False
     if any(_STEM_FILE.search(p.name) for place in places for p in _contents(place)[0]): return True
@@ -305,7 +363,8 @@ def is_musdb(path) -> bool:
     return any((place / t).is_dir() for place in train for t in validation_titles())
 
 def _state(path, settings):
-    "A digest of the songs under a folder, with the sizes and times of their files, and of the settings; of nothing else."
+    """A digest of the songs under a folder, with the sizes and times of their files, and of the settings; of
+    nothing else."""
     takes = _survey(path, settings.get("sources", SOURCES)).takes
     songs = sorted((t.title, t.split, t.fingerprint()) for t in takes)
     state = str(path.resolve()), songs, sorted(settings.items()), FORMAT

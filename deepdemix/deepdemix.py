@@ -11,13 +11,13 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from .foundations.files import UserError
 from .audio import overlap_add
+from .foundations.files import UserError
+from .foundations.registry import register_network
+from .foundations.runs import load_encoder
 from .foundations.waveforms import to_channels
 from .networks.protocol import MaskNetwork
 from .pretraining import DeepDeMixEncoder, SameConv2d
-from .foundations.runs import load_encoder
-from .foundations.registry import register_network
 
 # %% ../nbs/06_deepdemix.ipynb #358e5408
 class Decoder(nn.Module):
@@ -33,12 +33,18 @@ class Decoder(nn.Module):
                  n_sources=4): # masks
         super().__init__()
         self.grid, self.size, self.n_ac, self.reach = tuple(grid), tuple(size), n_ac, [k // 2 for k in kernel]
-        if min(k % 2 for k in kernel) == 0: raise UserError(f"decoder: the kernel's sizes must be odd, not {tuple(kernel)}")
-        if any(g > s for g, s in zip(self.grid[1:], self.size)): raise UserError(f"decoder: a grid of {self.grid[1:]} does not fit into a mask of {self.size}; make it smaller")
+        if min(k % 2 for k in kernel) == 0:
+            raise UserError(f"decoder: the kernel's sizes must be odd, not {tuple(kernel)}")
+        if any(g > s for g, s in zip(self.grid[1:], self.size)):
+            raise UserError(
+                f"decoder: a grid of {self.grid[1:]} does not fit into a mask of {self.size}; make it smaller"
+            )
         cells, first, second = grid[0] * grid[1] * grid[2], *channels
-        self.linear = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, cells), nn.ReLU(), nn.Unflatten(1, self.grid))
+        self.linear = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, cells), nn.ReLU(),
+                                    nn.Unflatten(1, self.grid))
         conv = lambda n_in, n_out: SameConv2d(n_in, n_out, tuple(kernel))
-        self.blocks = nn.Sequential(conv(grid[0], first), nn.ReLU(), nn.Upsample(self.size), conv(first, second), nn.ReLU(), nn.Upsample(self.size),
+        self.blocks = nn.Sequential(conv(grid[0], first), nn.ReLU(), nn.Upsample(self.size),
+                                    conv(first, second), nn.ReLU(), nn.Upsample(self.size),
                                     conv(second, n_sources * n_ac), nn.Sigmoid())
 
     def plain(self, latent):
@@ -70,15 +76,19 @@ def take(maps, rows, columns):
 
 @patch
 def forward(self:Decoder, latent):
-    "The mask `(b, n_t, n_f, n_ac, s)` of a latent `(b, latent)`; equal to `plain`, computed on the rows and columns that differ."
-    (t, t_full), (f, f_full) = (compact_rows(g, n, 2 * r) for g, n, r in zip(self.grid[1:], self.size, self.reach))
+    """The mask `(b, n_t, n_f, n_ac, s)` of a latent `(b, latent)`; equal to `plain`, computed on the rows
+    and columns that differ."""
+    (t, t_full), (f, f_full) = (
+        compact_rows(g, n, 2 * r) for g, n, r in zip(self.grid[1:], self.size, self.reach)
+    )
     x = take(self.blocks[:2](self.linear(latent)), t, f)
     x = self.blocks[6:](self.blocks[3:5](x))
     return self.to_mask(take(x, t_full, f_full))
 
 # %% ../nbs/06_deepdemix.ipynb #ce900be4
 class EncoderMaskNetwork(MaskNetwork):
-    "A mask network with the paper's encoder; a subclass writes `excerpt_mask` for excerpts of `duration` seconds."
+    """A mask network with the paper's encoder; a subclass writes `excerpt_mask` for excerpts of `duration`
+    seconds."""
     def __init__(self,
                  sizes=None, # the subclass's own arguments
                  *,
@@ -90,7 +100,8 @@ class EncoderMaskNetwork(MaskNetwork):
                  latent=125, # size of the embedding
                  dropout=0.5, # in the encoder
                  **kwargs): # sources, sample_rate, channels and the STFT's sizes, as in `MaskNetwork`
-        encoder = dict(conv_channels=conv_channels, kernels=kernels, pools=pools, linears=linears, latent=latent, dropout=dropout)
+        encoder = dict(conv_channels=conv_channels, kernels=kernels, pools=pools, linears=linears,
+                       latent=latent, dropout=dropout)
         super().__init__(dict(duration=duration) | encoder | (sizes or {}), **kwargs)
         self.duration, self.latent, self.samples = duration, latent, round(duration * self.sample_rate)
         self.frames = self.stft.frames(self.samples)
@@ -103,7 +114,8 @@ class EncoderMaskNetwork(MaskNetwork):
 # %% ../nbs/06_deepdemix.ipynb #629a8f2b
 @patch
 def predict(self:EncoderMaskNetwork, magnitude):
-    "The mask `(b, n_t, n_f, channels, s)` of a magnitude `(b, n_t, n_f, channels)`, for any number of frames."
+    """The mask `(b, n_t, n_f, channels, s)` of a magnitude `(b, n_t, n_f, channels)`, for any number of
+    frames."""
     if magnitude.shape[1] == self.frames: return self.excerpt_mask(magnitude)
     def masks(x):
         excerpts = x.unflatten(1, magnitude.shape[2:]).permute(0, 3, 1, 2)
@@ -114,7 +126,8 @@ def predict(self:EncoderMaskNetwork, magnitude):
 # %% ../nbs/06_deepdemix.ipynb #b058d318
 @patch
 def embed(self:EncoderMaskNetwork, waveform):
-    "The embedding `(b, latent)` of a waveform `(b, c, time)` of any length; the mean over excerpts of `duration` seconds."
+    """The embedding `(b, latent)` of a waveform `(b, c, time)` of any length; the mean over excerpts of
+    `duration` seconds."""
     magnitude = self.magnitudes(to_channels(waveform, self.channels))
     missing = -magnitude.shape[1] % self.frames
     excerpts = F.pad(magnitude, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, self.frames))
@@ -123,7 +136,8 @@ def embed(self:EncoderMaskNetwork, waveform):
 # %% ../nbs/06_deepdemix.ipynb #b27f1688
 @register_network("ddm")
 class DeepDeMix(EncoderMaskNetwork):
-    "The paper's separator (4.2, figures 1b and 2): the encoder, then a decoder that sees nothing but the latent."
+    """The paper's separator (4.2, figures 1b and 2): the encoder, then a decoder that sees nothing but the
+    latent."""
     name = "ddm"
     def __init__(self,
                  hidden=144, # width between the decoder's linear layers
@@ -131,14 +145,19 @@ class DeepDeMix(EncoderMaskNetwork):
                  decoder_channels=(8, 8), # maps after the decoder's first two convolutions; not in the paper
                  decoder_kernel=(3, 3), # of the decoder's convolutions; not in the paper
                  **kwargs): # duration, the encoder's sizes and the front end, as in `EncoderMaskNetwork`
-        super().__init__(dict(hidden=hidden, grid=grid, decoder_channels=decoder_channels, decoder_kernel=decoder_kernel), **kwargs)
-        self.decoder = Decoder(self.args["latent"], hidden, grid, decoder_channels, decoder_kernel, (self.frames, self.n_f), self.channels, len(self.sources))
+        super().__init__(
+            dict(hidden=hidden, grid=grid, decoder_channels=decoder_channels, decoder_kernel=decoder_kernel),
+            **kwargs
+        )
+        self.decoder = Decoder(self.args["latent"], hidden, grid, decoder_channels, decoder_kernel,
+                               (self.frames, self.n_f), self.channels, len(self.sources))
 
     def excerpt_mask(self, magnitude): return self.decoder(self.encoder(magnitude))
 
 # %% ../nbs/06_deepdemix.ipynb #5011bc9b
 class SkipDecoder(nn.Module):
-    "Latent `(b, latent)` and the encoder's pooled maps -> mask `(b, n_t, n_f, n_ac, s)`, with the detail of the largest maps."
+    """Latent `(b, latent)` and the encoder's pooled maps -> mask `(b, n_t, n_f, n_ac, s)`, with the detail
+    of the largest maps."""
     def __init__(self,
                  latent, # size of the embedding
                  map_channels, # channels of the encoder's pooled maps, the largest maps first
@@ -150,11 +169,15 @@ class SkipDecoder(nn.Module):
                  n_ac=1, # audio channels of the mask
                  n_sources=4): # masks
         super().__init__()
-        if len(channels) != len(map_channels): raise UserError(f"decoder: {len(map_channels)} pooled maps need as many numbers of channels, not {tuple(channels)}")
+        if len(channels) != len(map_channels):
+            raise UserError(f"decoder: {len(map_channels)} pooled maps need as many numbers of channels, not"
+                            f" {tuple(channels)}")
         self.size, self.n_ac = tuple(size), n_ac
         cells, into = grid[0] * grid[1] * grid[2], [grid[0], *channels]
-        self.linear = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, cells), nn.ReLU(), nn.Unflatten(1, tuple(grid)))
-        self.blocks = nn.ModuleList(nn.Sequential(SameConv2d(a + m, b, tuple(kernel)), nn.ReLU()) for a, m, b in zip(into, map_channels[::-1], channels))
+        self.linear = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, cells), nn.ReLU(),
+                                    nn.Unflatten(1, tuple(grid)))
+        self.blocks = nn.ModuleList(nn.Sequential(SameConv2d(a + m, b, tuple(kernel)), nn.ReLU())
+                                    for a, m, b in zip(into, map_channels[::-1], channels))
         self.last = SameConv2d(channels[-1], n_sources * n_ac, tuple(kernel))
 
     def forward(self, latent, maps):
@@ -168,16 +191,22 @@ class SkipDecoder(nn.Module):
 # %% ../nbs/06_deepdemix.ipynb #7ba25bb3
 @register_network("ddm_skip")
 class SkipDeepDeMix(EncoderMaskNetwork):
-    "DeepDeMix whose decoder also sees the encoder's pooled maps, so that its mask has detail in time and frequency."
+    """DeepDeMix whose decoder also sees the encoder's pooled maps, so that its mask has detail in time and
+    frequency."""
     name = "ddm_skip"
     def __init__(self,
                  hidden=144, # width between the decoder's linear layers
                  grid=(4, 12, 12), # the decoder's first maps: how many, cells in time, cells in frequency
-                 skip_channels=(64, 32), # maps after each of the decoder's convolutions, the smallest maps first
+                 # maps after each of the decoder's convolutions, the smallest maps first
+                 skip_channels=(64, 32),
                  decoder_kernel=(3, 3), # of the decoder's convolutions
                  **kwargs): # duration, the encoder's sizes and the front end, as in `EncoderMaskNetwork`
-        super().__init__(dict(hidden=hidden, grid=grid, skip_channels=skip_channels, decoder_kernel=decoder_kernel), **kwargs)
-        self.decoder = SkipDecoder(self.args["latent"], self.args["conv_channels"][1::2], hidden, grid, skip_channels, decoder_kernel,
-                                   (self.frames, self.n_f), self.channels, len(self.sources))
+        super().__init__(
+            dict(hidden=hidden, grid=grid, skip_channels=skip_channels, decoder_kernel=decoder_kernel),
+            **kwargs
+        )
+        self.decoder = SkipDecoder(self.args["latent"], self.args["conv_channels"][1::2], hidden, grid,
+                                   skip_channels, decoder_kernel, (self.frames, self.n_f), self.channels,
+                                   len(self.sources))
 
     def excerpt_mask(self, magnitude): return self.decoder(*self.encoder.features(magnitude))

@@ -32,7 +32,8 @@ class Windowed:
         overlap: float=None,   # the part of a window that it shares with the next; likewise
         batch_size: int=1,     # windows per call
         device=None,           # where the windows go; where the network is, if not given
-        threads: int=None,     # windows in work at once on a processor; as many as there are cores, if not given
+        # windows in work at once on a processor; as many as there are cores, if not given
+        threads: int=None,
     ):
         self.network, self.device, self.threads = network, device, threads
         self.sample_rate = getattr(network, "sample_rate", SAMPLE_RATE)
@@ -61,7 +62,8 @@ def stems_by_name(
     if not isinstance(estimates, dict):
         estimates, order = torch.as_tensor(estimates), tuple(order or names)
         if len(estimates) != len(order):
-            raise UserError(f"the separator gave {tuple(estimates.shape)}, not (sources, channels, time) with {len(order)} sources")
+            raise UserError(f"the separator gave {tuple(estimates.shape)}, not (sources, channels, time) with"
+                            f" {len(order)} sources")
         estimates = dict(zip(order, estimates))
     found = {n: torch.as_tensor(estimates[n]) for n in names if n in estimates}
     for name, whole in FOLDED.items():
@@ -70,13 +72,17 @@ def stems_by_name(
     return found
 
 def _check_estimates(estimates, references: Tensor, names: tuple, order: tuple) -> tuple[Tensor, list]:
-    "Estimates (some sources, channels, time) in the order of the references, and the numbers of these sources; or one clear line."
+    """Estimates (some sources, channels, time) in the order of the references, and the numbers of these
+    sources; or one clear line."""
     found = stems_by_name(estimates, order, names)
     rows = [k for k, n in enumerate(names) if n in found]
     if not rows: raise UserError(f"the separator gave no {', no '.join(names)}")
     for k in rows:
         if found[names[k]].shape == references[k].shape: continue
-        raise UserError(f"the separator gave {names[k]} as {tuple(found[names[k]].shape)}, not (channels, time) = {tuple(references[k].shape)}")
+        raise UserError(
+            f"the separator gave {names[k]} as {tuple(found[names[k]].shape)}, not (channels, time) ="
+            f" {tuple(references[k].shape)}"
+        )
     estimates = torch.stack([found[names[k]] for k in rows]).detach().cpu()
     if not torch.isfinite(estimates).all(): raise UserError("the separator gave NaN or infinite samples")
     return estimates, rows
@@ -88,37 +94,50 @@ def _protocol(separate, store, channels: str | None, mixture: str | None) -> tup
     if channels not in ("mono", "stereo"): raise UserError(f"channels is mono or stereo, not {channels!r}")
     if mixture not in ("sum", "stream", None): raise UserError(f"mixture is sum or stream, not {mixture!r}")
     if not len(store): raise UserError("there are no songs to score")
-    if len(store.sources) < 2: raise UserError(f"the data have one source only ({', '.join(store.sources)}): nothing to separate")
+    if len(store.sources) < 2:
+        raise UserError(f"the data have one source only ({', '.join(store.sources)}): nothing to separate")
     rate = getattr(separate, "sample_rate", None)
-    if rate and rate != store.sample_rate: raise UserError(f"the model works at {rate} Hz, the data are at {store.sample_rate} Hz")
+    if rate and rate != store.sample_rate:
+        raise UserError(f"the model works at {rate} Hz, the data are at {store.sample_rate} Hz")
     return channels, mixture or ("sum" if channels == "mono" else "stream")
 
 # %% ../nbs/07_evaluation.ipynb #64ff76af
-def _each_song(store, estimate: Callable, channels: str, mixture: str, metrics, bss: bool, seed: int, progress: bool) -> tuple[list, list]:
-    "Entries of scores.json and failures, over all songs; `estimate` gives {model: (estimates, numbers of their sources)}."
+def _each_song(
+    store, estimate: Callable, channels: str, mixture: str, metrics, bss: bool, seed: int, progress: bool
+) -> tuple[list, list]:
+    """Entries of scores.json and failures, over all songs; `estimate` gives {model: (estimates, numbers of
+    their sources)}."""
     records, failed = [], []
     for i, song in enumerate(progress_bar(store.songs, desc="songs", progress=progress)):
         try:
             stems, mix = scored_song(store, i, channels, mixture)
             for name, (estimates, rows) in estimate(stems, mix, song.title).items():
-                values, frames = score_song(stems[rows], estimates, store.sample_rate, metrics, bss and name not in REFERENCES)
+                values, frames = score_song(
+                    stems[rows], estimates, store.sample_rate, metrics, bss and name not in REFERENCES
+                )
                 key, names = (name, seed, song.split, song.title), [store.sources[k] for k in rows]
                 records.append(_record(key, names, values, {} if name in REFERENCES else frames))
         except Exception as error:
             failed.append({"song": song.title, "reason": str(error) or type(error).__name__, "seed": seed})
-    if not records: raise UserError(f"no song could be scored; the first, {failed[0]['song']}: {failed[0]['reason']}")
+    if not records:
+        raise UserError(f"no song could be scored; the first, {failed[0]['song']}: {failed[0]['reason']}")
     return records, failed
 
 def _reference_notes(store) -> list:
     "What must be said of references that a model has made."
     teachers = sorted({getattr(s, "teacher", "") for s in store.songs} - {""})
-    about = f"The references are pseudo-stems of {', '.join(teachers)}: the scores say how near a model comes to that, not to the truth."
+    about = (
+        f"The references are pseudo-stems of {', '.join(teachers)}: the scores say how near a model comes to"
+        " that, not to the truth."
+    )
     return [about] if teachers else []
 
 def _info(store, channels: str, mixture: str, **more) -> dict:
     "What must be known to repeat the scores."
-    return {"deepdemix": __version__, "data": getattr(store, "digest", None), "songs": len(store), "sample_rate": store.sample_rate,
-            "channels": channels, "mixture": mixture} | {k: v for k, v in more.items() if v is not None}
+    return {
+        "deepdemix": __version__, "data": getattr(store, "digest", None), "songs": len(store),
+        "sample_rate": store.sample_rate, "channels": channels, "mixture": mixture,
+    } | {k: v for k, v in more.items() if v is not None}
 
 # %% ../nbs/07_evaluation.ipynb #20092a4b
 def reference_rows(
@@ -130,28 +149,37 @@ def reference_rows(
     metrics: tuple=tuple(METRICS),  # which of `METRICS`
     progress: bool=False,       # show a progress bar
 ) -> Scores:
-    "Scores of what no learning gives. They depend on the data and the STFT alone, so one call serves all models."
+    """Scores of what no learning gives. They depend on the data and the STFT alone, so one call serves all
+    models."""
     channels, mixture = _protocol(None, store, channels, mixture)
     rows = tuple(r for r in REFERENCES if r != "ideal complex mask") if rows is None else tuple(rows)
-    if set(rows) - set(REFERENCES): raise UserError(f"unknown reference rows {sorted(set(rows) - set(REFERENCES))}; known: {', '.join(REFERENCES)}")
+    if set(rows) - set(REFERENCES):
+        raise UserError(
+            f"unknown reference rows {sorted(set(rows) - set(REFERENCES))}; known: {', '.join(REFERENCES)}"
+        )
     def estimate(stems, mix, title):
         found = reference_estimates(stems, mix, stft, rows, store.sample_rate)
         return {row: (x, list(range(len(stems)))) for row, x in found.items()}
     records, failed = _each_song(store, estimate, channels, mixture, metrics, False, 0, progress)
     stft = stft or STFT()
-    info = _info(store, channels, mixture, reference_stft=[stft.window_length, stft.hop_length, stft.window_type])
+    info = _info(
+        store, channels, mixture, reference_stft=[stft.window_length, stft.hop_length, stft.window_type]
+    )
     return _from_records(records, info, [{"model": "reference rows", **f} for f in failed])
 
 # %% ../nbs/07_evaluation.ipynb #7530ace3
 def _estimator(separate, store, name: str, seed: int) -> tuple[Callable, list]:
-    "What gives a song's estimates in the order of the data, and a list that gets an entry for each stem that was expected and isn't there."
+    """What gives a song's estimates in the order of the data, and a list that gets an entry for each stem
+    that was expected and isn't there."""
     order, lost, names = getattr(separate, "sources", None), [], tuple(store.sources)
     expected = stems_by_name(dict.fromkeys(order or names, 0.), None, names)
     try: titled = "title" in inspect.signature(separate).parameters
     except (TypeError, ValueError): titled = False
     @torch.no_grad()
     def estimate(stems, mix, title):
-        found, rows = _check_estimates(separate(mix, title=title) if titled else separate(mix), stems, names, order)
+        found, rows = _check_estimates(
+            separate(mix, title=title) if titled else separate(mix), stems, names, order
+        )
         missing = [n for k, n in enumerate(names) if n in expected and k not in rows]
         if missing: lost.append({"song": title, "reason": f"no {', no '.join(missing)}", "seed": seed})
         return {name: (found, rows)}
@@ -159,14 +187,20 @@ def _estimator(separate, store, name: str, seed: int) -> tuple[Callable, list]:
 
 # %% ../nbs/07_evaluation.ipynb #1c12d857
 def evaluate(
-    separate,                   # mixture (channels, time) -> (sources, channels, time) or {source: (channels, time)}; or a network, which is `windowed`
+    # mixture (channels, time) -> (sources, channels, time) or {source: (channels, time)}; or a network, which
+    # is `windowed`
+    separate,
     store,                      # songs to score: a `Store` or a view of it
-    channels: str=None,         # "mono", the paper's protocol, or "stereo", the field's; by default the separator's own, mono if it has none
-    mixture: str=None,          # "sum" of the stems or the released "stream"; by default the sum for mono, the stream for stereo
+    # "mono", the paper's protocol, or "stereo", the field's; by default the separator's own, mono if it has
+    # none
+    channels: str=None,
+    # "sum" of the stems or the released "stream"; by default the sum for mono, the stream for stereo
+    mixture: str=None,
     metrics: tuple=tuple(METRICS),  # which of `METRICS`
     name: str="model",          # of the model, in tables
     seed: int=0,                # which of the model's training runs this is
-    references=PLAIN,           # rows to score beside it: names; True for all, at the model's STFT; False for none; or their `Scores`
+    # rows to score beside it: names; True for all, at the model's STFT; False for none; or their `Scores`
+    references=PLAIN,
     window: float=None,         # seconds, if `separate` is a network; as `Separator` has them, if not given
     bss: bool=False,            # also ISR, SIR and SAR, as museval (seconds per song)
     progress: bool=False,       # show a progress bar
@@ -178,10 +212,15 @@ def evaluate(
     channels, mixture = _protocol(separate, store, channels, mixture)
     estimate, lost = _estimator(separate, store, name, seed)
     records, failed = _each_song(store, estimate, channels, mixture, metrics, bss, seed, progress)
-    notes = [*(getattr(separate, "notes", None) or ()), *_reference_notes(store), *(info or {}).get("notes", ())]
+    notes = [*(getattr(separate, "notes", None) or ()), *_reference_notes(store),
+             *(info or {}).get("notes", ())]
     about = (info or {}) | {"notes": notes or None}
-    scores = _from_records(records, _info(store, channels, mixture, **about), [{"model": name, **f} for f in lost + failed])
+    scores = _from_records(
+        records, _info(store, channels, mixture, **about), [{"model": name, **f} for f in lost + failed]
+    )
     if isinstance(references, Scores): return scores + references
     if not references: return scores
     rows = None if references is True else references
-    return scores + reference_rows(store, channels, mixture, getattr(separate, "stft", None), rows, metrics, progress)
+    return scores + reference_rows(
+        store, channels, mixture, getattr(separate, "stft", None), rows, metrics, progress
+    )

@@ -7,7 +7,8 @@ __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'HANDOVER', 'SPLITS', 'PAIRS', 'Step'
            'train_steps', 'score_steps', 'Experiment', 'detectable', 'seeds_needed', 'run_experiment', 'save_report']
 
 # %% ../nbs/09_experiment.ipynb #ec5339a2
-import json, math
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,10 +69,12 @@ def step_recipe(
     root:Path, # folder of this seed's runs
     settings:dict|None=None, # further recipe fields
 ): # a Recipe
-    "The recipe of one step. Fields that say how an encoder is handed over reach the steps that start from one, and no others."
+    """The recipe of one step. Fields that say how an encoder is handed over reach the steps that start from
+    one, and no others."""
     recipe = recipe_for(step.network, profile, seed=seed)
     settings = settings or {}
-    if not (step.encoder or "encoder" in settings): settings = {k: v for k, v in settings.items() if k not in HANDOVER}
+    if not (step.encoder or "encoder" in settings):
+        settings = {k: v for k, v in settings.items() if k not in HANDOVER}
     epochs = recipe.epochs + sum(recipe_for(find_step(name).network, profile).epochs for name in step.longer)
     encoder = {"encoder": str(root / step.encoder)} if step.encoder else {}
     return recipe.override({"epochs": epochs, **encoder, **step.settings, **settings})
@@ -104,7 +107,8 @@ def train_steps(
     for step in steps:
         if finished(root / step.name): continue
         if progress: say(f"seed {seed}: training {step.label or step.name}")
-        fit(step_recipe(step, profile, seed, root, settings), store, root / step.name, resume=True, logger=logger, progress=progress)
+        fit(step_recipe(step, profile, seed, root, settings), store, root / step.name, resume=True,
+            logger=logger, progress=progress)
 
 # %% ../nbs/09_experiment.ipynb #c67462bb
 SPLITS = ("train", "valid", "test")
@@ -144,12 +148,15 @@ def score_steps(
     scores = Scores.load(path) if path.exists() else None
     for split in splits:
         songs = store.split(split)
-        if not _known(scores, "mixture / 4", 0, split): scores = _add(scores, reference_rows(songs, "mono", "sum", STFT()), path)
+        if not _known(scores, "mixture / 4", 0, split):
+            scores = _add(scores, reference_rows(songs, "mono", "sum", STFT()), path)
         for step in (s for s in steps if s.label and not _known(scores, s.label, seed, split)):
             if progress: say(f"seed {seed}: scoring {step.label} on {len(songs)} {split} songs")
             network = load_network(Path(out) / f"seed{seed}" / step.name)
             about = dict(notes=trained_on(Path(out) / f"seed{seed}" / step.name, "Each model"))
-            scores = _add(scores, evaluate(network, songs, name=step.label, seed=seed, references=False, info=about), path)
+            scores = _add(scores,
+                          evaluate(network, songs, name=step.label, seed=seed, references=False, info=about),
+                          path)
     return scores
 
 # %% ../nbs/09_experiment.ipynb #5d474607
@@ -161,18 +168,24 @@ class Experiment:
         self.out, self.scores = Path(out), Scores.load(Path(out) / "scores.json")
         about = json.loads((self.out / "experiment.json").read_text())
         self.profile, self.steps = about["profile"], tuple(find_step(name) for name in about["steps"])
-        self.seeds, self.real, self.splits = about["seeds"], about["real"], list(self.scores.rows.split.unique())
+        self.seeds = about["seeds"]
+        self.real = about["real"]
+        self.splits = list(self.scores.rows.split.unique())
 
     def runs(self) -> dict: # (seed, step name): run folder
         "All runs, in order."
-        return {(seed, step.name): self.out / f"seed{seed}" / step.name for seed in self.seeds for step in self.steps}
+        return {(seed, step.name): self.out / f"seed{seed}" / step.name for seed in self.seeds
+                for step in self.steps}
 
     def table(self,
         split:str="test", # "train", "valid" or "test"
         metrics=("SNR", "SI-SDR", "SDR"), # columns
     ): # a `Table`
         "Table 1: the networks, the reference rows and, on MUSDB18, what the paper printed."
-        return self.scores.only(split=split).table(metrics, paper=self.real, caption=f"Table 1, {split} songs, profile {self.profile}, {len(self.seeds)} seed(s)")
+        return self.scores.only(split=split).table(
+            metrics, paper=self.real,
+            caption=f"Table 1, {split} songs, profile {self.profile}, {len(self.seeds)} seed(s)",
+        )
 
     def verdict(self,
         metric:str="SDR", # which
@@ -181,10 +194,12 @@ class Experiment:
         split:str="test", # songs
     ): # a `Verdict`
         "What changes from A to B, over songs and seeds."
-        return compare(self.scores, self.scores, metric, model_a=a, model_b=b, split=split, name="pretraining" if (a, b) == ("DDM", "DDM (pt)") else "")
+        return compare(self.scores, self.scores, metric, model_a=a, model_b=b, split=split,
+                       name="pretraining" if (a, b) == ("DDM", "DDM (pt)") else "")
 
 # %% ../nbs/09_experiment.ipynb #2bdfd67a
-PAIRS = (("DDM", "DDM (pt)"), ("DDM, as long as both", "DDM (pt)"), ("DDM (pt, shuffled labels)", "DDM (pt)"), ("DDM skip", "DDM skip (pt)"))
+PAIRS = (("DDM", "DDM (pt)"), ("DDM, as long as both", "DDM (pt)"), ("DDM (pt, shuffled labels)", "DDM (pt)"),
+         ("DDM skip", "DDM skip (pt)"))
 
 @patch
 def differences(self:Experiment,
@@ -203,12 +218,15 @@ def verdicts(self:Experiment,
     metrics=("SDR", "SNR", "SI-SDR"), # which
     split:str="test", # songs
 ): # a data frame: a row for every pair of `PAIRS` that was run and every metric
-    "All comparisons: difference (dB), 95 % interval over seeds and songs, each source, and how many songs improve."
+    """All comparisons: difference (dB), 95 % interval over seeds and songs, each source, and how many songs
+    improve."""
     import pandas as pd
     rows = {}
     for a, b in (pair for pair in PAIRS if set(pair) <= set(self.scores.models)):
         for v in (self.verdict(metric, a, b, split) for metric in metrics):
-            rows[f"{b} against {a}", v.metric] = dict(difference=v.difference, low=v.low, high=v.high, **{k: x.difference for k, x in v.per_source.items()}, improved=f"{v.improved} of {v.songs}")
+            rows[f"{b} against {a}", v.metric] = dict(difference=v.difference, low=v.low, high=v.high,
+                                                      **{k: x.difference for k, x in v.per_source.items()},
+                                                      improved=f"{v.improved} of {v.songs}")
     return pd.DataFrame(rows).T.rename_axis(["comparison", "metric"])
 
 # %% ../nbs/09_experiment.ipynb #f348a183
@@ -222,7 +240,9 @@ def detectable(
     from scipy.stats import t
     n = seeds or len(differences)
     if min(n, len(differences)) < 2: return math.nan
-    return float((t.ppf((1 + level) / 2, n - 1) + t.ppf(power, n - 1)) * np.std(differences, ddof=1) / math.sqrt(n))
+    return float(
+        (t.ppf((1 + level) / 2, n - 1) + t.ppf(power, n - 1)) * np.std(differences, ddof=1) / math.sqrt(n)
+    )
 
 def seeds_needed(
     differences, # dB, one for each seed
@@ -241,8 +261,11 @@ def costs(self:Experiment): # a data frame, one row a run
     rows = []
     for (seed, name), run in self.runs().items():
         record = read_record(run)
-        rows.append(dict(seed=seed, run=name, parameters=record["parameters"], examples=record["examples"], epochs=record["epoch"],
-                         minutes=round(60 * record["hours"], 1), best_epoch=record.get("best", {}).get("epoch")))
+        rows.append(
+            dict(seed=seed, run=name, parameters=record["parameters"], examples=record["examples"],
+                 epochs=record["epoch"], minutes=round(60 * record["hours"], 1),
+                 best_epoch=record.get("best", {}).get("epoch"))
+        )
     return pd.DataFrame(rows).set_index(["seed", "run"])
 
 @patch
@@ -250,7 +273,9 @@ def text(self:Experiment) -> str:
     "Everything that the command prints."
     tables = [str(self.table(split)) for split in ("train", "test") if split in self.splits]
     pairs = [pair for pair in PAIRS if set(pair) <= set(self.scores.models)]
-    verdicts = "\n".join(self.verdict(metric, *pair).sentence for pair in pairs for metric in ("SDR", "SNR", "SI-SDR"))
+    verdicts = "\n".join(
+        self.verdict(metric, *pair).sentence for pair in pairs for metric in ("SDR", "SNR", "SI-SDR")
+    )
     return "\n\n".join([*tables, verdicts, self.costs().to_string()])
 
 # %% ../nbs/09_experiment.ipynb #d6b59d73
@@ -259,7 +284,9 @@ def plot_pretraining(self:Experiment,
     ax=None, # matplotlib axes
 ): # the axes
     "Figure 3: the loss of pretraining, epoch by epoch, for every seed."
-    ax = show_metrics({f"seed {seed}": run for (seed, name), run in self.runs().items() if name == "encoder"}, ax=ax)
+    ax = show_metrics(
+        {f"seed {seed}": run for (seed, name), run in self.runs().items() if name == "encoder"}, ax=ax
+    )
     ax.set_title("pretraining", fontsize=10)
     return ax
 
@@ -292,7 +319,8 @@ def plot_embedding(self:Experiment,
     store, # the songs
     seed:int=0, # of the run
 ): # a figure
-    "The encoder's map (t-SNE) of validation excerpts before and after pretraining, and how many their neighbours name rightly."
+    """The encoder's map (t-SNE) of validation excerpts before and after pretraining, and how many their
+    neighbours name rightly."""
     import matplotlib.pyplot as plt
     after = load_network(self.out / f"seed{seed}" / "encoder")
     excerpts = draw_excerpts(store.split("valid"), after.duration)
@@ -300,7 +328,9 @@ def plot_embedding(self:Experiment,
     for ax, network, when in zip(axes, (random_twin(after, seed), after), ("before", "after")):
         z = embed_excerpts(network, excerpts)
         named = neighbour_accuracy(z, excerpts.labels, excerpts.songs)
-        show_embedding(project(z), excerpts, ax=ax).set_title(f"{when}: {named:.0%} named rightly by their neighbours", fontsize=9)
+        show_embedding(project(z), excerpts, ax=ax).set_title(
+            f"{when}: {named:.0%} named rightly by their neighbours", fontsize=9
+        )
     axes[0].legend(frameon=False, fontsize=9)
     return fig
 
@@ -325,12 +355,18 @@ def plot_changes(self:Experiment,
     b:str="DDM (pt)", # another
     seed:int=0, # of the runs that draw
 ): # a figure
-    "The songs that gain most and those that lose most, one a row: mixture, the source that changes most, both estimates (kHz over seconds)."
+    """The songs that gain most and those that lose most, one a row: mixture, the source that changes most,
+    both estimates (kHz over seconds)."""
     import matplotlib.pyplot as plt
-    songs, change, labels = store.split("test"), self.changes(a=a, b=b).dropna(), {s.label: s.name for s in self.steps}
-    n, nets = max(1, min(n, len(change) // 2)), [windowed(load_network(self.out / f"seed{seed}" / labels[x])) for x in (a, b)]
+    songs = store.split("test")
+    change = self.changes(a=a, b=b).dropna()
+    labels = {s.label: s.name for s in self.steps}
+    n, nets = max(1, min(n, len(change) // 2)), [
+        windowed(load_network(self.out / f"seed{seed}" / labels[x])) for x in (a, b)
+    ]
     rows = [*change.index[:n], *change.index[-n:]]
-    fig, axes = plt.subplots(len(rows), 4, figsize=(4.9, 1.3 * len(rows) + .3), dpi=60, layout="constrained", sharex=True, sharey=True)
+    fig, axes = plt.subplots(len(rows), 4, figsize=(4.9, 1.3 * len(rows) + 0.3), dpi=60, layout="constrained",
+                             sharex=True, sharey=True)
     for title, line in zip(rows, axes): _change_row(songs, title, change.loc[title], nets, line)
     for ax, name in zip(axes[0], ("mixture", "true source", a, b)): ax.set_title(name, fontsize=9)
     return fig
@@ -364,13 +400,15 @@ def run_experiment(
     progress:bool=True, # show progress
     logger:str="csv", # "tensorboard" writes event files besides
 ) -> Experiment:
-    "Train and score the plan for every seed. Interrupted, it goes on where it stopped. Raises `UserError` for a store without splits."
+    """Train and score the plan for every seed. Interrupted, it goes on where it stopped. Raises `UserError`
+    for a store without splits."""
     out, steps = Path(out), PAPER_STEPS + (CONTROL_STEPS if controls else ())
     if seeds < 1: raise UserError(f"seeds={seeds}: use 1 or more")
     for split in SPLITS: store.split(split)
     for split in SPLITS[:2]: Triplets(store.split(split))
     out.mkdir(parents=True, exist_ok=True)
-    about = dict(profile=profile, steps=[s.name for s in steps], seeds=list(range(seeds)), settings=settings or {}, data=store.digest,
+    about = dict(profile=profile, steps=[s.name for s in steps], seeds=list(range(seeds)),
+                 settings=settings or {}, data=store.digest,
                  real=all(s.mixture == "stream" for s in store.songs))
     _same_experiment(out, about)
     for seed in range(seeds):
@@ -389,7 +427,10 @@ def _same_experiment(
     old = json.loads(path.read_text()) if path.exists() else about
     old["settings"] = kept_settings(old["settings"])
     for key in ("profile", "settings", "data"):
-        if old[key] != about[key]: raise UserError(f"{out} holds an experiment with another {key} ({old[key]}): choose another folder")
+        if old[key] != about[key]:
+            raise UserError(
+                f"{out} holds an experiment with another {key} ({old[key]}): choose another folder"
+            )
     with atomic_path(path) as part: Path(part).write_text(json.dumps(about, indent=1))
 
 # %% ../nbs/09_experiment.ipynb #386755d5
@@ -397,17 +438,25 @@ def save_report(
     experiment:Experiment, # that is finished
     store=None, # the songs, for the pictures that need them
 ) -> Experiment: # the same
-    "Write the table as text, JSON and picture, figure 3 and, with the songs at hand, the embedding and the songs that change most."
+    """Write the table as text, JSON and picture, figure 3 and, with the songs at hand, the embedding and the
+    songs that change most."""
     import matplotlib.pyplot as plt
     out = experiment.out
     with atomic_path(out / "table.txt") as part: Path(part).write_text(experiment.text() + "\n")
-    numbers = {" ".join(row): {" ".join(column): None if x != x else x for column, x in cells.items()} for row, cells in experiment.scores.summary().T.to_dict().items()}
+    numbers = {" ".join(row): {" ".join(column): None if x != x else x for column, x in cells.items()}
+               for row, cells in experiment.scores.summary().T.to_dict().items()}
     with atomic_path(out / "table.json") as part: Path(part).write_text(json.dumps(numbers, indent=1))
-    figures = {"table.png": experiment.plot_table(), "loss_curve.png": plt.subplots(2, 1, figsize=(4.9, 6), dpi=90, layout="constrained")[0]}
+    figures = {"table.png": experiment.plot_table(),
+               "loss_curve.png": plt.subplots(2, 1, figsize=(4.9, 6), dpi=90, layout="constrained")[0]}
     experiment.plot_pretraining(figures["loss_curve.png"].axes[0])
     experiment.plot_training(figures["loss_curve.png"].axes[1])
-    if store is not None: figures |= {"embedding.png": experiment.plot_embedding(store), **({"songs.jpg": experiment.plot_changes(store)} if "test" in experiment.splits else {})}
+    if store is not None:
+        figures |= {"embedding.png": experiment.plot_embedding(store),
+                    **({"songs.jpg": experiment.plot_changes(store)} if "test" in experiment.splits else {})}
     for name, figure in figures.items():
-        with atomic_path(out / name) as part: figure.savefig(part, format=name[-3:], **({"pil_kwargs": dict(quality=60)} if name.endswith("jpg") else {}))
+        with atomic_path(out / name) as part:
+            figure.savefig(
+                part, format=name[-3:], **({"pil_kwargs": dict(quality=60)} if name.endswith("jpg") else {})
+            )
         plt.close(figure)
     return experiment

@@ -20,14 +20,20 @@ from urllib.parse import parse_qs, urlsplit
 
 from fastcore.basics import patch
 
-from .foundations.files import UserError
 from .foundations.decoding import probe
+from .foundations.files import UserError
 from .foundations.model_names import find_model
 from .separation import Separator, stream_of
-from .serving.desk import as_sets, desk_html, embed
-from .serving.songs import (
-    SeparatedSong, as_separators, build_desk, find_desk_songs, label_models, model_choices, open_song, score_notes)
+from .serving.desk import desk_html, embed
 from .serving.desk_queue import SongQueue, Upload
+from deepdemix.serving.songs import (
+    SeparatedSong,
+    as_separators,
+    build_desk,
+    find_desk_songs,
+    label_models,
+    model_choices,
+)
 
 # %% ../nbs/10_listening.ipynb #9041bc52
 class Desk:
@@ -64,10 +70,12 @@ def show(self:Desk,
     title:str|None=None, # instead of the song's own
     **opening, # track and references, of `open_song`
 ):
-    "Put a song on the desk, separated if it must be, with progress; a `UserError` is shown as a line of text."
+    """Put a song on the desk, separated if it must be, with progress; a `UserError` is shown as a line of
+    text."""
     self.bar.layout.visibility, self.bar.value, self.message.value = "visible", 0, "separating"
     def progress(done, total):
-        self.bar.value, self.message.value = done / max(total, 1e-9), f"separating: {done:.0f} of {total:.0f} s"
+        self.bar.value = done / max(total, 1e-9)
+        self.message.value = f"separating: {done:.0f} of {total:.0f} s"
     try:
         chosen = as_separators({label: self.models[label] for label in labels or self.models})
         self.models |= chosen
@@ -80,14 +88,18 @@ def show(self:Desk,
 
 # %% ../nbs/10_listening.ipynb #b21f8472
 def listen(
-    song=None, # a file, folder of stems, musdb track, {stem: waveform}, waveform; None to bring one with a button
-    model="default", # a name, run folder or `Separator`, a list of them to switch between, {label: model}, or None: only the stems that there are
+    # a file, folder of stems, musdb track, {stem: waveform}, waveform; None to bring one with a button
+    song=None,
+    # a name, run folder or `Separator`, a list of them to switch between, {label: model}, or None: only the
+    # stems that there are
+    model="default",
     sample_rate:int|None=None, # Hz, of a waveform or stems
     height:int=760, # pixels
     track:int=1, # of a file: which sound track, where a video has several
     references:bool=False, # the stems of a folder or dictionary are the true ones, to judge models by
 ):
-    "A listening desk in a notebook, as a widget. `UserError` for songs that can't be read and models that don't exist."
+    """A listening desk in a notebook, as a widget. `UserError` for songs that can't be read and models that
+    don't exist."""
     models = label_models(model)
     desk = Desk(model_choices(models) if song is None else models, height)
     if not desk.models: desk.choice.layout.display = desk.upload.layout.display = "none"
@@ -163,7 +175,8 @@ def do_GET(self:DeskHandler):
 def body(self:DeskHandler,
     length:int, # bytes
 ):
-    "Yield what is sent. `ConnectionError` if it breaks off, `TimeoutError` after `patience` seconds of nothing."
+    """Yield what is sent. `ConnectionError` if it breaks off, `TimeoutError` after `patience` seconds of
+    nothing."""
     self.connection.settimeout(self.server.patience)
     while length:
         piece = self.rfile.read1(min(length, 1 << 20))
@@ -192,7 +205,8 @@ def take(self:DeskHandler,
     "Put the song that is sent at the end of the line."
     length, queue = self.headers.get("Content-Length", ""), self.server.queue
     if query.get("model") not in queue.models: return self.refuse(404, "there is no such model")
-    if not length.isdecimal() or not 0 < int(length) <= 2 ** 31: return self.refuse(400, "send a song of up to 2 GB")
+    if not length.isdecimal() or not 0 < int(length) <= 2 ** 31:
+        return self.refuse(400, "send a song of up to 2 GB")
     upload = Upload(query.get("name", "song"))
     try: upload.keep(self.body(int(length)))
     except UserError as error: return self.refuse(507, str(error))
@@ -212,7 +226,8 @@ def _check_song(path, track):
 
 def _desk_songs(songs, track):
     "The songs that are named. `UserError` for those that can't be opened, before anything is served."
-    named = [] if songs is None else [songs] if isinstance(songs, (str, os.PathLike, SeparatedSong)) else list(songs)
+    named = ([] if songs is None
+             else [songs] if isinstance(songs, (str, os.PathLike, SeparatedSong)) else list(songs))
     found = []
     for song in named:
         if isinstance(song, SeparatedSong): found.append(song)
@@ -237,7 +252,8 @@ def serve(
     track:int=1, # of a file: which sound track, where a video has several
     references:bool=False, # the stems of folders are the true ones, to judge the model by
 ):
-    "Serve the listening desk on this machine until Ctrl-C. `UserError`, before anything is served, for a song or model that can't be read."
+    """Serve the listening desk on this machine until Ctrl-C. `UserError`, before anything is served, for a
+    song or model that can't be read."""
     models = model_choices(as_separators(model))
     found = _desk_songs(songs, track)
     server, label = _server_at(models, port), next(iter(models))
@@ -278,12 +294,17 @@ def serve_voila(
     track:int=1, # of a file: which sound track, where a video has several
     references:bool=False, # the stems of a folder are the true ones
 ) -> int: # exit status
-    "The desk of `listen` as a page without code, through Voila, until Ctrl-C. `UserError` if that is missing, and for a song or model that can't be read."
+    """The desk of `listen` as a page without code, through Voila, until Ctrl-C. `UserError` if that is
+    missing, and for a song or model that can't be read."""
     if importlib.util.find_spec("voila") is None:
-        raise UserError("the page of widgets needs Voila: pip install voila; the desk itself, without --voila, needs nothing")
+        raise UserError(
+            "the page of widgets needs Voila: pip install voila; the desk itself, without --voila, needs"
+            " nothing"
+        )
     find_model(model, peers=True)
     _desk_songs(song, track)
-    options = ["--Voila.ip=127.0.0.1", *([f"--port={port}"] if port else []), *([] if open_browser else ["--no-browser"])]
+    options = ["--Voila.ip=127.0.0.1", *([f"--port={port}"] if port else []),
+               *([] if open_browser else ["--no-browser"])]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "desk.ipynb"
         path.write_text(voila_notebook(song, model, track, references), encoding="utf-8")

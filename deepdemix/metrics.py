@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .foundations.cores import default_threads
-from .foundations.waveforms import SAMPLE_RATE
 from .foundations.files import UserError
+from .foundations.waveforms import SAMPLE_RATE
 
 # %% ../nbs/02a_metrics.ipynb #50714834
 MANY = 64 # channels: where there are more of them than samples, they are samples
@@ -41,10 +41,12 @@ def _pair(references, estimates) -> tuple[Tensor, Tensor]:
     shape = tuple(references.shape)
     if len(shape) < 3: raise UserError(f"references have shape {shape}; give (sources, channels, time)")
     other = tuple(estimates.shape)
-    if shape != other: raise UserError(f"references have shape {shape}, estimates {other}; they must be equal")
+    if shape != other:
+        raise UserError(f"references have shape {shape}, estimates {other}; they must be equal")
     if not references.numel(): raise UserError(f"nothing to score: the shape is {shape}")
     swapped = shape[-2] > max(shape[-1], MANY)
-    if swapped: raise UserError(f"{shape} looks like museval's (sources, time, channels); swap the last two axes")
+    if swapped:
+        raise UserError(f"{shape} looks like museval's (sources, time, channels); swap the last two axes")
     return references, estimates
 
 
@@ -57,7 +59,8 @@ def _double(x: Tensor) -> Tensor:
 
 def _finite(*sums: Tensor) -> None:
     "One clear line if a NaN or infinite sample went in."
-    if not all(bool(torch.isfinite(s).all()) for s in sums): raise UserError("the references or estimates hold NaN or infinite samples")
+    if not all(bool(torch.isfinite(s).all()) for s in sums):
+        raise UserError("the references or estimates hold NaN or infinite samples")
 
 # %% ../nbs/02a_metrics.ipynb #e94bab3b
 def _samples(seconds: float, sample_rate: float, name: str) -> int:
@@ -69,14 +72,17 @@ def _samples(seconds: float, sample_rate: float, name: str) -> int:
 
 
 def _frames(length: int, window: int, hop: int) -> list[tuple[int, int]]:
-    "Start and stop of museval's frames: whole windows only, or everything if the signal is no longer than a window."
+    """Start and stop of museval's frames: whole windows only, or everything if the signal is no longer than
+    a window."""
     if window >= length: return [(0, length)]
     return [(i * hop, i * hop + window) for i in range((length - window + hop) // hop)]
 
 
 def _silent(x: Tensor) -> Tensor:
-    "Whether any source of `x` (…, sources, channels, time) is silent in museval's sense, (…); a look at every 101st sample spares most of the work."
-    if not (x[..., ::101].sum(-2) == 0).all(-1).any(): return torch.zeros(x.shape[:-3], dtype=torch.bool, device=x.device)
+    """Whether any source of `x` (…, sources, channels, time) is silent in museval's sense, (…); a look at
+    every 101st sample spares most of the work."""
+    if not (x[..., ::101].sum(-2) == 0).all(-1).any():
+        return torch.zeros(x.shape[:-3], dtype=torch.bool, device=x.device)
     return (x.sum(-2) == 0).all(-1).any(-1)
 
 # %% ../nbs/02a_metrics.ipynb #658ae56a
@@ -123,7 +129,8 @@ def sdr(
     window: float=1.,                # frame length in seconds
     hop: float=1.,                   # from one frame to the next, in seconds
 ) -> Tensor:                         # dB (…, sources)
-    "The song's museval SDR: the median of `framewise_sdr`. The median of it over songs is the field's \"cSDR\"."
+    """The song's museval SDR: the median of `framewise_sdr`. The median of it over songs is the field's
+    "cSDR"."""
     return median_over_frames(framewise_sdr(references, estimates, sample_rate, window, hop))
 
 # %% ../nbs/02a_metrics.ipynb #1f0877d0
@@ -139,7 +146,10 @@ class Moments(NamedTuple):
     def centred(self) -> "Moments":
         "The same of the signals less their means over time."
         zero = torch.zeros_like(self.s)
-        ss, sd, dd = (x - a * b / self.n for x, a, b in ((self.ss, self.s, self.s), (self.sd, self.s, self.d), (self.dd, self.d, self.d)))
+        ss, sd, dd = (
+            x - a * b / self.n
+            for x, a, b in ((self.ss, self.s, self.s), (self.sd, self.s, self.d), (self.dd, self.d, self.d))
+        )
         return Moments(self.n, zero, zero, ss.clamp_min(0), sd, dd.clamp_min(0))
 
 # %% ../nbs/02a_metrics.ipynb #b083bd4b
@@ -152,7 +162,8 @@ def moments(
     references, estimates = _pair(references, estimates)
     time, sums = references.shape[-1], 0
     step = max(1, block * time // references.numel())
-    for start in range(0, time, step): sums = sums + _sums(*(x[..., start:start + step] for x in (references, estimates)))
+    for start in range(0, time, step):
+        sums = sums + _sums(*(x[..., start:start + step] for x in (references, estimates)))
     _finite(sums)
     return Moments(time, *sums)
 
@@ -161,7 +172,8 @@ def _sums(references: Tensor, estimates: Tensor) -> Tensor:
     "The five sums of one block: (5, …, sources, channels)."
     s = _double(references)
     d = _double(estimates) - s
-    return torch.stack([s.sum(-1), d.sum(-1), torch.linalg.vecdot(s, s), torch.linalg.vecdot(s, d), torch.linalg.vecdot(d, d)])
+    return torch.stack([s.sum(-1), d.sum(-1), torch.linalg.vecdot(s, s), torch.linalg.vecdot(s, d),
+                        torch.linalg.vecdot(d, d)])
 
 # %% ../nbs/02a_metrics.ipynb #b0d6cfb1
 def _db(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -220,7 +232,8 @@ def si_sdr(
     references,               # true sources (…, sources, channels, time), or their `Moments`
     estimates=None,           # estimated sources, same shape
     per_channel: bool=False,  # keep the channels, as nussl does, instead of their mean
-) -> Tensor:                  # dB (…, sources), or (…, sources, channels); NaN for a silent reference or estimate
+# dB (…, sources), or (…, sources, channels); NaN for a silent reference or estimate
+) -> Tensor:
     "Scale-invariant SDR, as nussl's `BSSEvalScale`."
     m, scale = _scaled(references, estimates)
     rest = (m.dd - m.sd.square() / m.ss).clamp_min(0)
@@ -238,7 +251,9 @@ def improvement(
     "What `estimates` gain over the mixture taken as every source: SDRi, SNRi, SI-SDRi, …"
     references, estimates = _pair(references, estimates)
     mixture = references.sum(-3) if mixture is None else _tensor(mixture)
-    return metric(references, estimates, **kwargs) - metric(references, mixture.unsqueeze(-3).expand_as(references), **kwargs)
+    return metric(references, estimates, **kwargs) - metric(
+        references, mixture.unsqueeze(-3).expand_as(references), **kwargs
+    )
 
 # %% ../nbs/02a_metrics.ipynb #ebc6fddc
 def _full(half: np.ndarray) -> np.ndarray:
@@ -247,7 +262,8 @@ def _full(half: np.ndarray) -> np.ndarray:
 
 
 def _lags(spectra: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
-    "Correlations of one signal with others, from half spectra (f,) and (j, f), at lags 1 - taps … taps - 1 of the others: (j, 2 taps - 1)."
+    """Correlations of one signal with others, from half spectra (f,) and (j, f), at lags 1 - taps … taps - 1
+    of the others: (j, 2 taps - 1)."""
     from scipy.fft import ifft
     n_fft, spectrum, found = 2 * (len(spectrum) - 1), _full(spectrum), []
     for part in np.array_split(spectra, min(len(spectra), -(-len(spectra) * n_fft // 2 ** 21))):
@@ -258,7 +274,8 @@ def _lags(spectra: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
 
 
 def _whole_correlations(r: Tensor, e: Tensor, taps: int, n_fft: int) -> tuple[Tensor, Tensor]:
-    "Correlations of `r` (i, time) with itself and with `e` (k, time), (i, i, lags) and (i, k, lags), by one FFT of the song, as museval's."
+    """Correlations of `r` (i, time) with itself and with `e` (k, time), (i, i, lags) and (i, k, lags), by
+    one FFT of the song, as museval's."""
     from scipy.fft import rfft
     spectra = np.stack([rfft(_double(x).numpy(), n_fft) for x in r])
     auto = np.empty((len(r), len(r), 2 * taps - 1))
@@ -271,7 +288,8 @@ def _whole_correlations(r: Tensor, e: Tensor, taps: int, n_fft: int) -> tuple[Te
 
 # %% ../nbs/02a_metrics.ipynb #d0c4c277
 def _correlations(a: Tensor, b: Tensor, taps: int, n_fft: int=2 ** 15) -> Tensor:
-    "Correlations of `a` (i, time) with `b` (j, time) at lags 1 - taps … taps - 1, in blocks: (i, j, 2 taps - 1)."
+    """Correlations of `a` (i, time) with `b` (j, time) at lags 1 - taps … taps - 1, in blocks: (i, j, 2 taps
+    - 1)."""
     block, total = n_fft - 2 * (taps - 1), 0
     for start in range(0, a.shape[-1], block):
         x = torch.fft.rfft(_double(a[:, start:start + block]), n_fft)
@@ -298,8 +316,11 @@ def _filters(correlations: Tensor, cross: Tensor, taps: int) -> Tensor:
     return torch.from_numpy(_solve(gram, right)).reshape(count, taps, -1)
 
 # %% ../nbs/02a_metrics.ipynb #74c5ea95
-def _song_filters(references: Tensor, estimates: Tensor, taps: int, most: int=2 ** 24) -> tuple[Tensor, Tensor]:
-    "Filters from all sources to each estimate, and from each source to its own; in blocks if one FFT had more than `most` samples."
+def _song_filters(
+    references: Tensor, estimates: Tensor, taps: int, most: int = 2**24
+) -> tuple[Tensor, Tensor]:
+    """Filters from all sources to each estimate, and from each source to its own; in blocks if one FFT had
+    more than `most` samples."""
     sources, channels, time = references.shape
     r, e = references.reshape(-1, time), estimates.reshape(-1, time)
     n_fft = 2 ** math.ceil(math.log2(time + taps - 1))
@@ -312,27 +333,37 @@ def _song_filters(references: Tensor, estimates: Tensor, taps: int, most: int=2 
 def _filtered(signals: np.ndarray, filters: np.ndarray, length: int, n_fft: int) -> np.ndarray:
     "Sums over i of signals i through filters i -> k, from half spectra (i, f) and (i, k, f): (k, length)."
     from scipy.fft import irfft
-    out = [irfft(filters[:, k] * signals, n_fft, workers=default_threads())[:, :length].sum(0) for k in range(filters.shape[1])]
+    out = [irfft(filters[:, k] * signals, n_fft, workers=default_threads())[:, :length].sum(0)
+           for k in range(filters.shape[1])]
     return np.stack(out)
 
 
 def _ratios(true: np.ndarray, image: np.ndarray, everything: np.ndarray, estimate: np.ndarray) -> list[float]:
-    "ISR, SIR and SAR of one source from the true source, itself filtered, all sources filtered, and the estimate, each (channels, time)."
+    """ISR, SIR and SAR of one source from the true source, itself filtered, all sources filtered, and the
+    estimate, each (channels, time)."""
     spatial = image - true
     interference = everything - true - spatial
     artefacts = -true - spatial - interference + estimate
     parts = ((true, spatial), (true + spatial, interference), (true + spatial + interference, artefacts))
-    with np.errstate(divide="ignore", invalid="ignore"): return [10 * np.log10((a ** 2).sum() / (b ** 2).sum()) for a, b in parts]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return [10 * np.log10((a ** 2).sum() / (b ** 2).sum()) for a, b in parts]
 
 # %% ../nbs/02a_metrics.ipynb #575fb8ce
-def _decomposed(r: np.ndarray, e: np.ndarray, every: np.ndarray, own: np.ndarray, n_fft: int, taps: int) -> Tensor:
+def _decomposed(
+    r: np.ndarray, e: np.ndarray, every: np.ndarray, own: np.ndarray, n_fft: int, taps: int
+) -> Tensor:
     "The three ratios of one frame (3, sources), from half spectra of the filters."
     from scipy.fft import rfft
     sources, channels, time = r.shape
     r, e = (np.pad(x, ((0, 0), (0, 0), (0, taps - 1))) for x in (r, e))
     spectra = rfft(r, n_fft, workers=default_threads())
-    everything = _filtered(spectra.reshape(sources * channels, -1), every, time + taps - 1, n_fft).reshape(r.shape)
-    return torch.tensor([_ratios(r[i], _filtered(spectra[i], own[i], time + taps - 1, n_fft), everything[i], e[i]) for i in range(sources)]).T
+    everything = _filtered(spectra.reshape(sources * channels, -1), every, time + taps - 1, n_fft).reshape(
+        r.shape
+    )
+    return torch.tensor([
+        _ratios(r[i], _filtered(spectra[i], own[i], time + taps - 1, n_fft), everything[i], e[i])
+        for i in range(sources)
+    ]).T
 
 # %% ../nbs/02a_metrics.ipynb #adf2f1f6
 def isr_sir_sar(
@@ -342,8 +373,10 @@ def isr_sir_sar(
     window: float=1.,                # frame length in seconds
     hop: float=1.,                   # from one frame to the next, in seconds
     taps: int=512,                   # length of the distortion filters
-) -> tuple[Tensor, Tensor, Tensor]:  # ISR, SIR, SAR in dB, each (sources, frames); NaN where a source is silent
-    "Image-to-spatial-distortion, source-to-interference and source-to-artefacts ratios, as `museval.evaluate(...)[1:]`."
+# ISR, SIR, SAR in dB, each (sources, frames); NaN where a source is silent
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image-to-spatial-distortion, source-to-interference and source-to-artefacts ratios, as
+    `museval.evaluate(...)[1:]`."""
     from scipy.fft import next_fast_len, rfft
     references, estimates = (x.cpu() for x in _pair(references, estimates))
     if references.ndim > 3: raise UserError("isr_sir_sar takes one song: (sources, channels, time)")
@@ -353,10 +386,13 @@ def isr_sir_sar(
     ratios = torch.full((3, sources, len(frames)), math.nan, dtype=torch.float64)
     if _silent(references) or _silent(estimates): return tuple(ratios)
     n_fft = next_fast_len(frames[0][1] + 2 * (taps - 1), real=True)
-    every, own = (rfft(x.transpose(-2, -1).numpy(), n_fft) for x in _song_filters(references, estimates, taps))
+    every, own = (
+        rfft(x.transpose(-2, -1).numpy(), n_fft) for x in _song_filters(references, estimates, taps)
+    )
     for t, (start, stop) in enumerate(frames):
         r, e = references[..., start:stop], estimates[..., start:stop]
-        if not (_silent(r) or _silent(e)): ratios[:, :, t] = _decomposed(_double(r).numpy(), _double(e).numpy(), every, own, n_fft, taps)
+        if not (_silent(r) or _silent(e)):
+            ratios[:, :, t] = _decomposed(_double(r).numpy(), _double(e).numpy(), every, own, n_fft, taps)
     return tuple(ratios)
 
 # %% ../nbs/02a_metrics.ipynb #bd2c675c
@@ -372,7 +408,9 @@ def sdr_and_moments(
     references, estimates = _pair(references, estimates)
     time, second = references.shape[-1], _samples(1, sample_rate, "window")
     frames = _frames(time, second, second)
-    blocks = [(references[..., a:b], estimates[..., a:b]) for a, b in [*frames, (frames[-1][1], time)] if b > a]
+    blocks = [
+        (references[..., a:b], estimates[..., a:b]) for a, b in [*frames, (frames[-1][1], time)] if b > a
+    ]
     silent = torch.stack([_silent(r) | _silent(e) for r, e in blocks[:len(frames)]], -1)
     sums = torch.stack([_sums(r, e) for r, e in blocks], -1)
     signal, error = (sums[k][..., :len(frames)].sum(-2) for k in (2, 4))
@@ -386,7 +424,8 @@ def scores(
     sample_rate: float=SAMPLE_RATE,  # samples per second
     metrics: tuple=tuple(METRICS),   # which of `METRICS`
     frames: bool=False,              # give the framewise SDR too, or None where SDR is not asked for
-) -> dict[str, Tensor]:              # name -> dB (…, sources); with `frames` a pair of this and (…, sources, frames)
+# name -> dB (…, sources); with `frames` a pair of this and (…, sources, frames)
+) -> dict[str, Tensor]:
     "Several metrics of one excerpt."
     unknown = set(metrics) - set(METRICS)
     if unknown: raise UserError(f"unknown metric {', '.join(sorted(unknown))}; known: {', '.join(METRICS)}")
@@ -411,5 +450,8 @@ def score_song(
     frames = {} if seconds is None else {"SDR": seconds}
     if bss: frames |= dict(zip(("ISR", "SIR", "SAR"), isr_sir_sar(r, e, sample_rate)))
     found |= {name: median_over_frames(x) for name, x in frames.items()}
-    def full(x): return torch.full((len(references), *x.shape[1:]), math.nan, dtype=x.dtype).index_copy(0, audible.nonzero()[:, 0], x)
+    def full(x):
+        return torch.full((len(references), *x.shape[1:]), math.nan, dtype=x.dtype).index_copy(
+            0, audible.nonzero()[:, 0], x
+        )
     return ({name: full(x) for name, x in found.items()}, {name: full(x) for name, x in frames.items()})

@@ -12,11 +12,15 @@ from pathlib import Path
 
 # %% ../nbs/pages/writing_pages.ipynb #04e9f5fc
 def page_addresses() -> dict[str, str]: # "{word}" -> what it stands for
-    "What the words in braces on a page stand for, from the settings of the project that lies around the working folder."
+    """What the words in braces on a page stand for, from the settings of the project that lies around the
+    working folder."""
     from nbdev.config import get_config
     cfg = get_config()
     docs = cfg.doc_host + cfg.doc_baseurl
-    return {"{git_url}": cfg.git_url, "{docs_url}": docs, "{slug}": f"{cfg.user}/{cfg.repo}", "{branch}": cfg.branch}
+    return {
+        "{git_url}": cfg.git_url, "{docs_url}": docs, "{slug}": f"{cfg.user}/{cfg.repo}",
+        "{branch}": cfg.branch,
+    }
 
 # %% ../nbs/pages/writing_pages.ipynb #9a9cc23e
 def fill_addresses(
@@ -33,7 +37,8 @@ def include_files(
     text:str, # Markdown
     folder:Path, # that the names of the files are relative to
 ) -> str:
-    "A text with files in place of Quarto's include shortcodes, their headings one level down. Raises `FileNotFoundError`."
+    """A text with files in place of Quarto's include shortcodes, their headings one level down. Raises
+    `FileNotFoundError`."""
     lower = lambda part: "#" + part[0] if part[1] else part[0]
     def content(found):
         whole = (Path(folder) / found[1]).read_text(encoding="utf-8")
@@ -68,7 +73,8 @@ def picture_pieces(
     letters:float, # height of its smallest letters in pixels
     wanted:float=9.2, # height that they are shown at, in pixels of the page
 ) -> list: # of `IPython.display.Image`
-    "Pieces of a saved picture, enlarged so that its letters can be read, which a page sets side by side where it is wide enough."
+    """Pieces of a saved picture, enlarged so that its letters can be read, which a page sets side by side
+    where it is wide enough."""
     from IPython.display import Image
     from PIL import Image as Picture
     whole, out = Picture.open(path).convert("RGB"), []

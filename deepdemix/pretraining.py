@@ -8,7 +8,9 @@ __all__ = ['POSITIVES', 'WITHIN', 'SameConv2d', 'conv_block', 'DeepDeMixEncoder'
            'active_share', 'PretrainingTask', 'pretrain', 'contrast_term', 'fold_kernel', 'folded_conv2d']
 
 # %% ../nbs/05_pretraining.ipynb #063c9275
-import inspect, math, warnings
+import inspect
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -35,7 +37,8 @@ from .training import fit
 
 # %% ../nbs/05_pretraining.ipynb #b275e90b
 class SameConv2d(nn.Conv2d):
-    "A 2-D convolution whose output has the size of its input; an even kernel reaches one cell further forward than back."
+    """A 2-D convolution whose output has the size of its input; an even kernel reaches one cell further
+    forward than back."""
     def pad(self,
             x, # maps (batch, channels, n_t, n_f)
            ):  # maps (batch, channels, n_t + k_t - 1, n_f + k_f - 1)
@@ -58,19 +61,23 @@ def conv_block(n_in:int, # channels that come in
                pool:Sequence, # pooling kernel and stride (time, frequency)
                dropout:float=0.5, # share of the pooled cells that training drops
               ) -> nn.Sequential:
-    "(Conv2D, ReLU, Conv2D, ReLU), MaxPool2D, Dropout: maps (batch, n_in, n_t, n_f) -> (batch, n_out, n_t // pool[0], n_f // pool[1])."
-    return nn.Sequential(SameConv2d(n_in, n_mid, tuple(kernels[0])), nn.ReLU(), SameConv2d(n_mid, n_out, tuple(kernels[1])), nn.ReLU(),
-                         nn.MaxPool2d(tuple(pool)), nn.Dropout(dropout))
+    """(Conv2D, ReLU, Conv2D, ReLU), MaxPool2D, Dropout: maps (batch, n_in, n_t, n_f) -> (batch, n_out, n_t
+    // pool[0], n_f // pool[1])."""
+    return nn.Sequential(SameConv2d(n_in, n_mid, tuple(kernels[0])), nn.ReLU(),
+                         SameConv2d(n_mid, n_out, tuple(kernels[1])), nn.ReLU(), nn.MaxPool2d(tuple(pool)),
+                         nn.Dropout(dropout))
 
 # %% ../nbs/05_pretraining.ipynb #6f395df2
 class DeepDeMixEncoder(nn.Module):
-    "The encoder of the paper (4.2), magnitude (batch, n_t, n_f, n_ac) -> latent (batch, 125); every size is an argument."
+    """The encoder of the paper (4.2), magnitude (batch, n_t, n_f, n_ac) -> latent (batch, 125); every size
+    is an argument."""
     def __init__(self,
                  n_t:int=1724, # time frames of the spectrogram
                  n_f:int=257, # frequency bins
                  n_ac:int=1, # audio channels
                  conv_channels:Sequence=(16, 32, 64, 128), # channels of the convolutions, two to a block
-                 kernels:Sequence=((8, 16), (8, 16), (4, 8), (4, 8)), # kernel of each convolution (time, frequency)
+                 # kernel of each convolution (time, frequency)
+                 kernels:Sequence=((8, 16), (8, 16), (4, 8), (4, 8)),
                  pools:Sequence=((16, 4), (8, 4)), # pooling of each block: kernel = stride (time, frequency)
                  linears:Sequence=(500, 250), # widths of the linear layers before the latent
                  latent:int=125, # dimensions of the embedding
@@ -78,20 +85,31 @@ class DeepDeMixEncoder(nn.Module):
                 ):
         "Raises `UserError` where the poolings leave nothing."
         super().__init__()
-        self.args = dict(n_t=n_t, n_f=n_f, n_ac=n_ac, conv_channels=list(conv_channels), kernels=[list(k) for k in kernels], pools=[list(p) for p in pools],
+        self.args = dict(n_t=n_t, n_f=n_f, n_ac=n_ac, conv_channels=list(conv_channels),
+                         kernels=[list(k) for k in kernels], pools=[list(p) for p in pools],
                          linears=list(linears), latent=latent, dropout=dropout)
         self.norm, channels = nn.LayerNorm((n_ac, n_t, n_f)), [n_ac, *conv_channels]
-        self.blocks = nn.ModuleList(conv_block(*channels[2*i:2*i+3], kernels[2*i:2*i+2], p, dropout) for i, p in enumerate(pools))
+        self.blocks = nn.ModuleList(
+            conv_block(*channels[2 * i : 2 * i + 3], kernels[2 * i : 2 * i + 2], p, dropout)
+            for i, p in enumerate(pools)
+        )
         sizes = [channels[-1] * math.prod(self.map_sizes[-1]), *linears]
-        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))]
+        layers = [
+            m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))
+        ]
         self.linear = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], latent))
 
 @patch(as_prop=True)
 def map_sizes(self:DeepDeMixEncoder) -> list:
-    "Size (time, frequency) of the pooled maps, one pair a block; a `UserError` where the poolings leave nothing."
+    """Size (time, frequency) of the pooled maps, one pair a block; a `UserError` where the poolings leave
+    nothing."""
     sizes = [(self.args["n_t"], self.args["n_f"])]
     for p in self.args["pools"]: sizes.append((sizes[-1][0] // p[0], sizes[-1][1] // p[1]))
-    if min(sizes[-1]) < 1: raise UserError(f"encoder: pooling {self.args['pools']} leaves nothing of a {sizes[0]} spectrogram; pool less or give it more frames")
+    if min(sizes[-1]) < 1:
+        raise UserError(
+            f"encoder: pooling {self.args['pools']} leaves nothing of a {sizes[0]} spectrogram; pool less or"
+            " give it more frames"
+        )
     return sizes[1:]
 
 @patch
@@ -101,7 +119,10 @@ def check(self:DeepDeMixEncoder,
     "A spectrogram that does not fit is a `UserError` that says so."
     want = (self.args["n_t"], self.args["n_f"], self.args["n_ac"])
     if tuple(spectrogram.shape[1:]) != want:
-        raise UserError(f"encoder: takes spectrograms (batch, n_t, n_f, n_ac) = (batch, {', '.join(map(str, want))}), got {tuple(spectrogram.shape)}")
+        raise UserError(
+            f"encoder: takes spectrograms (batch, n_t, n_f, n_ac) = (batch, {', '.join(map(str, want))}), got"
+            f" {tuple(spectrogram.shape)}"
+        )
 
 # %% ../nbs/05_pretraining.ipynb #1f469382
 @patch
@@ -136,13 +157,15 @@ def count_parameters(module:nn.Module, # what to count
                      norm:bool=True, # count the layer norms too
                     ) -> int:
     "Number of trainable parameters."
-    skip = {id(p) for m in module.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()} if not norm else set()
+    skip = ({id(p) for m in module.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+            if not norm else set())
     return sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) not in skip)
 
 # %% ../nbs/05_pretraining.ipynb #2572ac55
 @register_network("encoder")
 class EncoderNetwork(nn.Module):
-    "Front end and `DeepDeMixEncoder`: `embed` turns waveforms (batch, channels, time) into points (batch, latent)."
+    """Front end and `DeepDeMixEncoder`: `embed` turns waveforms (batch, channels, time) into points (batch,
+    latent)."""
     def __init__(self,
                  duration:float=5., # seconds that the encoder sees at a time
                  sample_rate:int=SAMPLE_RATE, # Hz
@@ -156,9 +179,15 @@ class EncoderNetwork(nn.Module):
                  latent:int=125,
                  dropout:float=0.5):
         super().__init__()
-        sizes = dict(conv_channels=list(conv_channels), kernels=[list(k) for k in kernels], pools=[list(p) for p in pools], linears=list(linears), latent=latent, dropout=dropout)
-        self.args = dict(duration=duration, sample_rate=sample_rate, window_length=window_length, hop_length=hop_length, window_type=window_type, **sizes)
-        self.sources, self.sample_rate, self.channels, self.duration, self.latent = SOURCES, sample_rate, 1, duration, latent
+        sizes = dict(conv_channels=list(conv_channels), kernels=[list(k) for k in kernels],
+                     pools=[list(p) for p in pools], linears=list(linears), latent=latent, dropout=dropout)
+        self.args = dict(duration=duration, sample_rate=sample_rate, window_length=window_length,
+                         hop_length=hop_length, window_type=window_type, **sizes)
+        self.sources = SOURCES
+        self.sample_rate = sample_rate
+        self.channels = 1
+        self.duration = duration
+        self.latent = latent
         self.stft = STFT(window_length, hop_length, window_type)
         self.samples = round(duration * sample_rate)
         self.encoder = DeepDeMixEncoder(self.stft.frames(self.samples), self.stft.n_f, **sizes)
@@ -168,7 +197,8 @@ class EncoderNetwork(nn.Module):
 def windows(self:EncoderNetwork,
             waveform, # (batch, channels, time)
            ):         # (batch, windows, 1, samples)
-    "Mono windows of `duration`, evenly spread so that they cover everything; a short waveform is padded with silence."
+    """Mono windows of `duration`, evenly spread so that they cover everything; a short waveform is padded
+    with silence."""
     x, n = to_mono(waveform), self.samples
     if x.shape[-1] <= n: return F.pad(x, (0, n - x.shape[-1]))[:, None]
     starts = np.linspace(0, x.shape[-1] - n, math.ceil(x.shape[-1] / n)).round().astype(int)
@@ -200,7 +230,8 @@ class Settings:
     miner: str|None = None # "semihard" or "batch_hard"
     memory: int = 0 # embeddings of earlier batches to compare with
     positives: str = "other_song" # "other_song", "anywhere", "view" or "mixture_stem"
-    per_class: int = 0 # excerpts of each instrument in a batch; 0: as many as `batch_size` triplets would hold
+    # excerpts of each instrument in a batch; 0: as many as `batch_size` triplets would hold
+    per_class: int = 0
     instance: float = 0. # weight of the term that keeps excerpts apart
     places: int = 4 # excerpts a validation song, for the nearest neighbours
     shuffle_labels: bool = False # a control: which excerpt is called what is drawn by lot
@@ -214,21 +245,28 @@ def read_settings(
     "Settings from a recipe; unknown names and impossible values raise a `UserError`."
     known = [f.name for f in fields(Settings)]
     for name in args:
-        if name not in known: raise UserError(f"pretraining has no setting '{name}'; known: {', '.join(known)}")
+        if name not in known:
+            raise UserError(f"pretraining has no setting '{name}'; known: {', '.join(known)}")
     s = Settings(**args)
     for f in fields(Settings): _check_setting(f.name, getattr(s, f.name), f.default)
-    if s.positives not in POSITIVES: raise UserError(f"no definition of positive is called '{s.positives}'; known: {', '.join(POSITIVES)}")
+    if s.positives not in POSITIVES:
+        raise UserError(f"no definition of positive is called '{s.positives}'; known: {', '.join(POSITIVES)}")
     alone = s.positives in ("other_song", "anywhere") # otherwise every excerpt brings its positive along
-    if s.per_class == 1 and alone: raise UserError("per_class is 0 or at least 2, not 1: every excerpt needs a positive")
+    if s.per_class == 1 and alone:
+        raise UserError("per_class is 0 or at least 2, not 1: every excerpt needs a positive")
     return s
 
 def _check_setting(name, value, default):
     "A `UserError` for a value of the wrong kind, or a number out of its range."
     if default is None and value is None: return
-    if not _fits(value, 1. if name == "temperature" else default): raise UserError(f"the setting '{name}' can't be {value!r}; its default is {default!r}")
+    if not _fits(value, 1. if name == "temperature" else default):
+        raise UserError(f"the setting '{name}' can't be {value!r}; its default is {default!r}")
     above = name in ("margin", "temperature", "places")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and not (math.isfinite(value) and (value > 0 if above else value >= 0)): raise UserError(f"the setting '{name}' can't be {value}: it is a number {'above 0' if above else 'of 0 or more'}")
+    if number and not (math.isfinite(value) and (value > 0 if above else value >= 0)):
+        raise UserError(
+            f"the setting '{name}' can't be {value}: it is a number {'above 0' if above else 'of 0 or more'}"
+        )
 
 # %% ../nbs/05_pretraining.ipynb #6a0c3708
 def instruments_of(
@@ -246,9 +284,17 @@ def check_classes(
 ) -> int: # songs of the rarest instrument
     "Raise a `UserError` unless there are two instruments, each in two songs."
     counts = instruments_of(store)
-    if len(counts) < 2: raise UserError(f"the {what} songs hold {len(counts)} instrument{'s' * (len(counts) != 1)}: contrast needs two, such as drums and bass")
+    if len(counts) < 2:
+        raise UserError(
+            f"the {what} songs hold {len(counts)} instrument{'s' * (len(counts) != 1)}: contrast needs two,"
+            " such as drums and bass"
+        )
     for name, n in counts.items():
-        if n < 2: raise UserError(f"only {n} {what} song has {name}: a positive comes from another song, so every instrument needs two; add songs or prepare the store without {name}")
+        if n < 2:
+            raise UserError(
+                f"only {n} {what} song has {name}: a positive comes from another song, so every instrument"
+                f" needs two; add songs or prepare the store without {name}"
+            )
     return min(counts.values())
 
 # %% ../nbs/05_pretraining.ipynb #dbc515e7
@@ -259,7 +305,8 @@ def embedding_size(
     "Dimensions of a network's embedding."
     if hasattr(network, "latent"): return network.latent
     was = network.training
-    with torch.no_grad(): z = network.eval().embed(torch.zeros(1, network.channels, round(duration * network.sample_rate)))
+    with torch.no_grad():
+        z = network.eval().embed(torch.zeros(1, network.channels, round(duration * network.sample_rate)))
     network.train(was)
     return z.shape[-1]
 
@@ -267,16 +314,26 @@ def embedding_size(
 WITHIN = (-5., 10.) # dB of a stem over the rest of its song, in the mixtures of "mixture_stem"
 
 class ContrastTask(Task):
-    "Contrast between instruments: batches of `Triplets` or `BalancedBatches` of the training songs, and their loss."
+    """Contrast between instruments: batches of `Triplets` or `BalancedBatches` of the training songs, and
+    their loss."""
     def __init__(self, network, recipe, store):
         super().__init__(network, recipe, store)
-        if not hasattr(network, "embed"): raise UserError(f"the network '{recipe.network}' has no embed, so there is nothing to contrast; a network that can be pretrained has embed(waveform) -> (batch, dim)")
+        if not hasattr(network, "embed"):
+            raise UserError(
+                f"the network '{recipe.network}' has no embed, so there is nothing to contrast; a network"
+                " that can be pretrained has embed(waveform) -> (batch, dim)"
+            )
         self.settings = s = read_settings(recipe.task_args)
         self.duration = getattr(network, "duration", recipe.mixer.get("duration", 5.))
-        self.heads = Contrast(recipe.loss, embedding_size(network, self.duration), s.margin, s.temperature, s.head, s.miner, s.memory)
-        self.triplets = recipe.loss == "triplet" and not (s.miner or s.memory or s.instance) and s.positives == "other_song"
+        self.heads = Contrast(recipe.loss, embedding_size(network, self.duration), s.margin, s.temperature,
+                              s.head, s.miner, s.memory)
+        self.triplets = (recipe.loss == "triplet" and not (s.miner or s.memory or s.instance)
+                         and s.positives == "other_song")
         self.train_stream = self.stream("train", recipe.seed)
-        if 0 < s.memory < (n := self.units(self.train_stream)): raise UserError(f"memory={s.memory} is less than a batch, which has {n} excerpts: make it larger, or 0")
+        if 0 < s.memory < (n := self.units(self.train_stream)):
+            raise UserError(
+                f"memory={s.memory} is less than a batch, which has {n} excerpts: make it larger, or 0"
+            )
 
 @patch
 def stream(self:ContrastTask,
@@ -286,15 +343,30 @@ def stream(self:ContrastTask,
     "Where the batches of a split come from."
     songs, mixer, duration = self.store.split(split), dict(self.recipe.mixer), self.duration
     if not len(songs): raise UserError(f"the data has no songs in its '{split}' split")
-    if mixer.pop("duration", duration) != duration: raise UserError(f"the recipe's mixer.duration is {self.recipe.mixer['duration']:g} s, the encoder takes {duration:g} s: make them equal")
-    if songs.sample_rate != self.network.sample_rate: raise UserError(f"the data has {songs.sample_rate} Hz, the encoder takes {self.network.sample_rate} Hz")
-    rarest, instruments, several = check_classes(songs, split), tuple(instruments_of(songs)), getattr(songs, "song_weights", None) is not None
-    settings = dict(duration=duration, channels=self.network.channels, instruments=instruments, **{k: v for k, v in mixer.items() if k != "coherent"})
+    if mixer.pop("duration", duration) != duration:
+        raise UserError(
+            f"the recipe's mixer.duration is {self.recipe.mixer['duration']:g} s, the encoder takes"
+            f" {duration:g} s: make them equal"
+        )
+    if songs.sample_rate != self.network.sample_rate:
+        raise UserError(
+            f"the data has {songs.sample_rate} Hz, the encoder takes {self.network.sample_rate} Hz"
+        )
+    rarest = check_classes(songs, split)
+    instruments = tuple(instruments_of(songs))
+    several = getattr(songs, "song_weights", None) is not None
+    settings = dict(duration=duration, channels=self.network.channels, instruments=instruments,
+                    **{k: v for k, v in mixer.items() if k != "coherent"})
     if self.triplets: return (WeightedTriplets if several else Triplets)(songs, seed=seed, **settings)
     wanted = self.settings.per_class or max(2, round(3 * self.recipe.batch_size / len(instruments)))
-    def batches(n, seed, **more): return (WeightedBatches if several else BalancedBatches)(songs, per_class=min(n, rarest), seed=seed, **settings | more)
-    if self.settings.positives == "anywhere": return [batches(wanted - wanted // 2, seed), batches(wanted // 2, seed + 7919)]
-    if self.settings.positives == "mixture_stem": return [batches(wanted, seed), batches(wanted, seed, background=WITHIN)]
+    def batches(n, seed, **more):
+        return (WeightedBatches if several else BalancedBatches)(
+            songs, per_class=min(n, rarest), seed=seed, **settings | more
+        )
+    if self.settings.positives == "anywhere":
+        return [batches(wanted - wanted // 2, seed), batches(wanted // 2, seed + 7919)]
+    if self.settings.positives == "mixture_stem":
+        return [batches(wanted, seed), batches(wanted, seed, background=WITHIN)]
     return [batches(wanted, seed)]
 
 # %% ../nbs/05_pretraining.ipynb #2538263d
@@ -329,8 +401,11 @@ def batch(self:ContrastTask,
     if self.settings.positives == "mixture_stem": mixtures = parts.pop()[0]
     waves, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     if self.settings.shuffle_labels: labels = labels[torch.from_numpy(rng.permutation(len(labels)))]
-    waves, labels, excerpts = views_of(waves, labels, np.random.default_rng([stream[0].seed, number]), self.settings.positives, self.settings.instance > 0, mixtures)
-    if self.settings.positives in ("view", "mixture_stem"): labels = excerpts + number * (int(excerpts.max()) + 1) # a memory of earlier batches must not take their excerpts for these
+    waves, labels, excerpts = views_of(waves, labels, np.random.default_rng([stream[0].seed, number]),
+                                       self.settings.positives, self.settings.instance > 0, mixtures)
+    # a memory of earlier batches must not take their excerpts for these
+    if self.settings.positives in ("view", "mixture_stem"):
+        labels = excerpts + number * (int(excerpts.max()) + 1)
     return waves, labels, excerpts
 
 @patch
@@ -359,7 +434,8 @@ def loss(self:ContrastTask,
     "The contrastive loss, and the term that keeps excerpts apart."
     loss = self.heads(z, labels, self.triplets, remember, world)
     if not self.settings.instance: return loss
-    with torch.autocast(z.device.type, enabled=False): return loss + self.settings.instance * together(metric_loss("ntxent"), world)(z.float(), excerpts)
+    with torch.autocast(z.device.type, enabled=False):
+        return loss + self.settings.instance * together(metric_loss("ntxent"), world)(z.float(), excerpts)
 
 @patch
 def training_loss(self:ContrastTask, batch):
@@ -384,7 +460,8 @@ class PretrainingTask(ContrastTask):
         super().__init__(network, recipe, store)
         self.valid_stream = self.stream("valid", VALID_SEED)
         self.stuck, self._kept, self._held = 0, {}, None
-        if recipe.freeze_encoder: raise UserError("freeze_encoder leaves pretraining nothing to train: it is for what comes after")
+        if recipe.freeze_encoder:
+            raise UserError("freeze_encoder leaves pretraining nothing to train: it is for what comes after")
 
 @patch(as_prop=True)
 def figures(self:PretrainingTask):
@@ -398,10 +475,13 @@ def validate(self:PretrainingTask):
     "valid_loss, valid_knn, collapse and the figures of `cloud`; all on songs never trained on."
     n = math.ceil(self.recipe.valid_examples / self.recipe.batch_size)
     losses, active, points = zip(*[self._valid(k) for k in range(n)])
-    if self._held is None: self._held = draw_excerpts(self.store.split("valid"), self.duration, self.settings.places)
+    if self._held is None:
+        self._held = draw_excerpts(self.store.split("valid"), self.duration, self.settings.places)
     z = embed_excerpts(self.network, self._held)
     figures = cloud(z, self._held.labels)
-    logs = dict(valid_loss=float(np.mean(losses)), valid_knn=neighbour_accuracy(z, self._held.labels, self._held.songs), **{f"valid_{k}": v for k, v in figures.items()})
+    logs = dict(valid_loss=float(np.mean(losses)),
+                valid_knn=neighbour_accuracy(z, self._held.labels, self._held.songs),
+                **{f"valid_{k}": v for k, v in figures.items()})
     logs |= dict(valid_active=float(np.mean(active))) if self.triplets else {}
     logs["collapse_value"] = float(np.mean(points))
     return logs | dict(collapsed=float(self._collapsed(logs)))
@@ -409,7 +489,8 @@ def validate(self:PretrainingTask):
 # %% ../nbs/05_pretraining.ipynb #52920214
 @patch
 def _valid(self:PretrainingTask, k):
-    "Loss and active share of validation batch `k`, and the loss were all embeddings equal; batches are kept while they are few."
+    """Loss and active share of validation batch `k`, and the loss were all embeddings equal; batches are
+    kept while they are few."""
     batch = self._kept[k] if k in self._kept else self.batch(self.valid_stream, k)
     if (k + 1) * batch[0].numel() <= 2**26: self._kept[k] = batch
     waves, labels, excerpts = (x.to(self.device) for x in batch)
@@ -421,10 +502,15 @@ def _valid(self:PretrainingTask, k):
 def _collapsed(self:PretrainingTask, logs):
     "Whether everything is one point; says so at the second validation in a row."
     value = logs["collapse_value"]
-    point = logs["valid_spread"] < 0.05 if self.recipe.loss == "triplet" else logs["valid_uniformity"] > -0.05 # other losses look at directions alone
+    # other losses look at directions alone
+    point = logs["valid_spread"] < 0.05 if self.recipe.loss == "triplet" else logs["valid_uniformity"] > -0.05
     stuck = point and abs(logs["valid_loss"] - value) <= 0.01 * max(value, 0.01)
     self.stuck = self.stuck + 1 if stuck else 0
-    if self.stuck == 2: warnings.warn(f"the encoder has collapsed: loss {logs['valid_loss']:.3f} is what one single point would give ({value:.3f}); try a lower lr, another loss or larger batches")
+    if self.stuck == 2:
+        warnings.warn(
+            f"the encoder has collapsed: loss {logs['valid_loss']:.3f} is what one single point would give"
+            f" ({value:.3f}); try a lower lr, another loss or larger batches"
+        )
     return stuck
 
 # %% ../nbs/05_pretraining.ipynb #a567d684
@@ -438,10 +524,13 @@ def pretrain(
     progress:bool=True, # a bar on a terminal, a line an epoch elsewhere
     **overrides, # recipe fields, or names of `Settings`
 ): # the run folder
-    "Train an encoder by contrast: the paper's, or with `network` that of any network with `embed`. The mixer's duration follows the encoder's, where that has one."
+    """Train an encoder by contrast: the paper's, or with `network` that of any network with `embed`. The
+    mixer's duration follows the encoder's, where that has one."""
     names = [f.name for f in fields(Settings)]
     task_args = {**overrides.pop("task_args", {}), **{k: overrides.pop(k) for k in names if k in overrides}}
-    recipe = recipe_for("pretraining", profile, **{**overrides, "seed": seed, "loss": loss, "task_args": task_args})
+    recipe = recipe_for(
+        "pretraining", profile, **{**overrides, "seed": seed, "loss": loss, "task_args": task_args}
+    )
     duration = inspect.signature(EncoderNetwork).parameters["duration"].default
     if recipe.network != "encoder": duration = recipe.mixer["duration"]
     mixer = {**recipe.mixer, "duration": recipe.network_args.get("duration", duration)}
@@ -453,11 +542,23 @@ def contrast_term(
     task, # a separation task: its network, recipe and store
     settings:dict, # "loss", and the names of `Settings`
 ) -> ContrastTask:
-    "The contrastive loss of the network's `embed`, to be added to a separation loss; `UserError` for a network without `embed`."
-    if task.recipe.freeze_encoder is True: raise UserError("the term 'contrast' would train the encoder, which freeze_encoder=true keeps as it is: leave one of them out")
+    """The contrastive loss of the network's `embed`, to be added to a separation loss; `UserError` for a
+    network without `embed`."""
+    if task.recipe.freeze_encoder is True:
+        raise UserError(
+            "the term 'contrast' would train the encoder, which freeze_encoder=true keeps as it is: leave one"
+            " of them out"
+        )
     settings = {"per_class": 4, **settings}
-    loss, duration = settings.pop("loss", "supcon"), getattr(task.network, "duration", task.recipe.mixer.get("duration", 5.))
-    return ContrastTask(task.network, replace(task.recipe, kind="pretraining", loss=loss, mixer=dict(duration=duration), task_args=settings), task.store)
+    loss = settings.pop("loss", "supcon")
+    duration = getattr(task.network, "duration", task.recipe.mixer.get("duration", 5.))
+    return ContrastTask(
+        task.network,
+        replace(
+            task.recipe, kind="pretraining", loss=loss, mixer=dict(duration=duration), task_args=settings
+        ),
+        task.store,
+    )
 
 # %% ../nbs/05_pretraining.ipynb #a101c44e
 def fold_kernel(weight, # (out, in, k_t, k_f)

@@ -7,7 +7,12 @@ __all__ = ['MOST_CHANNELS', 'GRAPHS', 'FORMATS', 'SUBTYPES', 'DEPTHS', 'check_na
            'stream_of', 'Cancelled', 'existing_song']
 
 # %% ../nbs/08_separation.ipynb #bd842066
-import contextlib, math, os, re, time, warnings
+import contextlib
+import math
+import os
+import re
+import time
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -47,33 +52,46 @@ def check_names(
 class Separator:
     "A network, and all that it needs to separate songs of any length, rate and number of channels."
     def __init__(self,
-                 network, # waveform (b, c, time) -> stems (b, s, c, time), with `sources`, `sample_rate` and `channels`
+                 # waveform (b, c, time) -> stems (b, s, c, time), with `sources`, `sample_rate` and
+                 # `channels`
+                 network,
                  name="network", # what messages and summaries call it
                  device="auto", # auto, cpu, cuda or mps
                  chunk=None, # seconds that the network sees at a time; None: what it was made for, or 20
-                 overlap=None, # part of a chunk that it shares with the next; None: 1/8 (1/4 for networks made for one length)
+                 # part of a chunk that it shares with the next; None: 1/8 (1/4 for networks made for one
+                 # length)
+                 overlap=None,
                  context=None, # seconds on each side that are seen and not used; None: 2/5 of the overlap
                  batch_size=1, # chunks that go through the network together
-                 threads=None): # chunks in work at once on the processor, one core each; None: as many as PyTorch has threads and the process cores
+                 # chunks in work at once on the processor, one core each; None: as many as PyTorch has
+                 # threads and the process cores
+                 threads=None):
         self.device, self.name, self.threads = pick_device(device), str(name), threads
-        if threads is not None and not 1 <= threads <= 1024: raise UserError(f"threads={threads}: use 1 to 1024")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise UserError(f"threads={threads}: use 1 to 1024")
         if batch_size < 1: raise UserError(f"batch_size={batch_size}: use 1 or more")
         self.network, self.origin = network.to(self.device).float().eval(), None
         self.sources, self.sample_rate = check_names(network.sources), check_rate(network.sample_rate)
         self.channels = network.channels or 1
         self.plan = plan_chunks(network, chunk, overlap, context) | dict(batch_size=batch_size)
 
-    def __repr__(self): return f"Separator({self.name}: {', '.join(self.sources)} at {self.sample_rate} Hz on {self.device})"
+    def __repr__(self):
+        return f"Separator({self.name}: {', '.join(self.sources)} at {self.sample_rate} Hz on {self.device})"
 
 # %% ../nbs/08_separation.ipynb #5ae848fa
 @patch
 def _stems(self:Separator, batch):
-    "The network on a batch of chunks `(b, channels, time)`: ordinary `(b, s, channels, time)`. `UserError` if it gives NaN."
+    """The network on a batch of chunks `(b, channels, time)`: ordinary `(b, s, channels, time)`. `UserError`
+    if it gives NaN."""
     try:
         stems = network_stems(self.network, batch, self.device)
-    except torch.cuda.OutOfMemoryError as e: raise UserError(f"{self.device} has too little memory: choose a smaller batch_size or chunk, or the device cpu") from e
+    except torch.cuda.OutOfMemoryError as e:
+        raise UserError(
+            f"{self.device} has too little memory: choose a smaller batch_size or chunk, or the device cpu"
+        ) from e
     if not torch.isfinite(stems).all():
-        if (peak := float(batch.abs().max())) > 1e4: raise UserError(f"samples as large as {peak:.0e}, where full scale is 1: not a sound")
+        if (peak := float(batch.abs().max())) > 1e4:
+            raise UserError(f"samples as large as {peak:.0e}, where full scale is 1: not a sound")
         raise UserError(f"the model {self.name} turns sound into NaN: its weights are broken, train it again")
     return stems.clone()
 
@@ -88,13 +106,16 @@ def __call__(self:Separator, waveform): # (channels, time) at the model's rate
 @patch
 def _pieces(self:Separator, blocks, rows=slice(None)):
     "The stems of some sources `(s, channels, time)`, piece by piece, at the model's rate."
-    return stems_of_blocks(lambda x: self._stems(x)[:, rows], blocks, self.plan, self.device, len(self.sources), self.threads)
+    return stems_of_blocks(
+        lambda x: self._stems(x)[:, rows], blocks, self.plan, self.device, len(self.sources), self.threads
+    )
 
 
 
 # %% ../nbs/08_separation.ipynb #21dfeaeb
 class Waiting:
-    "A queue of blocks (channels, time): what passes through `tap` can be taken out again in pieces of any length."
+    """A queue of blocks (channels, time): what passes through `tap` can be taken out again in pieces of any
+    length."""
     def __init__(self): self.blocks, self.length = deque(), 0
 
     def tap(self, blocks):
@@ -110,7 +131,9 @@ class Waiting:
         self.length -= n
         while n:
             block = self.blocks.popleft()
-            if block.shape[-1] > n: self.blocks.appendleft(block[..., n:]); block = block[..., :n]
+            if block.shape[-1] > n:
+                self.blocks.appendleft(block[..., n:])
+                block = block[..., :n]
             parts.append(block)
             n -= block.shape[-1]
         return torch.cat(parts, -1) if parts else None
@@ -133,7 +156,8 @@ def separate_blocks(self:Separator,
                     blocks, # iterator of (channels, time) float tensors
                     sample_rate, # theirs, in Hz
                     rows=None): # which sources are wanted; None for all
-    "Yield (mixture `(channels, time)`, stems `(s, channels, time)`) piece by piece, at the input's rate and of exactly its length."
+    """Yield (mixture `(channels, time)`, stems `(s, channels, time)`) piece by piece, at the input's rate
+    and of exactly its length."""
     waiting, rows = Waiting(), list(range(len(self.sources))) if rows is None else list(rows)
     same = check_rate(sample_rate) == self.sample_rate
     incoming = waiting.tap(x.detach() for x in blocks)
@@ -141,24 +165,34 @@ def separate_blocks(self:Separator,
     stems = self._pieces(incoming, rows)
     with keep_memory() as tidy:
         for x in stems if same else _resampled(stems, self.sample_rate, sample_rate):
-            if waiting.length: mixture = waiting.take(x.shape[-1]); yield mixture, x[..., :mixture.shape[-1]]
+            if waiting.length:
+                mixture = waiting.take(x.shape[-1])
+                yield mixture, x[..., :mixture.shape[-1]]
             tidy()
-        if waiting.length: mixture = waiting.take(waiting.length); yield mixture, mixture.new_zeros(len(rows), *mixture.shape)
+        if waiting.length:
+            mixture = waiting.take(waiting.length)
+            yield mixture, mixture.new_zeros(len(rows), *mixture.shape)
 
 # %% ../nbs/08_separation.ipynb #3d3c33f4
 def output_weights(sources, # names of the network's sources
                    two_stems=None, # only this source, and the mixture without it
                    stems=None, # only these sources, in this order
                    residual_to=None): # this source takes what the others leave of the mixture
-    "`{name of an output: weights of (mixture, *sources)}`. `UserError` for names that the model doesn't have."
+    """`{name of an output: weights of (mixture, *sources)}`. `UserError` for names that the model doesn't
+    have."""
     chosen = [stems] if isinstance(stems, str) else list(stems or [])
     for name in chosen + [x for x in (two_stems, residual_to) if x]:
-        if name not in sources: raise UserError(f"this model has no stem {name!r}; it has {', '.join(sources)}")
-    if two_stems and (chosen or residual_to): raise UserError("two_stems gives two outputs that sum to the mixture: leave out stems and residual_to")
+        if name not in sources:
+            raise UserError(f"this model has no stem {name!r}; it has {', '.join(sources)}")
+    if two_stems and (chosen or residual_to):
+        raise UserError(
+            "two_stems gives two outputs that sum to the mixture: leave out stems and residual_to"
+        )
     unit = lambda name: [float(x == name) for x in sources]
     weights = {name: [0.0, *unit(name)] for name in sources}
     if residual_to: weights[residual_to] = [1.0, *(float(x == residual_to) - 1 for x in sources)]
-    if two_stems: return {two_stems: weights[two_stems], f"no_{two_stems}": [1.0, *(-x for x in unit(two_stems))]}
+    if two_stems:
+        return {two_stems: weights[two_stems], f"no_{two_stems}": [1.0, *(-x for x in unit(two_stems))]}
     return {name: weights[name] for name in dict.fromkeys(chosen or sources)}
 
 # %% ../nbs/08_separation.ipynb #86e39f98
@@ -191,8 +225,10 @@ def separate(self:Separator,
              stems=None, # only these sources
              residual_to=None, # this source takes what the others leave of the mixture
              track=1, # of a file: which sound track
-             progress=False): # True for a bar, or a function (seconds done, seconds in all), which cancels by returning False
-    "`{stem: (channels, time)}` of the same length, rate and kind as the input (a file gives tensors). `UserError` for NaN and for unreadable files."
+             # True for a bar, or a function (seconds done, seconds in all), which cancels by returning False
+             progress=False):
+    """`{stem: (channels, time)}` of the same length, rate and kind as the input (a file gives tensors).
+    `UserError` for NaN and for unreadable files."""
     name = waveform if isinstance(waveform, (str, os.PathLike)) else "the waveform"
     rate = None if sample_rate is None else check_rate(sample_rate)
     if name is waveform: waveform, rate = read(waveform, sample_rate=rate, stream=stream_of(waveform, track))
@@ -230,7 +266,8 @@ class Cancelled(Exception):
 
 class _Lines:
     "Progress as a few plain lines on standard error."
-    def __init__(self, name, total): self.name, self.total, self.start, self.next = name, total, time.monotonic(), 0.1
+    def __init__(self, name, total):
+        self.name, self.total, self.start, self.next = name, total, time.monotonic(), 0.1
 
     def __call__(self, done):
         part = min(done / max(self.total, 1e-9), 1.0)
@@ -253,7 +290,8 @@ def _report(progress, # False, True or a function (seconds done, seconds in all)
     elif not on_terminal(): yield _Lines(Path(name).name, total)
     else:
         from tqdm import tqdm
-        with tqdm(total=round(total), desc=Path(name).name[:30], unit="s", dynamic_ncols=True) as bar: yield lambda done: bar.update(round(min(done, total)) - bar.n)
+        with tqdm(total=round(total), desc=Path(name).name[:30], unit="s", dynamic_ncols=True) as bar:
+            yield lambda done: bar.update(round(min(done, total)) - bar.n)
 
 # %% ../nbs/08_separation.ipynb #7ccae6dd
 GRAPHS = (".onnx", ".pt", ".ts")
@@ -272,21 +310,33 @@ def _outside_network(name, path, options):
 
 @patch(cls_method=True)
 def from_pretrained(cls:Separator,
-                    name="default", # a bundled model, a run folder, "hf:owner/name", another project's model, or a file: ONNX, TorchScript, Demucs' .th
+                    # a bundled model, a run folder, "hf:owner/name", another project's model, or a file:
+                    # ONNX, TorchScript, Demucs' .th
+                    name="default",
                     **kwargs): # device, chunk, overlap, context, batch_size, threads
-    "A separator from weights on disk. `UserError` for unknown names, pickles, and weights that don't fit their recipe."
+    """A separator from weights on disk. `UserError` for unknown names, pickles, and weights that don't fit
+    their recipe."""
     folder = find_model(name, peers=True)
     if network := _outside_network(name, folder, kwargs):
         if folder.suffix == ".onnx": kwargs["device"] = "cpu"
         return cls(network, name=folder.stem, **kwargs)._from(folder if folder.is_file() else None)
     try: network, kind = load_network(folder), (read_record(folder).get("recipe") or {}).get("kind")
     except UserError: raise
-    except Exception as e: raise UserError(f"{folder} holds no model that can be read ({type(e).__name__}: {str(e)[:200]})") from e
+    except Exception as e:
+        raise UserError(
+            f"{folder} holds no model that can be read ({type(e).__name__}: {str(e)[:200]})"
+        ) from e
     missing = [x for x in ("sources", "sample_rate", "channels") if not hasattr(network, x)]
     if missing or kind == "pretraining":
-        raise UserError(f"{folder} holds no separator{f': its network has no ' + ', '.join(missing) if missing else ' but an encoder'}. A pretrained encoder is used with train --encoder")
+        raise UserError(
+            f"{folder} holds no"
+            f" separator{': its network has no ' + ', '.join(missing) if missing else ' but an encoder'}. A"
+            " pretrained encoder is used with train --encoder"
+        )
     known = str(name) in pretrained_names() or str(name).startswith("hf:")
-    return cls(network, name=str(name) if known else folder.name, **kwargs)._from(folder / "model.safetensors")
+    return cls(network, name=str(name) if known else folder.name, **kwargs)._from(
+        folder / "model.safetensors"
+    )
 
 @patch
 def _from(self:Separator, path):
@@ -317,7 +367,8 @@ def _checked(format, subtype, clip):
     if format not in FORMATS: raise UserError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
     subtype = _depth(format, subtype)
     clip = clip or ("none" if subtype in ("FLOAT", "DOUBLE") else "rescale")
-    if clip not in ("rescale", "clamp", "none"): raise UserError(f"clip is rescale, clamp or none, not {clip!r}")
+    if clip not in ("rescale", "clamp", "none"):
+        raise UserError(f"clip is rescale, clamp or none, not {clip!r}")
     return format, subtype, clip
 
 
@@ -325,11 +376,14 @@ def _checked(format, subtype, clip):
 # %% ../nbs/08_separation.ipynb #1fda58d7
 @patch
 def _write_stems(self:Separator, blocks, info, hidden, weights, format, subtype, clip, report):
-    "Separate a stream of blocks into one file for each output in the hidden folder: the gain, and the number of samples."
+    """Separate a stream of blocks into one file for each output in the hidden folder: the gain, and the
+    number of samples."""
     frames, paths = 0, [hidden / f"{name}.{format}" for name in weights]
     levelled = _levelled(self._reported(blocks, info, weights, report), hidden.parent, clip)
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(Writer(path, info.sample_rate, info.channels, subtype)) for path in paths]
+        writers = [
+            stack.enter_context(Writer(path, info.sample_rate, info.channels, subtype)) for path in paths
+        ]
         gain = next(levelled)
         for x in levelled:
             for writer, y in zip(writers, x): writer.write(y)
@@ -360,10 +414,13 @@ def separate_file(self:Separator,
                   overwrite=False, # replace stems that are there; otherwise the folder gets a number
                   tags=True, # copy title, artist, …
                   track=1, # which sound track, where a video has several
-                  progress=False, # True for a bar, or a function (seconds done, seconds in all), which cancels by returning False
+                  # True for a bar, or a function (seconds done, seconds in all), which cancels by returning
+                  # False
+                  progress=False,
                   taken=(), # folders not to be used
                   report=None): # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
-    "Separate a song into files of its rate and length. Returns a summary that JSON can hold; warns with `DamagedAudio` for a cut-off file. `UserError`: nothing was written."
+    """Separate a song into files of its rate and length. Returns a summary that JSON can hold; warns with
+    `DamagedAudio` for a cut-off file. `UserError`: nothing was written."""
     format, subtype, clip = _checked(format, subtype, clip)
     weights, stream = output_weights(self.sources, two_stems, stems, residual_to), stream_of(path, track)
     info, start, out, found = probe(path, stream), time.perf_counter(), Path(out), []
@@ -378,9 +435,11 @@ def separate_file(self:Separator,
     damage = [str(x) for x in found if isinstance(x, DamagedAudio)]
     notes = [*(str(x) for x in found if not isinstance(x, DamagedAudio)), *notes]
     seconds, duration = time.perf_counter() - start, frames / info.sample_rate
-    return dict(input=str(path), folder=str(folder), outputs={name: str(folder / f"{name}.{format}") for name in weights}, model=self.name,
-                sample_rate=info.sample_rate, channels=info.channels, frames=frames, duration=duration, gain=gain, seconds=seconds,
-                real_time_factor=seconds / max(duration, 1e-9), damage=damage[0] if damage else None, notes=notes)
+    return dict(input=str(path), folder=str(folder),
+                outputs={name: str(folder / f"{name}.{format}") for name in weights}, model=self.name,
+                sample_rate=info.sample_rate, channels=info.channels, frames=frames, duration=duration,
+                gain=gain, seconds=seconds, real_time_factor=seconds / max(duration, 1e-9),
+                damage=damage[0] if damage else None, notes=notes)
 
 # %% ../nbs/08_separation.ipynb #613417f2
 def _finish(hidden, format, tags):

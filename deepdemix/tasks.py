@@ -7,7 +7,8 @@ __all__ = ['TASKS', 'TERMS', 'VALID_SEED', 'Task', 'register_task', 'build_task'
            'SeparationTask', 'scored_song', 'song_sdr']
 
 # %% ../nbs/02b_tasks.ipynb #26c0859a
-import json, math
+import json
+import math
 
 import torch
 from fastcore.basics import patch
@@ -24,7 +25,8 @@ from .metrics import score_song
 
 # %% ../nbs/02b_tasks.ipynb #8eba0588
 class Task:
-    "What a step of training is. `train_batch` must depend on its argument and the recipe only: that makes a run resumable and independent of workers."
+    """What a step of training is. `train_batch` must depend on its argument and the recipe only: that makes
+    a run resumable and independent of workers."""
     monitor = "valid_loss" # the figure that decides which weights are best
     heads = None # an optional `nn.Module` that is trained along, but is no part of the model
     figures = None # names of the figures in the run's table, where they are known beforehand
@@ -76,7 +78,9 @@ TERMS = {}
 
 def register_term(
     name:str, # what `task_args` call it
-): # a decorator for a function of (task, settings) that returns a `Task`, of which `heads`, `train_batch` and `training_loss` are used
+# a decorator for a function of (task, settings) that returns a `Task`, of which `heads`, `train_batch` and
+# `training_loss` are used
+):
     "Register a term beside a separation loss."
     def _register(f):
         TERMS[name] = f
@@ -93,7 +97,8 @@ def build_terms(
         if name not in TERMS: raise _no_such("term of separation", name, TERMS)
         settings = dict(settings) if isinstance(settings, dict) else {"weight": settings}
         weight = settings.pop("weight", 0)
-        if not _fits(weight, 0.) or not 0 <= weight < math.inf: raise UserError(f"the weight of the term '{name}' can't be {weight!r}: it is a number, 0 or more")
+        if not _fits(weight, 0.) or not 0 <= weight < math.inf:
+            raise UserError(f"the weight of the term '{name}' can't be {weight!r}: it is a number, 0 or more")
         if weight: terms[name] = weight, TERMS[name](task, settings)
     return terms
 
@@ -137,7 +142,8 @@ class SeparationTask(Task):
 
     def train_batch(self, step):
         mixes = self._mixes(step, range(self.recipe.batch_size))
-        return (*mixes, {name: term.train_batch(step) for name, (_, term) in self.terms.items()}) if self.terms else mixes
+        return ((*mixes, {name: term.train_batch(step) for name, (_, term) in self.terms.items()})
+                if self.terms else mixes)
 
     def training_loss(self, batch):
         mixture, sources, *more = batch
@@ -146,7 +152,8 @@ class SeparationTask(Task):
         for name, (weight, term) in self.terms.items():
             value, figures = term.beside(more[0][name], mixture, sources)
             told = figures.pop("train_loss", value.detach())
-            loss, logs = loss + weight * value, logs | {name: told, **{f"{name}_{k}": v for k, v in figures.items()}}
+            loss, logs = loss + weight * value, logs | {name: told,
+                                                        **{f"{name}_{k}": v for k, v in figures.items()}}
             logs["train_loss"] = logs["train_loss"] + weight * told
         return loss, logs
 
@@ -155,7 +162,9 @@ class SeparationTask(Task):
 def _mixes(self:SeparationTask, step, rows):
     "Some rows of batch `step`, made where the network is."
     here = self.device.type == "cuda" and torch.utils.data.get_worker_info() is None
-    return self.mixer.batch(len(rows), start=step * self.recipe.batch_size + rows.start, device=self.device if here else None)
+    return self.mixer.batch(
+        len(rows), start=step * self.recipe.batch_size + rows.start, device=self.device if here else None
+    )
 
 @patch
 def _mixer(self:SeparationTask, split, seed, size):
@@ -164,7 +173,9 @@ def _mixer(self:SeparationTask, split, seed, size):
     songs = self.store.split(split)
     if not len(songs): raise UserError(f"the data has no songs in its '{split}' split")
     _check_settings("setting of the mixer", self.recipe.mixer, Mixer)
-    return Mixer(songs, **{"channels": self.network.channels, **self.recipe.mixer, "seed": seed, "size": size})
+    return Mixer(
+        songs, **{"channels": self.network.channels, **self.recipe.mixer, "seed": seed, "size": size}
+    )
 
 @patch
 def _loss(self:SeparationTask, mixture, sources):
@@ -196,7 +207,8 @@ def validate(self:SeparationTask):
         mixture, sources = (x.to(self.device) for x in self._valid_batch(start, count))
         total += float(self._loss(mixture, sources)) * count
     logs = dict(valid_loss=total / n)
-    return logs | song_sdr(self.network, self.store.split("valid")) if self.recipe.validation == "songs" else logs
+    return (logs | song_sdr(self.network, self.store.split("valid")) if self.recipe.validation == "songs"
+            else logs)
 
 # %% ../nbs/02b_tasks.ipynb #b6000003
 @patch(as_prop=True)
@@ -220,7 +232,8 @@ def scored_song(
     if channels == "mono": stems = to_mono(stems)
     if mixture == "sum": return stems, stems.sum(0)
     stream = store.mixture(i, kind="stream")
-    if stream.shape[-1] != stems.shape[-1]: raise UserError(f"the mixture has {stream.shape[-1]} samples, the stems {stems.shape[-1]}")
+    if stream.shape[-1] != stems.shape[-1]:
+        raise UserError(f"the mixture has {stream.shape[-1]} samples, the stems {stems.shape[-1]}")
     return stems, check_finite(to_mono(stream) if channels == "mono" else stream, "the mixture")
 
 @torch.no_grad()
@@ -228,7 +241,8 @@ def song_sdr(
     network, # a separator
     store, # the songs
 ) -> dict: # decibels: valid_sdr (mean over sources) and valid_sdr_drums, …
-    "museval's SDR of whole songs: median over seconds, then over songs, then the mean over sources. Silent songs don't count."
+    """museval's SDR of whole songs: median over seconds, then over songs, then the mean over sources. Silent
+    songs don't count."""
     protocol = ("mono", "sum") if (network.channels or 1) == 1 else ("stereo", "stream")
     rows = [torch.full((len(network.sources),), math.nan)]
     for i in range(len(store)):
@@ -236,7 +250,8 @@ def song_sdr(
         stems, mixture = scored_song(store, i, *protocol)
         rows.append(score_song(stems, stems_of_song(network, mixture), store.sample_rate, ("SDR",))[0]["SDR"])
     found = torch.stack([x.double() for x in rows]).nanquantile(0.5, 0)
-    return {"valid_sdr": float(found.nanmean()), **{f"valid_sdr_{s}": float(v) for s, v in zip(network.sources, found)}}
+    return {"valid_sdr": float(found.nanmean()),
+            **{f"valid_sdr_{s}": float(v) for s, v in zip(network.sources, found)}}
 
 # %% ../nbs/02b_tasks.ipynb #7cf00570
 def _cut(
@@ -271,6 +286,8 @@ def take_part(self:SeparationTask, rank:int, world:int):
 @patch
 def own_batch(self:SeparationTask, step:int):
     "This process's mixes of batch `step`, and its part of the terms' batches."
-    if self.share[1] == 1 or type(self).train_batch is not SeparationTask.train_batch: return Task.own_batch(self, step)
+    if self.share[1] == 1 or type(self).train_batch is not SeparationTask.train_batch:
+        return Task.own_batch(self, step)
     mixes = self._mixes(step, own_rows(self.recipe.batch_size, self.share))
-    return (*mixes, {name: term.own_batch(step) for name, (_, term) in self.terms.items()}) if self.terms else mixes
+    return ((*mixes, {name: term.own_batch(step) for name, (_, term) in self.terms.items()}) if self.terms
+            else mixes)

@@ -6,7 +6,12 @@
 __all__ = ['NO_GRADIENT', 'MEASURED', 'KEPT', 'Interrupted', 'Loop', 'run_data', 'check_monitor', 'sole_writer', 'fit']
 
 # %% ../nbs/03_training.ipynb #c01f6f28
-import contextlib, datetime, math, signal, threading, time
+import contextlib
+import datetime
+import math
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +48,12 @@ class Loop:
                  out, # the run folder
                  record, # of recipe.json
                  report): # called with the loop after every step and epoch
-        self.task, self.recipe, self.out, self.record, self.report, self.ranks = task, recipe, Path(out), record, report, Ranks()
+        self.task = task
+        self.recipe = recipe
+        self.out = Path(out)
+        self.record = record
+        self.report = report
+        self.ranks = Ranks()
         self.network, self.optimizer = task.network, build_optimizer(task, recipe)
         self.average = Average(task.network, recipe.ema) if recipe.ema else None
         self.step, self.rows, self.sums, self.pooled, self.best = 0, [], {}, {}, None
@@ -65,8 +75,10 @@ class Loop:
 def _keep(self:Loop, cost, row):
     "Write the best weights so far, with the figure that made them so."
     self.best = cost
-    write_weights(self.out/"model.safetensors", self.network.state_dict(), {"format": "pt", "epoch": str(row["epoch"]), "cost": repr(cost)})
-    self.record["best"] = {k: v if math.isfinite(v) else None for k, v in row.items() if k in ("epoch", "step") or k.startswith("valid")}
+    write_weights(self.out / "model.safetensors", self.network.state_dict(),
+                  {"format": "pt", "epoch": str(row["epoch"]), "cost": repr(cost)})
+    self.record["best"] = {k: v if math.isfinite(v) else None for k, v in row.items()
+                           if k in ("epoch", "step") or k.startswith("valid")}
 
 @patch
 def write_record(self:Loop, status):
@@ -87,7 +99,9 @@ def monitor(self:Loop):
 def _cost(self:Loop, row):
     "The figure that decides, turned so that lower is better."
     value = row.get(self.monitor)
-    if value is None: raise UserError(f"the validation gives no figure '{self.monitor}'; it gives {', '.join(k for k in row if k.startswith('valid'))}")
+    if value is None:
+        raise UserError(f"the validation gives no figure '{self.monitor}'; it gives"
+                        f" {', '.join(k for k in row if k.startswith('valid'))}")
     value = float(value) if any(w in self.monitor for w in ("loss", "error")) else -float(value)
     return math.inf if math.isnan(value) else value
 
@@ -150,7 +164,8 @@ def before_step(self:Loop):
     "Set the learning rates, and how much of the encoder learns."
     factor = lr_factor(self.recipe, self.step, self.costs if self.recipe.lr_schedule == "plateau" else ())
     for g in self.optimizer.param_groups: g["lr"] = self.recipe.lr * g["scale"] * factor
-    if self.recipe.freeze_encoder or self.recipe.unfreeze_every: thaw(self.network.encoder, thawed(self.recipe, self.epoch))
+    if self.recipe.freeze_encoder or self.recipe.unfreeze_every:
+        thaw(self.network.encoder, thawed(self.recipe, self.epoch))
 
 @patch
 def loss(self:Loop, batch):
@@ -158,28 +173,40 @@ def loss(self:Loop, batch):
     loss, logs = self.task.training_loss(batch)
     if self.ranks.world == 1 and loss.device.type == "cpu" and not torch.isfinite(loss): self._not_finite()
     if not loss.requires_grad: raise self.ranks.alike(UserError(NO_GRADIENT))
-    for k, v in {"train_loss": loss, **logs}.items(): self.sums.setdefault(k, []).append(torch.as_tensor(v).detach().float())
+    for k, v in {"train_loss": loss, **logs}.items():
+        self.sums.setdefault(k, []).append(torch.as_tensor(v).detach().float())
     return loss
 
 @patch
 def note_gradient(self:Loop):
     "Log the norm of the network's gradient, before it is clipped, where the task asks for it."
-    if self.task.logs_gradient: self.sums.setdefault("grad_norm", []).append(torch.stack([p.grad.norm() for p in self.network.parameters() if p.grad is not None]).norm())
+    if self.task.logs_gradient:
+        self.sums.setdefault("grad_norm", []).append(
+            torch.stack([p.grad.norm() for p in self.network.parameters() if p.grad is not None]).norm()
+        )
 
 @patch
 def _not_finite(self:Loop):
     "Say what to do; the state on disk is the last good one."
-    raise self.ranks.alike(UserError(f"the loss or the weights are no longer finite after step {self.step}: begin again with a lower lr (now {self.recipe.lr:g}) or grad_clip=1; {self.out} keeps the last good state"))
+    raise self.ranks.alike(
+        UserError(
+            f"the loss or the weights are no longer finite after step {self.step}: begin again with a lower"
+            f" lr (now {self.recipe.lr:g}) or grad_clip=1; {self.out} keeps the last good state"
+        )
+    )
 
 # %% ../nbs/03_training.ipynb #1b55f675
 MEASURED = 20 # batches
 
 @patch
 def averaged(self:Loop):
-    "A block in which the network carries its averaged weights, if the recipe has any, with statistics of the last training batches."
+    """A block in which the network carries its averaged weights, if the recipe has any, with statistics of
+    the last training batches."""
     if not self.average: return contextlib.nullcontext()
     seen = self.step * self.recipe.accumulate
-    return self.average.applied(self.task.train_batch(n)[0].to(self.task.device) for n in range(max(0, seen - MEASURED), seen))
+    return self.average.applied(
+        self.task.train_batch(n)[0].to(self.task.device) for n in range(max(0, seen - MEASURED), seen)
+    )
 
 @patch
 def end_epoch(self:Loop, trainer):
@@ -188,7 +215,9 @@ def end_epoch(self:Loop, trainer):
     row = dict(epoch=self.epoch, step=self.step, examples=self.step * self.recipe.examples_per_step)
     row |= {k: float(torch.stack([x.cpu() for x in v]).double().mean()) for k, v in self.sums.items()}
     with self.averaged():
-        row |= self.ranks.first(self._validate, trainer) | dict(lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.spent - self.epoch_began, 3))
+        row |= self.ranks.first(self._validate, trainer) | dict(
+            lr=self.optimizer.param_groups[0]["lr"], seconds=round(self.spent - self.epoch_began, 3)
+        )
         if not math.isfinite(row["train_loss"]): self._not_finite()
         self.ranks.first(self._close_epoch, row)
     self.rows.append(row)
@@ -207,7 +236,8 @@ def _close_epoch(self:Loop, row):
 def _pool(self:Loop):
     "Make the figures of each step since the last call their means over all processes."
     if self.ranks.world == 1: return
-    new = {k: torch.stack([x.cpu() for x in v[self.pooled.get(k, 0):]]) for k, v in self.sums.items() if len(v) > self.pooled.get(k, 0)}
+    new = {k: torch.stack([x.cpu() for x in v[self.pooled.get(k, 0) :]]) for k, v in self.sums.items()
+           if len(v) > self.pooled.get(k, 0)}
     everyones = self.ranks.collect(new)
     for k in new: self.sums[k][self.pooled.get(k, 0):] = list(torch.stack([x[k] for x in everyones]).mean(0))
     self.pooled = {k: len(v) for k, v in self.sums.items()}
@@ -228,19 +258,27 @@ def save_state(self:Loop, trainer):
     "Write all that the next start needs, unless the weights are spoilt."
     if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()): self._not_finite()
     self._pool()
-    heads, (own, *others) = self.task.heads.state_dict() if self.task.heads else {}, self.ranks.collect(random_state())
-    state = dict(format=FORMAT, step=self.step, data=_places(self.task.store), used=self.precision, network=self.network.state_dict(), heads=heads,
-                 optimizer=self.optimizer.state_dict(), random=own, others=others,
-                 precision=trainer.precision_plugin.state_dict(), average=self.average.mean if self.average else [], rows=self.rows,
-                 sums={k: torch.stack([x.cpu() for x in v]) for k, v in self.sums.items()}, seconds=self.spent, epoch_seconds=self.spent - self.epoch_began)
+    heads, (own, *others) = self.task.heads.state_dict() if self.task.heads else {}, self.ranks.collect(
+        random_state()
+    )
+    state = dict(format=FORMAT, step=self.step, data=_places(self.task.store), used=self.precision,
+                 network=self.network.state_dict(), heads=heads, optimizer=self.optimizer.state_dict(),
+                 random=own, others=others, precision=trainer.precision_plugin.state_dict(),
+                 average=self.average.mean if self.average else [], rows=self.rows,
+                 sums={k: torch.stack([x.cpu() for x in v]) for k, v in self.sums.items()},
+                 seconds=self.spent, epoch_seconds=self.spent - self.epoch_began)
     self.ranks.first(write_state, self.out/"resume.safetensors", state)
     self.saved = time.monotonic()
 
 @patch
 def load_state(self:Loop, state):
     "Take up the counters and weights of an earlier start; the rest waits for `start`."
-    self.step, self.rows, self.seconds, self.best = state["step"], state["rows"], state["seconds"], _best_cost(self.out)
-    self.sums, self.pooled = {k: list(v) for k, v in state["sums"].items()}, {k: len(v) for k, v in state["sums"].items()}
+    self.step = state["step"]
+    self.rows = state["rows"]
+    self.seconds = state["seconds"]
+    self.best = _best_cost(self.out)
+    self.sums = {k: list(v) for k, v in state["sums"].items()}
+    self.pooled = {k: len(v) for k, v in state["sums"].items()}
     load_into(self.network, state["network"], "the saved state")
     if self.task.heads: load_into(self.task.heads, state["heads"], "the saved state")
     self.epoch_began = state["seconds"] - state["epoch_seconds"]
@@ -270,7 +308,8 @@ def _best_cost(out):
 def start(self:Loop, trainer):
     "Once the network is on its device: optimiser, average, precision and random states."
     state, device = getattr(self, "state", None), self.task.device
-    if self.average: self.average.mean = [m.to(device) for m in (state["average"] if state else self.average.mean)]
+    if self.average:
+        self.average.mean = [m.to(device) for m in (state["average"] if state else self.average.mean)]
     if state:
         self.optimizer.load_state_dict(state["optimizer"])
         trainer.precision_plugin.load_state_dict(state["precision"])
@@ -281,9 +320,13 @@ def start(self:Loop, trainer):
 
 @patch
 def _start_random(self:Loop, saved):
-    "Random states as they were. A process without one draws from the seed, its number and the step, so that no two drop the same cells."
+    """Random states as they were. A process without one draws from the seed, its number and the step, so
+    that no two drop the same cells."""
     if self.ranks.rank < len(saved): set_random_state(saved[self.ranks.rank])
-    elif self.ranks.rank: torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, self.ranks.rank, self.step]).generate_state(1)[0]))
+    elif self.ranks.rank:
+        torch.manual_seed(
+            int(np.random.SeedSequence([self.recipe.seed, self.ranks.rank, self.step]).generate_state(1)[0])
+        )
 
 @patch
 def _signal(self:Loop, number, frame):
@@ -298,7 +341,8 @@ def after_step(self:Loop, trainer):
     self.step += 1
     if self.average: self.average.update(self.step)
     if self.step % self.recipe.steps_per_epoch == 0: self.end_epoch(trainer)
-    late, due = 0 < self.recipe.max_minutes <= self.spent / 60, time.monotonic() - self.saved >= 60 * self.recipe.save_minutes
+    late = 0 < self.recipe.max_minutes <= self.spent / 60
+    due = time.monotonic() - self.saved >= 60 * self.recipe.save_minutes
     signalled, late, due = self.ranks.any(self.pending or 0, late, due)
     if signalled: self.pending, self.stop = signalled, "interrupted"
     elif late: self.stop = "out of time"
@@ -327,12 +371,21 @@ def _check_resume(
 ):
     "Raise a `UserError` that names the fields or the data that differ from the run's."
     old, new = Recipe.from_dict(record["recipe"]).to_dict(), recipe.to_dict()
-    differ = [f"{k} was {old[k]!r} and is {v!r}" for k, v in new.items() if k not in MAY_CHANGE and old[k] != v]
+    differ = [
+        f"{k} was {old[k]!r} and is {v!r}" for k, v in new.items() if k not in MAY_CHANGE and old[k] != v
+    ]
     if differ: raise UserError(f"{out} was begun with another recipe: " + "; ".join(differ))
-    if record["data"].get("digest") != store.digest: raise UserError(f"{out} was begun with other data (digest {record['data'].get('digest')}, now {store.digest})")
+    if record["data"].get("digest") != store.digest:
+        raise UserError(
+            f"{out} was begun with other data (digest {record['data'].get('digest')}, now {store.digest})"
+        )
     for k, words in ORIGINS.items():
         was = record["data"].get(k)
-        if _origins(recipe).get(k) != was: raise UserError(f"{out} was begun {f'with another {k} (digest {was})' if was else f'without {words}'}: name the same")
+        if _origins(recipe).get(k) != was:
+            raise UserError(
+                f"{out} was begun {f'with another {k} (digest {was})' if was else f'without {words}'}: name"
+                " the same"
+            )
 
 # %% ../nbs/03_training.ipynb #b6000007
 KEPT = "model.safetensors", "resume.safetensors"
@@ -352,7 +405,9 @@ def sole_writer(
     writes:bool=True, # whether this process writes; of several the first one does
 ):
     "Hold a run folder; a `UserError` where another process does. A start without a step leaves nothing."
-    if not writes: yield; return
+    if not writes:
+        yield
+        return
     check_writable(out, folder=True)
     missing = [p for p in (out, *out.parents) if not p.exists()]
     out.mkdir(parents=True, exist_ok=True)
@@ -380,7 +435,8 @@ def _open_run(
 ): # the record and the state of the earlier start, or (None, None)
     "Find out whether to begin or to go on."
     exists = any((out/name).exists() for name in ("recipe.json", *KEPT)) and _unbegun(out) is None
-    if exists and not resume: raise UserError(f"{out} already holds a run: resume it, or choose another folder")
+    if exists and not resume:
+        raise UserError(f"{out} already holds a run: resume it, or choose another folder")
     if out.exists() and not out.is_dir(): raise UserError(f"{out} is a file, not a folder")
     if not exists: return None, None
     record = read_record(out)
@@ -392,7 +448,11 @@ def _open_run(
 def _check_epochs(recipe, state, out):
     "Raise a `UserError` for a run that has done more than it is asked for."
     done = state["step"] / recipe.steps_per_epoch
-    if done > recipe.epochs: raise UserError(f"{out} has done {done:.4g} epochs, more than the {recipe.epochs} that it is asked for: take epochs={math.ceil(done)} or more")
+    if done > recipe.epochs:
+        raise UserError(
+            f"{out} has done {done:.4g} epochs, more than the {recipe.epochs} that it is asked for: take"
+            f" epochs={math.ceil(done)} or more"
+        )
 
 # %% ../nbs/03_training.ipynb #3900bbde
 def fit(
@@ -403,11 +463,14 @@ def fit(
     logger:str="csv", # "tensorboard", "wandb" and "mlflow" get the figures besides
     progress:bool=True, # a bar on a terminal, a line an epoch elsewhere
     task=None, # a `Task`, or a class of one; None: by the recipe's kind
-    devices:int|str|None=None, # processes on this machine, one to a device; "auto": one for every GPU; None: one, or as many as torchrun or SLURM has started
+    # processes on this machine, one to a device; "auto": one for every GPU; None: one, or as many as torchrun
+    # or SLURM has started
+    devices:int|str|None=None,
     nodes:int|None=None, # machines; None: one, or as many as torchrun or SLURM has started
     strategy:str="auto", # or "ddp", which several processes use anyway
 ) -> Path: # the run folder: recipe.json, model.safetensors (the best), metrics.csv, resume.safetensors
-    "Train. Raises `Interrupted` when stopped by Ctrl-C or SIGTERM, after saving; `UserError` for what the caller can fix."
+    """Train. Raises `Interrupted` when stopped by Ctrl-C or SIGTERM, after saving; `UserError` for what the
+    caller can fix."""
     recipe, out = recipe.check(), Path(out)
     if isinstance(store, (str, Path)):
         from deepdemix.data import open_data
@@ -432,7 +495,10 @@ def _run(recipe, store, out, task, record, state, logger, progress, trainer):
     task.take_part(trainer.global_rank, trainer.world_size)
     if recipe.encoder and state is None: load_encoder(task.network, run_folder(recipe.encoder))
     if recipe.start and state is None: load_start(task.network, recipe.start)
-    if (recipe.freeze_encoder or recipe.unfreeze_every) and not isinstance(getattr(task.network, "encoder", None), nn.Module): raise UserError(f"the network '{recipe.network}' has no encoder to freeze")
+    if (recipe.freeze_encoder or recipe.unfreeze_every) and not isinstance(
+        getattr(task.network, "encoder", None), nn.Module
+    ):
+        raise UserError(f"the network '{recipe.network}' has no encoder to freeze")
     record = new_record(recipe, task.network, store) | _carried(record, state)
     reporter = Reporter(recipe, out, logger if first else "csv", progress and first, record)
     loop = Loop(task, recipe, out, record, reporter)
@@ -443,23 +509,35 @@ def _drive(loop, trainer, store, state):
     "Hand the loop to Lightning and close the run's record."
     try:
         with keep_memory() as loop.tidy: trainer.fit(_lightning_module(loop, store, state))
-    except (SystemExit, KeyboardInterrupt): raise loop.ranks.alike(Interrupted(f"stopped at once at step {loop.step}; what {loop.out} holds can be resumed")) from None
+    except (SystemExit, KeyboardInterrupt):
+        raise loop.ranks.alike(
+            Interrupted(f"stopped at once at step {loop.step}; what {loop.out} holds can be resumed")
+        ) from None
     except Exception as error:
         told = _failed(loop, trainer, error)
         if told is error: raise
         raise told from error
     if loop.over: return loop.out
     loop.ranks.first(_close, loop)
-    if loop.stop == "interrupted": raise loop.ranks.alike(Interrupted(f"stopped by {signal.Signals(loop.pending).name} at step {loop.step} of {loop.recipe.steps}; resume to go on: {loop.out}"))
+    if loop.stop == "interrupted":
+        raise loop.ranks.alike(
+            Interrupted(
+                f"stopped by {signal.Signals(loop.pending).name} at step {loop.step} of {loop.recipe.steps};"
+                f" resume to go on: {loop.out}"
+            )
+        )
     return loop.out
 
 # %% ../nbs/03_training.ipynb #63b65e75
 def _failed(loop, trainer, error):
     "The error to raise; processes that don't know of it are ended, and the record says so."
     lost = _lost(error) if trainer.world_size > 1 else None
-    if lost: error = UserError(f"{lost}; what {loop.out} holds can be resumed from step {loop.step} or before" if loop.met else lost)
+    if lost:
+        error = UserError(f"{lost}; what {loop.out} holds can be resumed from step {loop.step} or before"
+                          if loop.met else lost)
     if isinstance(error, UserError) and loop.met: loop.write_record("failed")
-    if trainer.world_size > 1 and not hasattr(error, "quiet") and trainer.strategy.launcher is not None: trainer.strategy.launcher.kill(signal.SIGKILL)
+    if trainer.world_size > 1 and not hasattr(error, "quiet") and trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signal.SIGKILL)
     return error
 
 def _close(loop):

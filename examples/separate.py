@@ -1,7 +1,9 @@
 """Separate a wav file with NumPy and onnxruntime alone: `python separate.py model.onnx song.wav OUT`
 
-`deepdemix export --out model.onnx` writes the model. What a file says of itself stands in its metadata: sources, sample
-rate, channels, and how a song is best cut into chunks. The stems are those of `deepdemix separate`, to 16 bits.
+`deepdemix export --out model.onnx` writes the model. What a file says of itself stands in its metadata:
+sources, sample
+rate, channels, and how a song is best cut into chunks. The stems are those of `deepdemix separate`, to 16
+bits.
 """
 import sys
 import wave
@@ -45,7 +47,8 @@ def starts(samples, chunk, step, hop):
 
 
 def weights(chunk, step, context, first, last):
-    "The weight of each sample of a chunk: none in the context, up and down over the cross-fade, flat at the song's ends."
+    """The weight of each sample of a chunk: none in the context, up and down over the cross-fade, flat at
+    the song's ends."""
     width = chunk - step - 2 * context
     fade = np.arange(1, width + 1) / (width + 1)
     side = np.concatenate([np.zeros(context), fade, np.ones(chunk - context - width)])
@@ -57,7 +60,8 @@ def separate(session, song, progress=lambda part: None):
     about = session.get_modelmeta().custom_metadata_map
     chunk, step, context, hop = plan(about)
     samples, places = song.shape[1], list(starts(song.shape[1], chunk, step, hop))
-    stems, total = np.zeros((len(about["sources"].split(",")), *song.shape), np.float32), np.zeros(samples, np.float32)
+    stems = np.zeros((len(about["sources"].split(",")), *song.shape), np.float32)
+    total = np.zeros(samples, np.float32)
     for i, at in enumerate(places):
         x, last = song[:, at:at + chunk], i == len(places) - 1
         weight = weights(chunk, step, context, i == 0, last)

@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    ran = [r for r in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []) if REAL in r.keywords]
+    ran = [r for r in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+           if REAL in r.keywords]
     terminalreporter.write_line(f"real-data tests that ran: {len(ran)}")
 
 
@@ -44,7 +45,7 @@ def musdb_path() -> Path:
     "The folder of MUSDB18 (7-second previews or full), or a skip that says why."
     root = os.environ.get("MUSDB_PATH")
     if not root: pytest.skip("MUSDB_PATH is not set")
-    if not (Path(root) / "train").is_dir(): pytest.skip(f"MUSDB_PATH has no train folder")
+    if not (Path(root) / "train").is_dir(): pytest.skip("MUSDB_PATH has no train folder")
     return Path(root)
 
 
@@ -58,18 +59,27 @@ def nussl():
 
 @pytest.fixture(scope="session")
 def out_of_reach():
-    "Names the parameters of a network that its last `backward` did not reach. Biases need only lie in its graph: behind a normalisation or a softmax over keys their gradient is zero but for rounding."
-    def names(network): return [name for name, p in network.named_parameters() if p.grad is None or not (name.endswith(".bias") or p.grad.any())]
+    """Names the parameters of a network that its last `backward` did not reach. Biases need only lie in its
+    graph: behind a normalisation or a softmax over keys their gradient is zero but for rounding."""
+    def names(network):
+        return [name for name, p in network.named_parameters()
+                if p.grad is None or not (name.endswith(".bias") or p.grad.any())]
     return names
 
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory):
-    "The Python of a new environment that holds the package, from a wheel that was built of the source archive, and a kernel; DEEPDEMIX_FRESH names one that is there already."
+    """The Python of a new environment that holds the package, from a wheel that was built of the source
+    archive, and a kernel; DEEPDEMIX_FRESH names one that is there already."""
     if os.environ.get("DEEPDEMIX_FRESH"): return Path(os.environ["DEEPDEMIX_FRESH"])
-    folder, alone = tmp_path_factory.mktemp("fresh"), {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    folder = tmp_path_factory.mktemp("fresh")
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
     python = folder / "env/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", next(folder.glob("*.whl")), "ipykernel", "nbclient"], env=alone, check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", next(folder.glob("*.whl")),
+         "ipykernel", "nbclient"],
+        env=alone, check=True,
+    )
     return python

@@ -12,29 +12,37 @@ import pytest
 import scipy.signal
 import soundfile
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from deepdemix import audio
-from deepdemix.foundations.files import (
-    ChangedAudio, DamagedAudio, UserError, abandoned, atomic_path, hidden_name)
-from deepdemix.audio import OverlapAdd, STFT, amplitude_to_db, overlap_add, overlap_add_blocks
-from deepdemix.foundations.encoding import Writer, write
-from deepdemix.foundations.waveforms import as_waveform, resample, resample_blocks, to_channels
-from deepdemix.foundations.decoding import probe
+from deepdemix.audio import STFT, OverlapAdd, amplitude_to_db, overlap_add, overlap_add_blocks
 from deepdemix.foundations.codecs import read, read_blocks, read_streams
+from deepdemix.foundations.decoding import probe
+from deepdemix.foundations.encoding import Writer, write
+from deepdemix.foundations.files import (
+    ChangedAudio,
+    DamagedAudio,
+    UserError,
+    abandoned,
+    atomic_path,
+    hidden_name,
+)
+from deepdemix.foundations.waveforms import as_waveform, resample, resample_blocks, to_channels
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 RATE = 44100
 
 
-def noise(channels, time, seed=0): return torch.rand(channels, time, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.8
+def noise(channels, time, seed=0):
+    return torch.rand(channels, time, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.8
 
 
 def melody(seconds=5.0, rate=RATE):
     "A sliding tone in stereo: every moment differs from every other, and codecs keep it well."
     t = torch.arange(round(seconds * rate)).double() / rate
-    return torch.stack([0.4 * torch.sin(6.28 * (300 + 40 * t) * t), 0.3 * torch.sin(6.28 * (500 - 20 * t) * t)]).float()
+    return torch.stack(
+        [0.4 * torch.sin(6.28 * (300 + 40 * t) * t), 0.3 * torch.sin(6.28 * (500 - 20 * t) * t)]
+    ).float()
 
 
 def snr(x, y): return 10 * torch.log10(x.square().sum() / (x - y).square().sum())
@@ -50,9 +58,13 @@ def encode(path, streams, codec, rate=RATE, video=False, options=None, **format_
         tracks = [out.add_stream(codec, rate=rate, layout="stereo", options=options or {}) for _ in streams]
         for track, x in zip(tracks, streams):
             track.codec_context.bit_rate = 192_000
-            resampler = av.AudioResampler(format=track.codec.audio_formats[0].name, layout="stereo", rate=rate)
+            resampler = av.AudioResampler(
+                format=track.codec.audio_formats[0].name, layout="stereo", rate=rate
+            )
             for i in range(0, x.shape[1], 1024):
-                frame = av.AudioFrame.from_ndarray(x[:, i:i + 1024].contiguous().numpy(), format="fltp", layout="stereo")
+                frame = av.AudioFrame.from_ndarray(
+                    x[:, i : i + 1024].contiguous().numpy(), format="fltp", layout="stereo"
+                )
                 frame.sample_rate, frame.pts = rate, i
                 for f in resampler.resample(frame): out.mux(track.encode(f))
             out.mux(track.encode(None))
@@ -68,7 +80,8 @@ def encode(path, streams, codec, rate=RATE, video=False, options=None, **format_
 # ---- STFT
 
 @quick
-@given(st.integers(1, 6000), st.sampled_from([(512, 128), (512, 256), (511, 100), (64, 48), (4096, 1024)]), st.sampled_from(["hann", "sqrt_hann"]), st.integers(1, 3))
+@given(st.integers(1, 6000), st.sampled_from([(512, 128), (512, 256), (511, 100), (64, 48), (4096, 1024)]),
+       st.sampled_from(["hann", "sqrt_hann"]), st.integers(1, 3))
 def test_stft_is_undone_exactly(length, sizes, window, channels):
     stft, x = STFT(*sizes, window), noise(channels, length)
     spectrogram = stft(x)
@@ -78,12 +91,15 @@ def test_stft_is_undone_exactly(length, sizes, window, channels):
 
 
 @quick
-@given(st.integers(4096, 12000), st.sampled_from([(512, 128), (511, 100), (2048, 441), (4096, 1024)]), st.sampled_from(["hann", "sqrt_hann", "blackmanharris"]))
+@given(st.integers(4096, 12000), st.sampled_from([(512, 128), (511, 100), (2048, 441), (4096, 1024)]),
+       st.sampled_from(["hann", "sqrt_hann", "blackmanharris"]))
 def test_stft_is_scipys(length, sizes, window):
     x, (size, hop) = noise(1, length), sizes
     w = scipy.signal.get_window(window.removeprefix("sqrt_"), size)
     w = np.sqrt(w) if window.startswith("sqrt_") else w
-    theirs = scipy.signal.stft(x.double().numpy(), window=w, nperseg=size, noverlap=size - hop)[2].transpose(2, 1, 0)
+    theirs = scipy.signal.stft(x.double().numpy(), window=w, nperseg=size, noverlap=size - hop)[2].transpose(
+        2, 1, 0
+    )
     ours = STFT(size, hop, window)(x).numpy()
     assert ours.shape == theirs.shape
     assert abs(ours - theirs).max() < 1e-6 * abs(theirs).max()
@@ -91,7 +107,9 @@ def test_stft_is_scipys(length, sizes, window):
 
 def test_stft_is_nussls(nussl):
     x = noise(2, 5 * RATE)
-    signal = nussl.AudioSignal(audio_data_array=x.numpy(), sample_rate=RATE, stft_params=nussl.STFTParams(512, 128, "sqrt_hann"))
+    signal = nussl.AudioSignal(
+        audio_data_array=x.numpy(), sample_rate=RATE, stft_params=nussl.STFTParams(512, 128, "sqrt_hann")
+    )
     theirs = signal.stft().transpose(1, 0, 2)
     stft = STFT()
     ours = stft(x)
@@ -139,7 +157,8 @@ def test_stft_on_a_gpu():
 
 # ---- overlap-add
 
-layouts = st.tuples(st.integers(1, 4000), st.integers(20, 1500), st.floats(0, 0.8), st.sampled_from([None, 0, 3]), st.sampled_from([1, 7]),
+layouts = st.tuples(st.integers(1, 4000), st.integers(20, 1500), st.floats(0, 0.8),
+                    st.sampled_from([None, 0, 3]), st.sampled_from([1, 7]),
                     st.sampled_from(["linear", "cosine"]), st.integers(1, 4))
 
 
@@ -158,7 +177,9 @@ def test_overlap_add_gives_a_copy_back_and_streams_the_same(layout, block):
     assert sizes == {chunk}
     assert whole.shape == (2, 2, length)
     assert (whole[0] - x).abs().max() < 1e-6 and (whole[1] + 2 * x).abs().max() < 2e-6
-    assert torch.equal(torch.cat(list(overlap_add_blocks(copy, x.split(block, -1), chunk, **options)), -1), whole)
+    assert torch.equal(
+        torch.cat(list(overlap_add_blocks(copy, x.split(block, -1), chunk, **options)), -1), whole
+    )
 
 
 def test_overlap_add_holds_no_more_than_its_chunks():
@@ -199,13 +220,16 @@ def test_overlap_add_on_songs_shorter_than_a_chunk():
     seen = []
     fn = lambda b: (seen.append(b.shape[-1]), b[:, None])[1]
     x = noise(1, 300)
-    assert torch.equal(overlap_add(fn, x, 1000)[0], x) and torch.equal(overlap_add(fn, x, 1000, pad=False)[0], x)
+    assert torch.equal(overlap_add(fn, x, 1000)[0], x) and torch.equal(
+        overlap_add(fn, x, 1000, pad=False)[0], x
+    )
     assert seen == [1000, 300]
 
 
 def test_overlap_add_says_what_is_wrong():
     with pytest.raises(UserError, match="empty"): overlap_add(lambda b: b[:, None], torch.zeros(1, 0), 100)
-    with pytest.raises(UserError, match="longer chunks"): overlap_add(lambda b: b[:, None], noise(1, 500), 100, overlap=1.0)
+    with pytest.raises(UserError, match="longer chunks"):
+        overlap_add(lambda b: b[:, None], noise(1, 500), 100, overlap=1.0)
     with pytest.raises(ValueError, match="fn must turn"): overlap_add(lambda b: b, noise(1, 500), 100)
     assert list(overlap_add_blocks(lambda b: b[:, None], iter([]), 100)) == []
 
@@ -213,12 +237,14 @@ def test_overlap_add_says_what_is_wrong():
 # ---- resampling
 
 @quick
-@given(st.integers(1, 5000), st.sampled_from([8000, 11025, 22050, 44100, 48000, 96000]), st.sampled_from([16000, 44100, 48000]), st.integers(1, 700))
+@given(st.integers(1, 5000), st.sampled_from([8000, 11025, 22050, 44100, 48000, 96000]),
+       st.sampled_from([16000, 44100, 48000]), st.integers(1, 700))
 def test_resampling_a_stream_is_resampling_the_whole(length, orig, new, block):
     x = noise(2, length)
     whole = resample(x, orig, new)
     assert abs(whole.shape[1] - length * new / orig) <= 0.5 + 1e-9
-    if orig != new: assert torch.equal(torch.cat(list(resample_blocks(x.split(block, -1), orig, new)), -1), whole)
+    if orig != new:
+        assert torch.equal(torch.cat(list(resample_blocks(x.split(block, -1), orig, new)), -1), whole)
 
 
 def test_resampling_keeps_axes_and_delay():
@@ -233,8 +259,12 @@ def test_resampling_keeps_axes_and_delay():
 
 # ---- reading and writing
 
-@pytest.mark.parametrize("name,subtype,channels", [("a.wav", "PCM_U8", 1), ("a.wav", "PCM_16", 2), ("a.wav", "PCM_24", 2), ("a.wav", "PCM_32", 1), ("a.wav", "FLOAT", 2),
-                                                   ("a.wav", "DOUBLE", 2), ("a.wav", "PCM_16", 8), ("a.flac", "PCM_16", 2), ("a.flac", "PCM_24", 6), ("a.aiff", "PCM_24", 2), ("a.ogg", "VORBIS", 2)])
+@pytest.mark.parametrize(
+    "name,subtype,channels",
+    [("a.wav", "PCM_U8", 1), ("a.wav", "PCM_16", 2), ("a.wav", "PCM_24", 2), ("a.wav", "PCM_32", 1),
+     ("a.wav", "FLOAT", 2), ("a.wav", "DOUBLE", 2), ("a.wav", "PCM_16", 8), ("a.flac", "PCM_16", 2),
+     ("a.flac", "PCM_24", 6), ("a.aiff", "PCM_24", 2), ("a.ogg", "VORBIS", 2)],
+)
 def test_samples_are_soundfiles(tmp_path, name, subtype, channels):
     soundfile.write(tmp_path/name, noise(channels, 10007).numpy().T, 32000, subtype=subtype)
     expected, _ = soundfile.read(tmp_path/name, dtype="float32", always_2d=True)
@@ -244,7 +274,10 @@ def test_samples_are_soundfiles(tmp_path, name, subtype, channels):
     assert probe(tmp_path/name).frames_estimate == 10007
 
 
-@pytest.mark.parametrize("name,codec", [("a.m4a", "aac"), ("a.m4a", "alac"), ("a.mkv", "flac"), ("a.mp4", "aac"), ("a.mp3", "libmp3lame")])
+@pytest.mark.parametrize(
+    "name,codec",
+    [("a.m4a", "aac"), ("a.m4a", "alac"), ("a.mkv", "flac"), ("a.mp4", "aac"), ("a.mp3", "libmp3lame")],
+)
 def test_music_keeps_its_place_in_every_container(tmp_path, name, codec):
     x = melody(2.0)
     try: encode(tmp_path/name, [x], codec, video=name in ("a.mkv", "a.mp4"))
@@ -256,7 +289,10 @@ def test_music_keeps_its_place_in_every_container(tmp_path, name, codec):
     assert torch.equal(torch.cat(list(read_blocks(tmp_path/name, 777)), -1), y)
 
 
-@pytest.mark.parametrize("codec,suffix", [("aac", "m4a"), ("flac", "flac"), ("pcm_s16le", "wav"), ("pcm_s24le", "wav"), ("libmp3lame", "mp3")])
+@pytest.mark.parametrize(
+    "codec,suffix",
+    [("aac", "m4a"), ("flac", "flac"), ("pcm_s16le", "wav"), ("pcm_s24le", "wav"), ("libmp3lame", "mp3")],
+)
 def test_a_part_of_a_file_is_that_part(tmp_path, codec, suffix):
     path = encode(tmp_path/f"a.{suffix}", [melody(12.0)], codec)
     whole, _ = read(path)
@@ -286,7 +322,9 @@ def test_five_streams_in_one_pass(tmp_path):
     with pytest.raises(UserError, match="there is no stream 5"): read(path, stream=5)
 
 
-@pytest.mark.parametrize("name", ["A: song %03d #1?.wav", "señal ünïcode 音.wav", "-x.wav", "a b'c\"d.WAV", "file:x.wav"])
+@pytest.mark.parametrize(
+    "name", ["A: song %03d #1?.wav", "señal ünïcode 音.wav", "-x.wav", "a b'c\"d.WAV", "file:x.wav"]
+)
 def test_odd_names(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(name, noise(1, 100), 8000)
@@ -311,7 +349,9 @@ def test_what_is_no_audio_file(tmp_path):
     assert "not an audio file" in problem(tmp_path/"text.mp3")
     (tmp_path/"noise.wav").write_bytes(np.random.default_rng(0).bytes(20000))
     problem(tmp_path/"noise.wav")
-    (tmp_path/"list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:5,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.m3u8").write_text(
+        "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:5,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"
+    )
     problem(tmp_path/"list.m3u8")
     soundfile.write(tmp_path/"zero.wav", np.zeros((0, 2)), RATE)
     assert "no sound in it" in problem(tmp_path/"zero.wav")
@@ -323,7 +363,8 @@ def test_what_is_no_audio_file(tmp_path):
 def test_a_video_without_sound(tmp_path):
     with av.open(str(tmp_path/"a.mp4"), "w") as out:
         track = out.add_stream("mpeg4", rate=10, width=32, height=32, pix_fmt="yuv420p")
-        for _ in range(5): out.mux(track.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        for _ in range(5):
+            out.mux(track.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
         out.mux(track.encode(None))
     assert "no audio in it" in problem(tmp_path/"a.mp4")
 
@@ -336,7 +377,8 @@ def lenient(path):
     return x
 
 
-CUT = [("a.wav", "pcm_s16le", {}), ("a.flac", "flac", {}), ("a.mp3", "libmp3lame", {}), ("a.ogg", "vorbis", {}), ("a.m4a", "aac", {"movflags": "faststart"}), ("a.mka", "flac", {})]
+CUT = [("a.wav", "pcm_s16le", {}), ("a.flac", "flac", {}), ("a.mp3", "libmp3lame", {}),
+       ("a.ogg", "vorbis", {}), ("a.m4a", "aac", {"movflags": "faststart"}), ("a.mka", "flac", {})]
 
 
 @pytest.mark.parametrize("name,codec,options", CUT)
@@ -409,7 +451,9 @@ def test_bytes_at_random_give_sound_or_one_line(tmp_path):
     encode(paths[6], [melody(0.5)], "aac")
     soundfile.write(paths[7], melody(0.5).numpy().T, RATE, format="MAT5", subtype="FLOAT")
     out = subprocess.run([sys.executable, "-c", FUZZ, *map(str, paths)], capture_output=True, text=True)
-    assert out.stdout.strip() == str(24 * len(paths)) and not out.stderr.strip(), (out.returncode, out.stderr[-2000:])
+    assert out.stdout.strip() == str(24 * len(paths)) and not out.stderr.strip(), (
+        out.returncode, out.stderr[-2000:],
+    )
 
 
 def test_tags_after_the_music_are_no_damage(tmp_path):
@@ -450,13 +494,16 @@ def test_tags_that_are_not_utf_8_are_no_damage(tmp_path, name):
             f.write(x.numpy().T)
     elif name == "a.mp3": write(path, x, RATE)
     else: encode(path, [x], {"a.mp4": "aac", "a.mka": "flac"}[name])
-    if name == "a.mp3": path.write_bytes(path.read_bytes() + b"TAG" + b"Caf\xe9 Solo".ljust(30, b"\0") + bytes(94) + b"\xff")
+    if name == "a.mp3":
+        path.write_bytes(path.read_bytes() + b"TAG" + b"Caf\xe9 Solo".ljust(30, b"\0") + bytes(94) + b"\xff")
     elif name in ("a.mp4", "a.mka"):
         with av.open(str(tmp_path/f"tagged{path.suffix}"), "w") as out, av.open(str(path)) as plain:
             out.metadata["title"] = "Caf\u00e9 Solo"
             track = out.add_stream_from_template(plain.streams.audio[0])
             for packet in plain.demux(audio=0):
-                if packet.dts is not None: packet.stream = track; out.mux(packet)
+                if packet.dts is not None:
+                    packet.stream = track
+                    out.mux(packet)
         path = tmp_path/f"tagged{path.suffix}"
     data = path.read_bytes()
     path.write_bytes(data.replace("Caf\u00e9 Solo".encode(), b"Caf\xe9 Sol\xf3 "))
@@ -467,7 +514,11 @@ def test_tags_that_are_not_utf_8_are_no_damage(tmp_path, name):
     assert torch.equal(read_streams(path)[0][0], y)
 
 
-@pytest.mark.parametrize("name,subtype,rf64", [("a.wav", "PCM_16", False), ("a.wav", "FLOAT", False), ("a.wav", "IMA_ADPCM", False), ("a.wav", "PCM_24", True)])
+@pytest.mark.parametrize(
+    "name,subtype,rf64",
+    [("a.wav", "PCM_16", False), ("a.wav", "FLOAT", False), ("a.wav", "IMA_ADPCM", False),
+     ("a.wav", "PCM_24", True)],
+)
 def test_a_whole_wav_is_whole_whatever_its_riff_size(tmp_path, name, subtype, rf64):
     path = tmp_path/name
     soundfile.write(path, melody(1.0).numpy().T, RATE, subtype=subtype, format="RF64" if rf64 else "WAV")
@@ -516,8 +567,11 @@ def pitch(x, rate):
     return int(torch.fft.rfft(x * torch.hann_window(len(x))).abs().argmax()) * rate / len(x)
 
 
-@pytest.mark.parametrize("suffix,parts", [("flac", ((44100, 2), (48000, 2))), ("mp3", ((44100, 2), (48000, 2))), ("mp3", ((44100, 2), (44100, 1))),
-                                          ("mp3", ((44100, 1), (44100, 2))), ("mp3", ((48000, 1), (32000, 2), (48000, 1)))])
+@pytest.mark.parametrize(
+    "suffix,parts",
+    [("flac", ((44100, 2), (48000, 2))), ("mp3", ((44100, 2), (48000, 2))), ("mp3", ((44100, 2), (44100, 1))),
+     ("mp3", ((44100, 1), (44100, 2))), ("mp3", ((48000, 1), (32000, 2), (48000, 1)))],
+)
 def test_a_stream_that_changes_goes_on_at_the_rate_and_channels_of_its_first_frame(tmp_path, suffix, parts):
     data = b""
     for k, (rate, channels) in enumerate(parts):
@@ -528,7 +582,8 @@ def test_a_stream_that_changes_goes_on_at_the_rate_and_channels_of_its_first_fra
     x, rate, said = quietly(path)
     assert (rate, len(x)) == parts[0] and abs(x.shape[1] / rate - 2 * len(parts)) < 0.15 * len(parts)
     assert (probe(path).sample_rate, probe(path).channels) == parts[0]
-    assert f"from {parts[0][0]} Hz, {parts[0][1]} channel" in said and f"to {parts[1][0]} Hz, {parts[1][1]} channel" in said
+    assert (f"from {parts[0][0]} Hz, {parts[0][1]} channel" in said
+            and f"to {parts[1][0]} Hz, {parts[1][1]} channel" in said)
     for k in range(len(parts)):
         middle = x[:, round((2 * k + 0.6) * rate):round((2 * k + 1.6) * rate)]
         for row in middle: assert abs(pitch(row, rate) - 441) < 1 and 0.39 < row.abs().max() < 0.42
@@ -541,16 +596,22 @@ def test_a_stream_that_changes_again_and_again_is_said_once(tmp_path):
     path = tmp_path/"a.mp3"
     path.write_bytes(b"".join((tmp_path/f"{1 + k % 2}.mp3").read_bytes() for k in range(7)))
     x, rate, said = quietly(path)
-    assert len(x) == 1 and x.shape[1] > 7 * 0.3 * rate and "5 more times later; all of it is read as 44100 Hz, 1 channel" in said
+    assert (len(x) == 1 and x.shape[1] > 7 * 0.3 * rate
+            and "5 more times later; all of it is read as 44100 Hz, 1 channel" in said)
 
 
 @pytest.mark.parametrize("tag", ["title", "cover", "APE", "ID3v1", "all"])
 def test_tags_between_joined_mp3s_are_no_damage(tmp_path, tag):
     syncsafe = lambda n: bytes(n >> s & 127 for s in (21, 14, 7, 0))
-    id3 = lambda name, body: b"ID3\x04\x00\x00" + syncsafe(10 + len(body)) + name + syncsafe(len(body)) + bytes(2) + body
+    id3 = (lambda name, body: b"ID3\x04\x00\x00" + syncsafe(10 + len(body)) + name + syncsafe(len(body))
+           + bytes(2) + body)
     item = (8).to_bytes(4, "little") + bytes(4) + b"Title\0Songtext"
-    ape = [b"APETAGEX" + b"".join(x.to_bytes(4, "little") for x in (2000, 32 + len(item), 1, flags)) + bytes(8) for flags in (0xA0000000, 0x80000000)]
-    tags = dict(title=id3(b"TIT2", b"\x03hello"), cover=id3(b"APIC", np.random.default_rng(0).bytes(100_000)), APE=ape[0] + item + ape[1], ID3v1=b"TAG" + bytes(125))
+    ape = [
+        b"APETAGEX" + b"".join(x.to_bytes(4, "little") for x in (2000, 32 + len(item), 1, flags)) + bytes(8)
+        for flags in (0xA0000000, 0x80000000)
+    ]
+    tags = dict(title=id3(b"TIT2", b"\x03hello"), cover=id3(b"APIC", np.random.default_rng(0).bytes(100_000)),
+                APE=ape[0] + item + ape[1], ID3v1=b"TAG" + bytes(125))
     tags["all"] = tags["APE"] + tags["ID3v1"] + tags["cover"]
     write(tmp_path/"a.mp3", tone(44100, 2), 44100)
     data = (tmp_path/"a.mp3").read_bytes()
@@ -563,44 +624,62 @@ def test_tags_between_joined_mp3s_are_no_damage(tmp_path, tag):
 def test_what_libsndfile_alone_can_read(tmp_path):
     x = melody(1.0)
     for name, subtype in (("a.mat", "FLOAT"), ("a.sd2", "PCM_24"), ("a.paf", "PCM_24")):
-        try: soundfile.write(tmp_path/name, x.numpy().T, RATE, subtype=subtype, format={"a.mat": "MAT5"}.get(name))
+        try:
+            soundfile.write(
+                tmp_path / name, x.numpy().T, RATE, subtype=subtype, format={"a.mat": "MAT5"}.get(name)
+            )
         except soundfile.SoundFileError as e: pytest.skip(f"this libsndfile cannot write {name}: {e}")
         y, rate = read(tmp_path/name)
         assert rate == RATE and y.shape == x.shape and (y - x).abs().max() < 2**-18
-        assert torch.equal(torch.cat(list(read_blocks(tmp_path/name, 999)), 1), y) and torch.equal(read_streams(tmp_path/name)[0][0], y)
+        assert torch.equal(torch.cat(list(read_blocks(tmp_path / name, 999)), 1), y) and torch.equal(
+            read_streams(tmp_path / name)[0][0], y
+        )
         assert torch.equal(read(tmp_path/name, start=0.5, duration=0.25)[0], y[:, 22050:33075])
         assert (probe(tmp_path/name).frames_estimate, probe(tmp_path/name).channels) == (RATE, 2)
-        with pytest.raises(UserError, match="not an audio file|no audio in it|there is no stream 1"): read(tmp_path/name, stream=1)
+        with pytest.raises(UserError, match="not an audio file|no audio in it|there is no stream 1"):
+            read(tmp_path/name, stream=1)
 
 
 # ---- arrays and rates as people have them
 
-@pytest.mark.parametrize("wrong", [np.zeros((2, 50), np.int16), torch.zeros(2, 50, dtype=torch.int32), np.zeros((2, 50), bool), np.zeros((2, 50), complex),
-                                   [[1, 2], [3, 4]], np.zeros((2, 3, 4)), [[0.5], [0.5, 0.5]], 0.5, "song"])
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((2, 50), np.int16), torch.zeros(2, 50, dtype=torch.int32), np.zeros((2, 50), bool),
+     np.zeros((2, 50), complex), [[1, 2], [3, 4]], np.zeros((2, 3, 4)), [[0.5], [0.5, 0.5]], 0.5, "song"],
+)
 def test_what_is_no_waveform_is_refused(tmp_path, wrong):
-    with pytest.raises(UserError, match="a waveform (holds floats|has the shape)") as e: write(tmp_path/"a.wav", wrong, 8000)
+    with pytest.raises(UserError, match="a waveform (holds floats|has the shape)") as e:
+        write(tmp_path/"a.wav", wrong, 8000)
     assert str(tmp_path/"a.wav") in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(UserError), Writer(tmp_path/"b.wav", 8000, 2) as w: w.write(wrong)
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("change", [lambda x: x[:, ::-1], lambda x: x[::-1], lambda x: x.astype(">f4"), lambda x: x.astype(np.float16), lambda x: x.astype(">f8")[:, ::2],
-                                    lambda x: np.asfortranarray(x), lambda x: x.tolist(), lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape), lambda x: x[:, :1], lambda x: x[0]])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[:, ::-1], lambda x: x[::-1], lambda x: x.astype(">f4"), lambda x: x.astype(np.float16),
+     lambda x: x.astype(">f8")[:, ::2], lambda x: np.asfortranarray(x), lambda x: x.tolist(),
+     lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape), lambda x: x[:, :1], lambda x: x[0]],
+)
 def test_any_array_of_floats_is_a_waveform(tmp_path, change):
     x = change(np.ascontiguousarray(noise(2, 1000).numpy()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write(tmp_path/"a.wav", x, 8000, "float32")
     expected = np.atleast_2d(np.asarray(x, np.float32))
-    assert np.array_equal(read(tmp_path/"a.wav")[0].numpy(), expected) and np.array_equal(as_waveform(x).float().numpy(), expected)
+    assert np.array_equal(read(tmp_path / "a.wav")[0].numpy(), expected) and np.array_equal(
+        as_waveform(x).float().numpy(), expected
+    )
 
 
 @pytest.mark.parametrize("rate", [0, -1, "44100", 44100.5, float("nan"), float("inf"), True])
 def test_what_is_no_sample_rate_is_refused_everywhere(tmp_path, rate):
     x = noise(1, 100)
     write(tmp_path/"a.wav", x, 8000)
-    for call in (lambda: write(tmp_path/"b.wav", x, rate), lambda: resample(x, rate, 8000), lambda: resample(x, 8000, rate), lambda: next(resample_blocks([x], 8000, rate)),
-                 lambda: read(tmp_path/"a.wav", sample_rate=rate), lambda: next(read_blocks(tmp_path/"a.wav", sample_rate=rate))):
+    for call in (lambda: write(tmp_path / "b.wav", x, rate), lambda: resample(x, rate, 8000),
+                 lambda: resample(x, 8000, rate), lambda: next(resample_blocks([x], 8000, rate)),
+                 lambda: read(tmp_path / "a.wav", sample_rate=rate),
+                 lambda: next(read_blocks(tmp_path / "a.wav", sample_rate=rate))):
         with pytest.raises(UserError, match="whole number of Hz"): call()
     assert os.listdir(tmp_path) == ["a.wav"]
     write(tmp_path/"c.wav", x, np.int64(8000))
@@ -610,11 +689,13 @@ def test_what_is_no_sample_rate_is_refused_everywhere(tmp_path, rate):
 def test_numbers_that_mean_nothing_are_refused(tmp_path):
     write(tmp_path/"a.wav", noise(1, 100), 8000)
     for start, duration in ((-1, None), (0, -1), (float("nan"), None), (0, float("inf"))):
-        with pytest.raises(UserError, match="is in seconds from 0 on"): read(tmp_path/"a.wav", start=start, duration=duration)
+        with pytest.raises(UserError, match="is in seconds from 0 on"):
+            read(tmp_path/"a.wav", start=start, duration=duration)
     with pytest.raises(UserError, match="at least one sample"): next(read_blocks(tmp_path/"a.wav", block=0))
     for channels in (0, -1):
         with pytest.raises(UserError, match="at least one channel"): to_channels(noise(1, 10), channels)
-    with pytest.raises(UserError, match="divide by full scale"): resample(torch.zeros(1, 100, dtype=torch.int16), 8000, 16000)
+    with pytest.raises(UserError, match="divide by full scale"):
+        resample(torch.zeros(1, 100, dtype=torch.int16), 8000, 16000)
 
 
 # ---- hidden files of several machines
@@ -624,7 +705,8 @@ def test_hidden_names_tell_whose_they_are(tmp_path, monkeypatch):
     ended.wait()
     mine = hidden_name("separating")
     theirs = mine.replace(f"-{os.getpid()}-", f"-{ended.pid}-")
-    assert not abandoned(tmp_path/mine) and abandoned(tmp_path/theirs) and not abandoned(tmp_path/".separating-x1y2z3")
+    assert (not abandoned(tmp_path / mine) and abandoned(tmp_path / theirs)
+            and not abandoned(tmp_path / ".separating-x1y2z3"))
     assert abandoned(tmp_path/f"{theirs}.part.wav") and hidden_name() != hidden_name()
     monkeypatch.setattr("socket.gethostname", lambda: "another machine")
     assert not abandoned(tmp_path/theirs)
@@ -642,13 +724,21 @@ def test_nothing_is_left_of_a_file_that_failed(tmp_path):
         with Writer(tmp_path/"a.wav", 8000, 1) as w:
             w.write(noise(1, 50))
             raise RuntimeError
-    with pytest.raises(UserError, match="not numbers"): write(tmp_path/"a.wav", torch.full((1, 5), torch.nan), 8000)
-    with pytest.raises(UserError, match="cannot write 44,100 Hz"): write(tmp_path/"b.opus", noise(1, 100), 44100)
-    with pytest.raises(UserError, match="is a folder"): write(tmp_path, noise(1, 100), 8000) if tmp_path.suffix == ".wav" else atomic_path(tmp_path).__enter__()
+    with pytest.raises(UserError, match="not numbers"):
+        write(tmp_path/"a.wav", torch.full((1, 5), torch.nan), 8000)
+    with pytest.raises(UserError, match="cannot write 44,100 Hz"):
+        write(tmp_path/"b.opus", noise(1, 100), 44100)
+    with pytest.raises(UserError, match="is a folder"):
+        (write(tmp_path, noise(1, 100), 8000) if tmp_path.suffix == ".wav"
+         else atomic_path(tmp_path).__enter__())
     assert os.listdir(tmp_path) == ["a.wav"] and (tmp_path/"a.wav").read_bytes() == before
 
 
-@pytest.mark.parametrize("name,rate,channels", [("a.wav", 8000, 1), ("a.wav", 192000, 2), ("a.flac", 96000, 2), ("a.ogg", 44100, 2), ("a.mp3", 48000, 1), ("a.mp3", 44100, 2), ("a.opus", 48000, 2)])
+@pytest.mark.parametrize(
+    "name,rate,channels",
+    [("a.wav", 8000, 1), ("a.wav", 192000, 2), ("a.flac", 96000, 2), ("a.ogg", 44100, 2), ("a.mp3", 48000, 1),
+     ("a.mp3", 44100, 2), ("a.opus", 48000, 2)],
+)
 def test_what_is_written_is_as_long_when_read(tmp_path, name, rate, channels):
     x = melody(1.37, rate)[:channels]
     write(tmp_path/name, x, rate)
@@ -659,7 +749,8 @@ def test_what_is_written_is_as_long_when_read(tmp_path, name, rate, channels):
 
 def test_mp3_names_wav_where_it_cannot(tmp_path):
     for rate, channels in ((96000, 2), (44100, 6)):
-        with pytest.raises(UserError, match="write wav instead"): write(tmp_path/"a.mp3", noise(channels, 1000), rate)
+        with pytest.raises(UserError, match="write wav instead"):
+            write(tmp_path/"a.mp3", noise(channels, 1000), rate)
     assert not os.listdir(tmp_path)
 
 
@@ -669,7 +760,8 @@ def test_past_its_limit_a_wav_goes_on_as_rf64(tmp_path, subtype, monkeypatch):
     write(tmp_path/"small.wav", x, RATE, subtype)
     monkeypatch.setattr(Writer, "limit", 700_000)
     write(tmp_path/"large.wav", x, RATE, subtype)
-    assert soundfile.info(tmp_path/"small.wav").format == "WAV" and soundfile.info(tmp_path/"large.wav").format == "RF64"
+    assert (soundfile.info(tmp_path / "small.wav").format == "WAV"
+            and soundfile.info(tmp_path / "large.wav").format == "RF64")
     assert torch.equal(read(tmp_path/"large.wav")[0], read(tmp_path/"small.wav")[0])
     assert sorted(os.listdir(tmp_path)) == ["large.wav", "small.wav"]
 
@@ -711,8 +803,14 @@ def test_a_folder_that_takes_no_files(tmp_path):
 # ---- the rest
 
 def test_importing_audio_loads_nothing_heavy():
-    code = "import sys, deepdemix.audio; print(sorted({'av', 'soundfile', 'soxr', 'matplotlib', 'scipy', 'IPython', 'lightning'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = ("import sys, deepdemix.audio; print(sorted({'av', 'soundfile', 'soxr', 'matplotlib', 'scipy',"
+            " 'IPython', 'lightning'} & set(sys.modules)))")
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_pictures_of_odd_sounds():
@@ -757,7 +855,9 @@ def test_musdb_previews_are_whole(musdb_path):
         info = probe(path)
         streams, rate = read_streams(path)
         assert (rate, info.streams) == (RATE, 5)
-        assert {s.shape for s in streams} == {streams[0].shape} and 0 <= streams[0].shape[1] - info.frames_estimate < 1024
+        assert {s.shape for s in streams} == {streams[0].shape} and 0 <= streams[0].shape[
+            1
+        ] - info.frames_estimate < 1024
         assert torch.equal(torch.cat(list(read_blocks(path, 50_000, stream=3)), -1), streams[3])
         mixture, total = streams[0], sum(streams[1:])
         assert snr(mixture, total) > 5
@@ -782,6 +882,7 @@ print(through(120), through(900))
 
 @pytest.mark.slow
 def test_an_hours_song_takes_the_memory_of_a_short_one(tmp_path):
-    out = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path/"a.wav"), str(tmp_path/"b.wav")], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "a.wav"), str(tmp_path / "b.wav")],
+                         capture_output=True, text=True, check=True)
     short, long = map(int, out.stdout.split())
     assert long - short < 40_000

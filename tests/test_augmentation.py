@@ -9,18 +9,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from deepdemix.foundations.files import UserError
 from deepdemix.augmentation import BalancedBatches, Blocks, Mixer, Triplets
 from deepdemix.foundations.augmentation_cache import Bank
-from deepdemix.foundations.loudness import Loudness
 from deepdemix.foundations.effects import shift
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.loudness import Loudness
 
 RATE = 8000
 NAMES = ("drums", "bass", "other", "vocals")
 
 
 class Band:
-    "Songs in memory with a store's face: low-rate noise bursts and tones, each song without one instrument or none."
+    """Songs in memory with a store's face: low-rate noise bursts and tones, each song without one instrument
+    or none."""
     sources, sample_rate = NAMES, RATE
 
     def __init__(self, songs=6, seconds=6.8, channels=2, loud=0.1, rate=RATE):
@@ -28,26 +29,37 @@ class Band:
         for k in range(songs):
             rng = np.random.default_rng(k)
             time = np.arange(frames) / rate
-            tones = [np.sin(2 * np.pi * (60 * (s + 1) + 11 * k) * time) * (1 + np.sin(2 * np.pi * (s + 1) * time)) for s in range(4)]
+            tones = [
+                np.sin(2 * np.pi * (60 * (s + 1) + 11 * k) * time) * (1 + np.sin(2 * np.pi * (s + 1) * time))
+                for s in range(4)
+            ]
             waves = loud * (np.stack(tones)[:, None] + 0.3 * rng.standard_normal((4, channels, frames)))
             missing = k if k < 4 else None
             if missing is not None: waves[missing] = 0
             present = tuple(name for s, name in enumerate(NAMES) if s != missing)
             self.waves.append(torch.tensor(waves, dtype=torch.float32))
-            self.songs.append(SimpleNamespace(title=f"song {k}", frames=frames, channels=channels, present=present, duration=seconds, digest=str(k)))
+            self.songs.append(
+                SimpleNamespace(title=f"song {k}", frames=frames, channels=channels, present=present,
+                                duration=seconds, digest=str(k))
+            )
 
     def __len__(self): return len(self.songs)
 
-    def stems(self, i, start=0, frames=None): return self.waves[i][..., start:None if frames is None else start + frames].clone()
+    def stems(self, i, start=0, frames=None):
+        return self.waves[i][..., start:None if frames is None else start + frames].clone()
 
 
 BAND = Band()
 few = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 numbers = st.integers(0, 10**6)
-options = st.fixed_dictionaries(dict(
-    coherent=st.sampled_from([0.0, 0.5, 1.0]), channels=st.sampled_from([None, 1]), shift=st.sampled_from(["bank", "tied", None]), fill=st.booleans(),
-    level=st.sampled_from([("lufs", -20, (-5, 5)), ("lufs", 0, (0, 5)), ("gain", (-5, 20)), None]), eq=st.sampled_from([None, (-6, 6)]),
-    swap=st.sampled_from([0.0, 0.5]), flip=st.sampled_from([0.0, 0.5]), mixup=st.sampled_from([0.0, 0.5]), gate=st.sampled_from([None, -30.0]), variants=st.sampled_from([1, 2])))
+options = st.fixed_dictionaries(
+    dict(coherent=st.sampled_from([0.0, 0.5, 1.0]), channels=st.sampled_from([None, 1]),
+         shift=st.sampled_from(["bank", "tied", None]), fill=st.booleans(),
+         level=st.sampled_from([("lufs", -20, (-5, 5)), ("lufs", 0, (0, 5)), ("gain", (-5, 20)), None]),
+         eq=st.sampled_from([None, (-6, 6)]), swap=st.sampled_from([0.0, 0.5]),
+         flip=st.sampled_from([0.0, 0.5]), mixup=st.sampled_from([0.0, 0.5]),
+         gate=st.sampled_from([None, -30.0]), variants=st.sampled_from([1, 2]))
+)
 
 
 @few
@@ -65,17 +77,26 @@ def test_mixture_is_the_sum_of_its_sources_and_never_clips(seed, i, chosen):
 @given(numbers, numbers, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(["bank", "tied", "exact"]))
 def test_what_is_drawn_stays_in_range(seed, i, coherent, shift):
     mix = Mixer(BAND, seed=seed, coherent=coherent, shift=shift, duration=2.0, channels=1)[i]
-    assert all(-2 <= p <= 2 for p in mix.pitch) and all(0.8 <= r <= 1.2 for r in mix.stretch) and all(-5 <= d <= 5 for d in mix.snr)
-    assert all(0 <= t and t + n / r / RATE <= 6.8 + 0.01 for t, n, r in zip(mix.starts, mix.frames, mix.stretch))
-    if mix.coherent: assert all(len(set(drawn)) == 1 for drawn in (mix.songs, mix.starts, mix.pitch, mix.stretch))
-    else: assert len(set(mix.songs)) == 4 and all(name in BAND.songs[int(title[-1])].present for name, title in zip(NAMES, mix.songs))
+    assert (all(-2 <= p <= 2 for p in mix.pitch) and all(0.8 <= r <= 1.2 for r in mix.stretch)
+            and all(-5 <= d <= 5 for d in mix.snr))
+    assert all(
+        0 <= t and t + n / r / RATE <= 6.8 + 0.01 for t, n, r in zip(mix.starts, mix.frames, mix.stretch)
+    )
+    if mix.coherent:
+        assert all(len(set(drawn)) == 1 for drawn in (mix.songs, mix.starts, mix.pitch, mix.stretch))
+    else:
+        assert len(set(mix.songs)) == 4 and all(
+            name in BAND.songs[int(title[-1])].present for name, title in zip(NAMES, mix.songs)
+        )
     if shift == "tied": assert np.allclose(mix.pitch, -12 * np.log2(mix.stretch))
 
 
 @few
 @given(numbers, numbers, st.floats(0.5, 0.99))
 def test_a_stem_that_is_too_short_ends_in_silence(seed, i, stretch):
-    mix = Mixer(BAND, seed=seed, duration=5.0, stretch=(stretch, stretch), pitch=None, shift="tied", channels=1)[i]
+    mix = Mixer(
+        BAND, seed=seed, duration=5.0, stretch=(stretch, stretch), pitch=None, shift="tied", channels=1
+    )[i]
     end = round(5.0 * RATE * stretch)
     assert all(abs(n - end) <= 1 for n in mix.frames)
     assert mix.sources[..., end + 1:].abs().max() == 0
@@ -86,7 +107,8 @@ def test_a_stem_that_is_too_short_ends_in_silence(seed, i, stretch):
 @few
 @given(numbers, st.lists(st.integers(0, 500), min_size=2, max_size=4))
 def test_order_does_not_matter(seed, order):
-    one, other = (Mixer(BAND, seed=seed, duration=1.0, coherent=0.5, refresh=50, shift="tied", channels=1) for _ in range(2))
+    one, other = (Mixer(BAND, seed=seed, duration=1.0, coherent=0.5, refresh=50, shift="tied", channels=1)
+                  for _ in range(2))
     forwards = {i: one[i].mixture for i in order}
     for i in reversed(order): assert torch.equal(other[i].mixture, forwards[i])
 
@@ -114,13 +136,16 @@ def test_detuned_sources_share_the_place_and_not_the_pitch(seed, i, shift):
 @few
 @given(numbers, st.integers(0, 300))
 def test_what_is_not_detuned_stays_as_it_was(seed, i):
-    settings = dict(seed=seed, duration=1.0, coherent=0.5, shift="tied", channels=1, variants=4, mixup=0.3, flip=0.5, gate=-30.0)
+    settings = dict(seed=seed, duration=1.0, coherent=0.5, shift="tied", channels=1, variants=4, mixup=0.3,
+                    flip=0.5, gate=-30.0)
     plain, some, all_ = (Mixer(BAND, **settings, detune=share)[i] for share in (0.0, 0.5, 1.0))
     assert torch.equal(some.sources, plain.sources) or torch.equal(some.sources, all_.sources)
     if not plain.coherent: assert torch.equal(all_.sources, plain.sources)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(variants=2, pitch=None, stretch=None), dict(variants=2, shift=None)])
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(variants=2, pitch=None, stretch=None), dict(variants=2, shift=None)]
+)
 def test_one_copy_of_a_song_is_never_out_of_tune_with_itself(settings):
     with pytest.raises(UserError, match="detune"): Mixer(BAND, detune=0.5, **settings)
 
@@ -136,15 +161,20 @@ def _scaper(folder, band, mix, reference):
     "The same draws through Scaper."
     import numpy
     numpy.Inf = numpy.inf
-    scaper, soundfile = pytest.importorskip("scaper", reason="Scaper is not installed (it comes with the bench extra)"), pytest.importorskip("soundfile")
+    scaper = pytest.importorskip("scaper", reason="Scaper is not installed (it comes with the bench extra)")
+    soundfile = pytest.importorskip("soundfile")
     for name in ("background", *(f"stems/{name}" for name in NAMES)): (folder / name).mkdir(parents=True)
-    scene = scaper.Scaper(duration=5.0, fg_path=str(folder / "stems"), bg_path=str(folder / "background"), random_state=0)
+    scene = scaper.Scaper(
+        duration=5.0, fg_path=str(folder / "stems"), bg_path=str(folder / "background"), random_state=0
+    )
     scene.sr, scene.ref_db, scene.n_channels = 44100, reference, 1
     for s, name in enumerate(NAMES):
         file = folder / "stems" / name / f"{mix.songs[s]}.wav"
         soundfile.write(file, band.waves[int(mix.songs[s][-1])][s].T.numpy(), 44100, subtype="FLOAT")
-        scene.add_event(label=("const", name), source_file=("const", str(file)), source_time=("const", mix.starts[s] + 0.5 / 44100), event_time=("const", 0), event_duration=("const", 5.0),
-                        snr=("const", mix.snr[s]), pitch_shift=None, time_stretch=None if mix.stretch[s] == 1 else ("const", mix.stretch[s]))
+        scene.add_event(label=("const", name), source_file=("const", str(file)),
+                        source_time=("const", mix.starts[s] + 0.5 / 44100), event_time=("const", 0),
+                        event_duration=("const", 5.0), snr=("const", mix.snr[s]), pitch_shift=None,
+                        time_stretch=None if mix.stretch[s] == 1 else ("const", mix.stretch[s]))
     audio, _, _, events = scene.generate(fix_clipping=True)
     return audio[:, 0], np.stack([e[:, 0] for e in events])
 
@@ -154,7 +184,9 @@ def _scaper(folder, band, mix, reference):
 @pytest.mark.parametrize("coherent", [0.0, 1.0])
 def test_same_draws_give_what_scaper_makes(tmp_path, reference, coherent):
     band = Loud()
-    mix = Mixer(band, seed=1, pitch=None, stretch=None, level=("lufs", reference, (-5, 5)), coherent=coherent)[1]
+    mix = Mixer(
+        band, seed=1, pitch=None, stretch=None, level=("lufs", reference, (-5, 5)), coherent=coherent
+    )[1]
     mixture, sources = _scaper(tmp_path, band, mix, reference)
     assert (mix.scale < 1) == (reference == 0)
     assert np.abs(mix.sources[:, 0].numpy() - sources).max() < 0.003 * np.abs(mixture).max()
@@ -180,7 +212,8 @@ def test_other_processes_make_the_same_examples(tmp_path):
     plain, ahead = Mixer(BAND, **settings), Mixer(BAND, **settings, workers=1, cache=str(tmp_path))
     asked = [33, 6017, 0]
     for i in asked: assert torch.equal(plain[i].sources, ahead[i].sources)
-    for i, wave in zip(asked, ahead.bank.pool.submit(_make, 3, asked).result()): assert np.array_equal(plain[i].sources.numpy(), wave)
+    for i, wave in zip(asked, ahead.bank.pool.submit(_make, 3, asked).result()):
+        assert np.array_equal(plain[i].sources.numpy(), wave)
     ahead.bank.pool.shutdown()
     assert list(tmp_path.glob("*.npy")) and not list(tmp_path.glob("*.part*"))
 
@@ -191,13 +224,16 @@ def test_little_memory_forgets_and_makes_the_same_again():
     large = Mixer(BAND, channels=1, duration=1.0, seed=2, refresh=10, shift="tied")
     for i in (0, 9, 30, 200, 0): assert torch.equal(small[i].mixture, large[i].mixture)
     kept = lambda mixer: sum(v.stems.nbytes for v in mixer.bank.kept.values())
-    for i in range(0, 300, 7): small[i]; large[i]
+    for i in range(0, 300, 7):
+        small[i]
+        large[i]
     assert kept(small) <= need * 2**30 < kept(large)
     with pytest.raises(UserError, match="memory="): Mixer(BAND, channels=1, shift="tied", memory=need / 2)
 
 
 def test_a_store_that_does_not_fit_is_read_piece_by_piece():
-    whole, pieces = (Mixer(BAND, pitch=None, stretch=None, duration=1.0, coherent=0.5, memory=memory) for memory in (4.0, 1e-6))
+    whole, pieces = (Mixer(BAND, pitch=None, stretch=None, duration=1.0, coherent=0.5, memory=memory)
+                     for memory in (4.0, 1e-6))
     for i in range(5): assert torch.allclose(whole[i].sources, pieces[i].sources, atol=1e-7)
     assert all(v.stems is None for v in pieces.bank.kept.values())
 
@@ -218,7 +254,9 @@ def test_a_triplet_never_breaks_its_definition(seed, i, pitch):
 @few
 @given(numbers, st.integers(0, 1000), st.sampled_from([None, (-5, 5)]))
 def test_balanced_batches_are_balanced(seed, start, background):
-    waves, labels, songs = BalancedBatches(BAND, per_class=3, seed=seed, duration=1.0, background=background)[start]
+    waves, labels, songs = BalancedBatches(BAND, per_class=3, seed=seed, duration=1.0, background=background)[
+        start
+    ]
     assert labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     for label, group in enumerate(songs.view(4, 3).tolist()):
         assert len(set(group)) == 3 and all(NAMES[label] in BAND.songs[k].present for k in group)
@@ -233,7 +271,8 @@ def test_silence_is_never_an_example():
     found = [triplets.find(np.random.default_rng(k), 0, 0) for k in range(20)]
     assert all(piece.seconds > 3.9 and piece.song != 0 for piece in found)
     for k in range(4): band.waves[k][0] = 0
-    with pytest.raises(UserError, match="drums"): Triplets(band, duration=1.0).find(np.random.default_rng(0), 0, 0)
+    with pytest.raises(UserError, match="drums"):
+        Triplets(band, duration=1.0).find(np.random.default_rng(0), 0, 0)
 
 
 @few
@@ -242,7 +281,9 @@ def test_loudness_is_that_of_pyloudnorm(seed, start, frames, decibel):
     import pyloudnorm
     rng, meter = np.random.default_rng(seed), pyloudnorm.Meter(RATE)
     envelope = np.repeat(rng.random(11) ** 3, RATE)
-    wave = torch.tensor(10 ** (decibel / 20) * rng.standard_normal((1, 2, 11 * RATE)) * envelope, dtype=torch.float32)
+    wave = torch.tensor(
+        10 ** (decibel / 20) * rng.standard_normal((1, 2, 11 * RATE)) * envelope, dtype=torch.float32
+    )
     window = wave[0, :, start:start + frames]
     theirs = max(-70.0, meter.integrated_loudness(window.T.double().numpy()))
     assert abs(Loudness(window[None], RATE)()[0] - theirs) < 1e-3
@@ -262,8 +303,13 @@ def test_stretching_keeps_stereo_and_length():
     assert torch.equal(shift(both, RATE, 0.0, 1.0), both)
 
 
-@pytest.mark.parametrize("bad, says", [(dict(coherent=2), "coherent=2"), (dict(shift="fast"), "shift='fast'"), (dict(level=("lufs", 3)), "level="), (dict(duration=0), "duration=0"),
-                                       (dict(pitch=(2, -2)), "pitch="), (dict(stretch=(0, 1)), "stretch="), (dict(seed=-1), "seed=-1"), (dict(variants=0), "variants=0"), (dict(channels=3), "channels=3"), (dict(detune=2, variants=2), "detune=2")])
+@pytest.mark.parametrize(
+    "bad, says",
+    [(dict(coherent=2), "coherent=2"), (dict(shift="fast"), "shift='fast'"),
+     (dict(level=("lufs", 3)), "level="), (dict(duration=0), "duration=0"), (dict(pitch=(2, -2)), "pitch="),
+     (dict(stretch=(0, 1)), "stretch="), (dict(seed=-1), "seed=-1"), (dict(variants=0), "variants=0"),
+     (dict(channels=3), "channels=3"), (dict(detune=2, variants=2), "detune=2")],
+)
 def test_bad_settings_are_named(bad, says):
     with pytest.raises(UserError, match=says.replace("(", r"\(")): Mixer(BAND, **bad)
 
@@ -280,14 +326,16 @@ def test_an_instrument_that_nobody_plays_is_named():
 
 @pytest.fixture(scope="session")
 def real_store(musdb_path, tmp_path_factory):
-    "Three training songs of the previews as a store; the whole set takes its time to decode and is tested where that is the matter."
+    """Three training songs of the previews as a store; the whole set takes its time to decode and is tested
+    where that is the matter."""
+
     from deepdemix.data import prepare_musdb
     from deepdemix.foundations.store import Store
-    import shutil
     root = tmp_path_factory.mktemp("musdb")
     for split in ("train", "test"):
         (root / split).mkdir()
-        for file in sorted((musdb_path / split).glob("*.stem.mp4"))[: 4 if split == "train" else 1]: (root / split / file.name).symlink_to(file)
+        for file in sorted((musdb_path / split).glob("*.stem.mp4"))[: 4 if split == "train" else 1]:
+            (root / split / file.name).symlink_to(file)
     prepare_musdb(root, root / "store", progress=False)
     return Store.open(root / "store")
 
@@ -303,7 +351,9 @@ def test_batches_of_real_songs(real_store):
     for i in range(4):
         mix = mixer[i]
         for s in range(4):
-            level = meter.integrated_loudness(mix.sources[s, :, :mix.frames[s]].T.double().numpy()) - 20 * math.log10(mix.scale)
+            level = meter.integrated_loudness(
+                mix.sources[s, :, : mix.frames[s]].T.double().numpy()
+            ) - 20 * math.log10(mix.scale)
             if level > -60: assert abs(level - (-20 + mix.snr[s])) < 0.3
 
 
@@ -321,29 +371,45 @@ def test_mono_and_stereo_songs_go_together():
     for i in range(6):
         mix = mixer[i]
         assert mix.sources.shape == (4, 2, RATE)
-        for s, title in enumerate(mix.songs): assert torch.equal(mix.sources[s, 0], mix.sources[s, 1]) == (band.songs[int(title[-1])].channels == 1)
+        for s, title in enumerate(mix.songs):
+            assert torch.equal(mix.sources[s, 0], mix.sources[s, 1]) == (
+                band.songs[int(title[-1])].channels == 1
+            )
     assert Triplets(band, channels=None, duration=1.0)[0].shape == (3, 2, RATE)
 
 
-EVERY_CHOICE = [dict(), dict(coherent=0.0, eq=(-6, 6), swap=0.5, flip=0.5, mixup=0.5), dict(shift="tied"), dict(pitch=None, stretch=None, level=("gain", (-5, 20)))]
+EVERY_CHOICE = [dict(), dict(coherent=0.0, eq=(-6, 6), swap=0.5, flip=0.5, mixup=0.5), dict(shift="tied"),
+                dict(pitch=None, stretch=None, level=("gain", (-5, 20)))]
 
 
 @pytest.mark.parametrize("options", EVERY_CHOICE)
 def test_every_step_of_a_mix_runs_on_the_device_asked_for(options):
     mixture, sources = Mixer(BAND, duration=2.0, **options).batch(4, 5, device="meta")
-    assert mixture.is_meta and sources.is_meta and mixture.shape == (4, 2, 2 * RATE) and sources.shape == (4, 4, 2, 2 * RATE)
+    assert (mixture.is_meta and sources.is_meta and mixture.shape == (4, 2, 2 * RATE)
+            and sources.shape == (4, 4, 2, 2 * RATE))
 
 
-@pytest.mark.parametrize("batches", [lambda: Triplets(BAND, duration=2.0), lambda: BalancedBatches(BAND, duration=2.0), lambda: BalancedBatches(BAND, duration=2.0, background=(-5, 5))])
+@pytest.mark.parametrize(
+    "batches",
+    [lambda: Triplets(BAND, duration=2.0), lambda: BalancedBatches(BAND, duration=2.0),
+     lambda: BalancedBatches(BAND, duration=2.0, background=(-5, 5))],
+)
 def test_every_step_of_a_contrastive_batch_runs_on_the_device_asked_for(batches):
     assert all(x.is_meta for x in batches().batch(2, device="meta"))
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("options", [dict(), dict(coherent=0.0, eq=(-6, 6), flip=0.5, mixup=0.5), dict(pitch=None, stretch=None, level=("gain", (-5, 20)))])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(coherent=0.0, eq=(-6, 6), flip=0.5, mixup=0.5),
+     dict(pitch=None, stretch=None, level=("gain", (-5, 20)))],
+)
 def test_a_gpu_makes_the_same_mixes(options):
-    here, there = (Mixer(BAND, duration=2.0, **options).batch(8, 5, device=device) for device in (None, "cuda"))
-    for ours, theirs in zip(here, there): assert theirs.is_cuda and torch.allclose(ours, theirs.cpu(), atol=1e-3)
+    here, there = (
+        Mixer(BAND, duration=2.0, **options).batch(8, 5, device=device) for device in (None, "cuda")
+    )
+    for ours, theirs in zip(here, there):
+        assert theirs.is_cuda and torch.allclose(ours, theirs.cpu(), atol=1e-3)
     waves = [Triplets(BAND, duration=2.0).batch(4, device=device)[0].cpu() for device in (None, "cuda")]
     assert torch.allclose(*waves, atol=1e-3)
 
@@ -364,8 +430,12 @@ def test_memory_stays_flat_while_copies_come_and_go():
     assert max(sizes[50:]) <= 2.01 * mixer.bank.need() * 2**30 and len(mixer.bank.kept) <= 2 * len(BAND)
 
 
-HOLDERS = {"a part": lambda x: x[1:], "an array": lambda x: x.numpy(), "a tensor on an array": lambda x: torch.from_numpy(x.numpy()),
-           "the storage": lambda x: x.untyped_storage(), "a list": lambda x: [x], "a graph": lambda x: (x * torch.ones(1, requires_grad=True)).grad_fn}
+HOLDERS = {
+    "a part": lambda x: x[1:], "an array": lambda x: x.numpy(),
+    "a tensor on an array": lambda x: torch.from_numpy(x.numpy()),
+    "the storage": lambda x: x.untyped_storage(), "a list": lambda x: [x],
+    "a graph": lambda x: (x * torch.ones(1, requires_grad=True)).grad_fn,
+}
 
 
 @pytest.mark.parametrize("holder", HOLDERS)

@@ -1,4 +1,5 @@
-"The mask network and the baseline: nussl's numbers, nussl's separator, any length and any number of channels."
+"""The mask network and the baseline: nussl's numbers, nussl's separator, any length and any number of
+channels."""
 import json
 import subprocess
 import sys
@@ -6,44 +7,62 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from deepdemix.foundations.files import UserError
-from deepdemix.foundations.codecs import read_streams
 from deepdemix.baseline import Baseline, count_parameters
-from deepdemix.networks.protocol import MaskNetwork
-from deepdemix.networks.nussl_bridge import (
-    from_nussl_weights, import_nussl, load_nussl_weights, nussl_separator, to_nussl, to_nussl_weights)
-from deepdemix.networks.drawing import trace_shapes
-from deepdemix.foundations.toy_band import toy_song
+from deepdemix.foundations.codecs import read_streams
+from deepdemix.foundations.files import UserError
 from deepdemix.foundations.recipe import Recipe
 from deepdemix.foundations.registry import build_network
 from deepdemix.foundations.runs import load_network, save_network
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.networks.drawing import trace_shapes
+from deepdemix.networks.nussl_bridge import (
+    from_nussl_weights,
+    import_nussl,
+    load_nussl_weights,
+    nussl_separator,
+    to_nussl,
+    to_nussl_weights,
+)
+from deepdemix.networks.protocol import MaskNetwork
 
 SMALL = dict(hidden_size=5, window_length=64, hop_length=16)
 
 
 def theirs_and_ours(nussl, seed=0, hidden=50, layers=1, both=True, kind="lstm", n_f=257, n_ac=1):
-    "nussl's recurrent mask inference model with random weights and batch-norm statistics, and our baseline with the same."
+    """nussl's recurrent mask inference model with random weights and batch-norm statistics, and our baseline
+    with the same."""
     torch.manual_seed(seed)
     config = nussl.ml.networks.builders.build_recurrent_mask_inference(
-        n_f, hidden, layers, both, 0., 4, ["sigmoid"], num_audio_channels=n_ac, rnn_type=kind, normalization_args={"num_features": n_f})
+        n_f, hidden, layers, both, 0.0, 4, ["sigmoid"], num_audio_channels=n_ac, rnn_type=kind,
+        normalization_args={"num_features": n_f},
+    )
     config["modules"]["recurrent_stack"]["args"]["num_features"] = n_f * n_ac
     theirs = nussl.ml.SeparationModel(config)
     for name, value in theirs.state_dict().items():
-        if value.is_floating_point(): value.copy_(torch.rand_like(value) + 0.5 if "running_var" in name else torch.randn_like(value) * 0.4)
-    ours = Baseline(hidden_size=hidden, num_layers=layers, bidirectional=both, rnn_type=kind, channels=n_ac, window_length=2 * (n_f - 1), hop_length=(n_f - 1) // 2)
+        if value.is_floating_point():
+            value.copy_(
+                torch.rand_like(value) + 0.5 if "running_var" in name else torch.randn_like(value) * 0.4
+            )
+    ours = Baseline(hidden_size=hidden, num_layers=layers, bidirectional=both, rnn_type=kind, channels=n_ac,
+                    window_length=2 * (n_f - 1), hop_length=(n_f - 1) // 2)
     return theirs, load_nussl_weights(ours, theirs.state_dict())
 
 
-@pytest.mark.parametrize("sizes", [{}, dict(hidden=7, layers=2, n_f=33), dict(hidden=6, both=False, n_f=17), dict(hidden=6, kind="gru", n_f=17), dict(hidden=4, n_f=17, n_ac=2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, dict(hidden=7, layers=2, n_f=33), dict(hidden=6, both=False, n_f=17),
+     dict(hidden=6, kind="gru", n_f=17), dict(hidden=4, n_f=17, n_ac=2)],
+)
 def test_the_baseline_equals_nussls_modules(nussl, sizes):
     theirs, ours = theirs_and_ours(nussl, **sizes)
     magnitude = torch.rand(3, 40, ours.n_f, ours.channels) ** 4
     magnitude[0, :5] = 0
     for training in (False, True):
-        with torch.no_grad(): a, b = ours.train(training).mask(magnitude), theirs.train(training)(mix_magnitude=magnitude)["mask"]
+        with torch.no_grad():
+            a = ours.train(training).mask(magnitude)
+            b = theirs.train(training)(mix_magnitude=magnitude)["mask"]
         assert (a - b).abs().max() < 1e-5
         assert a.std() > 0.05
     assert count_parameters(theirs) == count_parameters(ours)
@@ -53,7 +72,8 @@ def test_one_step_of_training_keeps_them_equal(nussl):
     theirs, ours = theirs_and_ours(nussl, hidden=6, n_f=33)
     magnitude, target = torch.rand(2, 20, 33, 1), torch.rand(2, 20, 33, 1, 4)
     before = ours.state_dict()["embedding.linear.weight"].clone()
-    for net, mask in ((theirs, lambda: theirs(mix_magnitude=magnitude)["mask"]), (ours, lambda: ours.mask(magnitude))):
+    for net, mask in ((theirs, lambda: theirs(mix_magnitude=magnitude)["mask"]),
+                      (ours, lambda: ours.mask(magnitude))):
         optimizer = torch.optim.SGD(net.train().parameters(), lr=1.)
         (mask() * magnitude[..., None] - target).abs().mean().backward()
         optimizer.step()
@@ -65,12 +85,15 @@ def test_one_step_of_training_keeps_them_equal(nussl):
 def test_weights_go_there_and_back(nussl):
     theirs, ours = theirs_and_ours(nussl, hidden=6, n_f=33)
     theirs.load_state_dict(to_nussl_weights(ours.state_dict()))
-    with pytest.raises(UserError, match="embedding.linear.weight"): load_nussl_weights(Baseline(**SMALL), theirs.state_dict())
+    with pytest.raises(UserError, match="embedding.linear.weight"):
+        load_nussl_weights(Baseline(**SMALL), theirs.state_dict())
     with pytest.raises(UserError, match="normalization"): load_nussl_weights(Baseline(**SMALL), {})
 
 
 def test_it_starts_as_nussls_does(nussl):
-    config = nussl.ml.networks.builders.build_recurrent_mask_inference(257, 50, 1, True, 0., 4, ["sigmoid"], normalization_args={"num_features": 257})
+    config = nussl.ml.networks.builders.build_recurrent_mask_inference(
+        257, 50, 1, True, 0.0, 4, ["sigmoid"], normalization_args={"num_features": 257}
+    )
     theirs, ours = from_nussl_weights(nussl.ml.SeparationModel(config).state_dict()), Baseline().state_dict()
     for name, value in theirs.items():
         if "bias" in name or "batch_norm" in name: assert torch.equal(value, ours[name]), name
@@ -84,12 +107,16 @@ class LouderHigh(MaskNetwork):
         return torch.stack([ramp, 1 - ramp], -1)
 
 
-DDM = dict(duration=0.25, window_length=64, hop_length=32, sample_rate=8000, conv_channels=[2, 2, 3, 3], kernels=[[3, 3]] * 4, pools=[[4, 2], [2, 2]],
-           linears=[12, 8], latent=6, grid=[2, 4, 4])
+DDM = dict(duration=0.25, window_length=64, hop_length=32, sample_rate=8000, conv_channels=[2, 2, 3, 3],
+           kernels=[[3, 3]] * 4, pools=[[4, 2], [2, 2]], linears=[12, 8], latent=6, grid=[2, 4, 4])
 
 
-@pytest.mark.parametrize("name,args,channels", [("baseline", {}, 2), ("baseline", dict(channels=2, hidden_size=8), 2), ("baseline", dict(SMALL, window_type="hann"), 1),
-                                                ("ddm", DDM, 2), ("ddm_skip", DDM, 1), (LouderHigh, dict(sources=["high", "low"], window_length=256), 2)])
+@pytest.mark.parametrize(
+    "name,args,channels",
+    [("baseline", {}, 2), ("baseline", dict(channels=2, hidden_size=8), 2),
+     ("baseline", dict(SMALL, window_type="hann"), 1), ("ddm", DDM, 2), ("ddm_skip", DDM, 1),
+     (LouderHigh, dict(sources=["high", "low"], window_length=256), 2)],
+)
 def test_nussls_deep_mask_estimation_runs_our_networks(nussl, name, args, channels):
     torch.manual_seed(0)
     network = (build_network(name, **args) if isinstance(name, str) else name(**args)).eval()
@@ -107,7 +134,9 @@ def test_nussl_and_ours_agree_on_a_real_song(nussl, musdb_path):
     from pathlib import Path
     streams, rate = read_streams(sorted(Path(musdb_path, "train").glob("*.stem.mp4"))[0])
     mixture, network = streams[0][:, :2 * rate], Baseline().eval()
-    estimates = nussl_separator(network, nussl.AudioSignal(audio_data_array=mixture.numpy().copy(), sample_rate=rate))()
+    estimates = nussl_separator(
+        network, nussl.AudioSignal(audio_data_array=mixture.numpy().copy(), sample_rate=rate)
+    )()
     with torch.no_grad(): ours = network(mixture[None])[0]
     assert mixture.abs().max() > 0.05
     for a, b in zip(ours, estimates): assert np.abs(a.numpy() - b.audio_data).max() < 1e-4
@@ -135,12 +164,14 @@ def test_without_nussl_there_is_one_clear_line(monkeypatch):
 
 
 def test_importing_the_room_is_light():
-    code = "import sys, deepdemix.baseline; print([m for m in ('nussl', 'matplotlib', 'lightning', 'musdb', 'scipy.signal') if m in sys.modules])"
+    code = ("import sys, deepdemix.baseline; print([m for m in ('nussl', 'matplotlib', 'lightning', 'musdb',"
+            " 'scipy.signal') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 @settings(max_examples=25, deadline=None)
-@given(batch=st.integers(1, 3), channels=st.integers(1, 3), time=st.integers(1, 900), hop=st.sampled_from([16, 20, 32]))
+@given(batch=st.integers(1, 3), channels=st.integers(1, 3), time=st.integers(1, 900),
+       hop=st.sampled_from([16, 20, 32]))
 def test_masks_that_add_up_to_one_give_the_mixture_back(batch, channels, time, hop):
     network = LouderHigh(sources=["high", "low"], window_length=64, hop_length=hop)
     mixture = torch.randn(batch, channels, time, generator=torch.Generator().manual_seed(time))
@@ -151,13 +182,15 @@ def test_masks_that_add_up_to_one_give_the_mixture_back(batch, channels, time, h
 
 def test_channels_do_not_hear_each_other():
     network, song = Baseline(**SMALL).eval(), torch.randn(2, 3, 700)
-    with torch.no_grad(): together, apart = network(song), torch.cat([network(song[:, [c]]) for c in range(3)], 2)
+    with torch.no_grad():
+        together, apart = network(song), torch.cat([network(song[:, [c]]) for c in range(3)], 2)
     assert torch.allclose(together, apart, atol=1e-6)
 
 
 def test_a_stereo_network_takes_mono_as_a_pair_and_refuses_six_channels():
     network, mono = Baseline(channels=2, **SMALL).eval(), torch.randn(1, 1, 700)
-    with torch.no_grad(): assert torch.allclose(network(mono), network(mono.expand(1, 2, 700)).mean(2, keepdim=True), atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(network(mono), network(mono.expand(1, 2, 700)).mean(2, keepdim=True), atol=1e-6)
     with pytest.raises(UserError, match="6"): network(torch.zeros(1, 6, 700))
 
 

@@ -1,5 +1,14 @@
-"The catalogue where a notebook cell is the wrong place: workers that die, clusters that are none, stores in parts, and a store of 30 GB."
-import http.server, json, os, signal, socket, subprocess, sys, threading, time
+"""The catalogue where a notebook cell is the wrong place: workers that die, clusters that are none, stores
+in parts, and a store of 30 GB."""
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -8,17 +17,17 @@ import pytest
 import torch
 
 from deepdemix.audio import SOURCES
-from deepdemix.foundations.files import UserError
-from deepdemix.foundations.encoding import write
 from deepdemix.augmentation import Mixer
-from deepdemix.serving.cluster import OnRay, cluster, objections
-from deepdemix.serving.catalogue import SongWorker, alone, list_jobs, read_manifest, separate_catalogue
 from deepdemix.cli import main
-from deepdemix.foundations.store import FORMAT, Store
 from deepdemix.data import prepare_stems, prepare_toy
-from deepdemix.networks.recurrent import Recurrent
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.files import UserError
 from deepdemix.foundations.recipe import Recipe
 from deepdemix.foundations.runs import save_network
+from deepdemix.foundations.store import FORMAT
+from deepdemix.networks.recurrent import Recurrent
+from deepdemix.serving.catalogue import SongWorker, alone, read_manifest, separate_catalogue
+from deepdemix.serving.cluster import OnRay, cluster
 
 RATE = 8000
 
@@ -28,7 +37,8 @@ def tiny(tmp_path_factory):
     "A separator with a few random weights."
     torch.manual_seed(0)
     network = Recurrent(single=8, hidden=8, layers=1, window_length=512, hop_length=128, sample_rate=RATE)
-    save_network(network, Recipe(network="recurrent", network_args=network.args), folder := tmp_path_factory.mktemp("tiny"))
+    save_network(network, Recipe(network="recurrent", network_args=network.args),
+                 folder := tmp_path_factory.mktemp("tiny"))
     return folder
 
 
@@ -43,7 +53,9 @@ def on_ray():
 def make_songs(folder, n, seconds=2.0):
     "Songs of noise, and one that is none."
     folder.mkdir(parents=True)
-    for k in range(n - 1): write(folder / f"song {k:02d}.wav", 0.1 * torch.randn(2, int(seconds * RATE), generator=torch.Generator().manual_seed(k)), RATE)
+    for k in range(n - 1):
+        write(folder / f"song {k:02d}.wav",
+              0.1 * torch.randn(2, int(seconds * RATE), generator=torch.Generator().manual_seed(k)), RATE)
     (folder / "torn.wav").write_bytes(b"RIFF, and then nothing")
     return folder
 
@@ -60,20 +72,32 @@ def test_a_restart_does_what_is_left_and_another_model_everything(tmp_path, tiny
     write(songs / "song 02.wav", torch.zeros(1, 2400), RATE)
     assert counts(separate_catalogue([songs], out, tiny, progress=False)) == [5, 2, 2, 1]
     assert counts(separate_catalogue([songs], out, tiny, progress=False, format="flac")) == [5, 4, 0, 1]
-    assert counts(separate_catalogue([songs], out, tiny, progress=False, format="flac", overwrite=True)) == [5, 4, 0, 1]
+    assert counts(separate_catalogue([songs], out, tiny, progress=False, format="flac", overwrite=True)) == [
+        5, 4, 0, 1,
+    ]
     table = read_manifest(out)
-    assert sorted(table.status) == ["done"] * 4 + ["failed"] and table.input.is_unique and not table.skipped.any()
-    assert {p.name for p in out.iterdir() if p.is_dir()} == {".catalogue", *(f"song {k:02d}" for k in range(4))}
+    assert (sorted(table.status) == ["done"] * 4 + ["failed"] and table.input.is_unique
+            and not table.skipped.any())
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {
+        ".catalogue", *(f"song {k:02d}" for k in range(4)),
+    }
 
 
 def test_options_that_mean_the_same_find_their_songs_finished(tmp_path, tiny):
-    "From Python and from the command line: tuples and lists, one stem and a list of one, what is as it is by default."
+    """From Python and from the command line: tuples and lists, one stem and a list of one, what is as it is
+    by default."""
     songs, out = make_songs(tmp_path / "in", 3, 0.3), tmp_path / "out"
-    ways = [dict(stems=("vocals",)), dict(stems=["vocals"]), dict(stems="vocals"), dict(stems=iter(["vocals"])), dict(stems={"vocals"}, format="wav", clip=None, two_stems=None, track=1)]
+    ways = [dict(stems=("vocals",)), dict(stems=["vocals"]), dict(stems="vocals"),
+            dict(stems=iter(["vocals"])),
+            dict(stems={"vocals"}, format="wav", clip=None, two_stems=None, track=1)]
     for k, options in enumerate(ways):
-        assert counts(separate_catalogue([songs], out, tiny, progress=False, loading=dict(overlap=None), **options)) == [3, *((0, 2) if k else (2, 0)), 1]
+        assert counts(
+            separate_catalogue([songs], out, tiny, progress=False, loading=dict(overlap=None), **options)
+        ) == [3, *((0, 2) if k else (2, 0)), 1]
     assert {p.name for p in (out / "song 00").iterdir()} == {"vocals.wav"}
-    assert counts(separate_catalogue([songs], out, tiny, progress=False, stems=("vocals", "bass"))) == [3, 2, 0, 1]
+    assert counts(separate_catalogue([songs], out, tiny, progress=False, stems=("vocals", "bass"))) == [
+        3, 2, 0, 1,
+    ]
 
 
 def test_a_stop_in_the_middle_keeps_what_is_finished(tmp_path, tiny):
@@ -83,7 +107,8 @@ def test_a_stop_in_the_middle_keeps_what_is_finished(tmp_path, tiny):
             yield k, result
     songs, out = make_songs(tmp_path / "in", 5, 0.3), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt): separate_catalogue([songs], out, tiny, stops, progress=False)
-    assert not list(out.glob("manifest*")) and not list(out.glob(".manifest*")) and not list(out.rglob("tries/*"))
+    assert (not list(out.glob("manifest*")) and not list(out.glob(".manifest*"))
+            and not list(out.rglob("tries/*")))
     assert counts(separate_catalogue([songs], out, tiny, progress=False)) == [5, 1, 3, 1]
 
 
@@ -103,40 +128,62 @@ def test_bad_use_is_one_line_and_status_2(tmp_path, tiny, capsys):
         closed = f"127.0.0.1:{free.getsockname()[1]}"
     web = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=web.serve_forever, daemon=True).start()
-    for words, line in ((["separate", "--ray", str(tmp_path / "bare")], "no audio files"), (["separate", "--ray", str(tmp_path / "none")], "no such folder"),
-                        (["separate", "--ray", str(songs), "--address", closed], "nothing answers there"), (["separate", "--ray", str(songs), "--address", "127.0.0.1:%d" % web.server_port], "it is not Ray"), (["separate", str(songs), "--address", closed], "--ray"),
-                        (["separate", "--ray", str(songs), "--model", "nobody"], "there is no model"), (["separate", "--ray", str(songs), "--workers", "0"], "0")):
-        began = time.monotonic()
-        try: status = main([*words, "--out", str(tmp_path / "out"), *([] if "--model" in words else ["--model", str(tiny)])])
+    for words, line in (
+        (["separate", "--ray", str(tmp_path / "bare")], "no audio files"),
+        (["separate", "--ray", str(tmp_path / "none")], "no such folder"),
+        (["separate", "--ray", str(songs), "--address", closed], "nothing answers there"),
+        (["separate", "--ray", str(songs), "--address", "127.0.0.1:%d" % web.server_port], "it is not Ray"),
+        (["separate", str(songs), "--address", closed], "--ray"),
+        (["separate", "--ray", str(songs), "--model", "nobody"], "there is no model"),
+        (["separate", "--ray", str(songs), "--workers", "0"], "0"),
+    ):
+        try:
+            status = main([*words, "--out", str(tmp_path / "out"),
+                           *([] if "--model" in words else ["--model", str(tiny)])])
         except SystemExit as e: status = e.code
         error = capsys.readouterr().err
         assert status == 2 and line in error and "Traceback" not in error, (words, error)
-    web.shutdown(); web.server_close()
+    web.shutdown()
+    web.server_close()
 
 
 def test_the_mixes_of_a_store_in_parts_are_those_of_the_whole(tmp_path):
-    whole, parted = (prepare_toy(8, tmp_path / name, duration=6., sample_rate=RATE, progress=False, parts=parts) for name, parts in (("whole", None), ("parted", 3)))
-    assert len(list(parted.path.glob("part-*"))) == 3 and not (parted.path / "songs").exists() or not list((parted.path / "songs").iterdir())
+    whole, parted = (
+        prepare_toy(8, tmp_path / name, duration=6.0, sample_rate=RATE, progress=False, parts=parts)
+        for name, parts in (("whole", None), ("parted", 3))
+    )
+    assert (len(list(parted.path.glob("part-*"))) == 3 and not (parted.path / "songs").exists()
+            or not list((parted.path / "songs").iterdir()))
     assert parted.digest == whole.digest and parted.verify() == []
     for split in ("train", "valid", "test"):
         a, b = (Mixer(s.split(split), duration=2., coherent=.5, seed=3) for s in (whole, parted))
         for i in (0, 7): assert torch.equal(a[i].sources, b[i].sources)
     again = prepare_toy(8, tmp_path / "parted", duration=6., sample_rate=RATE, progress=False)
-    assert again.digest == whole.digest and not list(again.path.glob("part-*/songs/*")) and not list(again.path.glob("part-*/store.json"))
+    assert (again.digest == whole.digest and not list(again.path.glob("part-*/songs/*"))
+            and not list(again.path.glob("part-*/store.json")))
 
 
 # ---- with Ray
 
 def test_a_cluster_of_our_own_is_for_this_machine_and_this_process(on_ray, tmp_path):
     "Nothing listens on other addresses, and nobody comes in without the token."
-    import ipaddress, psutil, ray
+    import ipaddress
+
+    import psutil
+    import ray
     ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    listening = [c.laddr.ip for p in ours for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    listening = [
+        c.laddr.ip for p in ours for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN
+    ]
     plain = [ipaddress.ip_address(ip.removeprefix("::ffff:")) for ip in listening]
     assert len(plain) > 3 and all(ip.is_loopback for ip in plain), listening
     assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
-    script = f"import ray; ray.init(address={ray.get_runtime_context().gcs_address!r}, log_to_driver=False); print('inside')"
-    def come_in(**env): return subprocess.run([sys.executable, "-c", script], env=os.environ | env, capture_output=True, text=True).stdout
+    script = (f"import ray; ray.init(address={ray.get_runtime_context().gcs_address!r}, log_to_driver=False);"
+              " print('inside')")
+    def come_in(**env):
+        return subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | env, capture_output=True, text=True
+        ).stdout
     assert "inside" not in come_in(RAY_AUTH_TOKEN="0" * 64) and "inside" in come_in()
 
 
@@ -147,10 +194,12 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(tmp_path, tiny, on
         class Written:
             "Notes which worker wrote a song's stems, and when."
             def __call__(self, job):
-                import os, time
+                import os
+                import time
                 row = call(job)
                 if row.get("outputs"):
-                    with open(journal, "a") as f: f.write(f"{job.path}\t{os.stat(row['outputs'][0]).st_mtime_ns}\t{os.getpid()}\n")
+                    with open(journal, "a") as f:
+                        f.write(f"{job.path}\t{os.stat(row['outputs'][0]).st_mtime_ns}\t{os.getpid()}\n")
                 time.sleep(.05)
                 return row
         return on_ray(2)(Written(), jobs, state, inputs)
@@ -171,8 +220,13 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(tmp_path, tiny, on
     assert len(killed) == 1 and counts(summary) == [30, 29, 0, 1] and "torn.wav" in summary["reasons"][0]
     table = read_manifest(out)
     assert table.input.is_unique and sorted(table.status) == ["done"] * 29 + ["failed"]
-    assert {p.name for p in out.iterdir() if p.is_dir() and not p.name.startswith(".")} == {f"song {k:02d}" for k in range(29)}
-    assert all(sorted(x.name for x in (out / f"song {k:02d}").iterdir()) == sorted(f"{s}.wav" for s in SOURCES) for k in range(29))
+    assert {p.name for p in out.iterdir() if p.is_dir() and not p.name.startswith(".")} == {
+        f"song {k:02d}" for k in range(29)
+    }
+    assert all(
+        sorted(x.name for x in (out / f"song {k:02d}").iterdir()) == sorted(f"{s}.wav" for s in SOURCES)
+        for k in range(29)
+    )
     lines = [line.split("\t") for line in journal.read_text().splitlines()]
     assert max(Counter(path for path, _ in {(p, t) for p, t, _ in lines}).values()) == 1
     assert len({pid for _, _, pid in lines}) >= 3
@@ -195,23 +249,33 @@ def test_a_cluster_prepares_the_same_store(tmp_path, on_ray):
     for k in range(6):
         for j, name in enumerate(SOURCES):
             (tmp_path / "in" / f"song {k}").mkdir(parents=True, exist_ok=True)
-            write(tmp_path / "in" / f"song {k}" / f"{name}.wav", 0.1 * torch.randn(1, RATE, generator=torch.Generator().manual_seed(4 * k + j)), RATE)
+            write(tmp_path / "in" / f"song {k}" / f"{name}.wav",
+                  0.1 * torch.randn(1, RATE, generator=torch.Generator().manual_seed(4 * k + j)), RATE)
     (tmp_path / "in" / "song 6").mkdir()
     (tmp_path / "in" / "song 6" / "bass.wav").write_bytes(b"RIFF, and then nothing")
-    here, there = (prepare_stems(tmp_path / "in", tmp_path / name, sample_rate=RATE, progress=False, skip_bad=True, **kw) for name, kw in (("here", {}), ("there", dict(parts=3, each=on_ray(2)))))
-    assert here.digest == there.digest and len(there) == 6 and there.verify() == [] and there.index["skipped"] == here.index["skipped"]
+    here, there = (
+        prepare_stems(tmp_path / "in", tmp_path / name, sample_rate=RATE, progress=False, skip_bad=True, **kw)
+        for name, kw in (("here", {}), ("there", dict(parts=3, each=on_ray(2))))
+    )
+    assert (here.digest == there.digest and len(there) == 6 and there.verify() == []
+            and there.index["skipped"] == here.index["skipped"])
 
 
 @pytest.mark.slow
 def test_a_cluster_that_somebody_started_is_joined(tmp_path, tiny, on_ray):
     import ray
     songs, address = make_songs(tmp_path / "in", 3, 0.3), ray.get_runtime_context().gcs_address
-    words = ["separate", "--ray", str(songs), "--address", address, "--model", str(tiny), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    joined = lambda *more: subprocess.run([str(Path(sys.executable).parent / "deepdemix"), *words, *more], capture_output=True, text=True, timeout=300)
+    words = ["separate", "--ray", str(songs), "--address", address, "--model", str(tiny), "--out",
+             str(tmp_path / "out"), "--device", "cpu"]
+    joined = lambda *more: subprocess.run([str(Path(sys.executable).parent / "deepdemix"), *words, *more],
+                                          capture_output=True, text=True, timeout=300)
     done = joined("--workers", "3")
-    assert done.returncode == 2 and "3 workers with 1 cores each don't fit: there are 2 cores" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (done.returncode == 2 and "3 workers with 1 cores each don't fit: there are 2 cores" in done.stderr
+            and "Traceback" not in done.stderr), done.stderr
     done = joined("--workers", "1")
-    assert "Traceback" not in done.stderr and sorted(read_manifest(tmp_path / "out").status) == ["done", "done", "failed"], done.stderr
+    assert "Traceback" not in done.stderr and sorted(read_manifest(tmp_path / "out").status) == [
+        "done", "done", "failed",
+    ], done.stderr
 
 
 @pytest.mark.slow
@@ -222,18 +286,24 @@ def test_a_server_that_speaks_as_ray_does_and_is_not(tmp_path, tiny):
     with socket.create_server(("127.0.0.1", 0)) as s:
         def serve():
             try:
-                while True: held.append(s.accept()[0]); held[-1].sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+                while True:
+                    held.append(s.accept()[0])
+                    held[-1].sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
             except OSError: pass
         threading.Thread(target=serve, daemon=True).start()
-        words = ["separate", "--ray", str(songs), "--address", f"127.0.0.1:{s.getsockname()[1]}", "--model", str(tiny), "--out", str(tmp_path / "out")]
-        done = subprocess.run([str(Path(sys.executable).parent / "deepdemix"), *words], capture_output=True, text=True, timeout=500)
+        words = ["separate", "--ray", str(songs), "--address", f"127.0.0.1:{s.getsockname()[1]}", "--model",
+                 str(tiny), "--out", str(tmp_path / "out")]
+        done = subprocess.run([str(Path(sys.executable).parent / "deepdemix"), *words], capture_output=True,
+                              text=True, timeout=500)
     lines = [x for x in done.stderr.splitlines() if x.startswith("deepdemix:")]
-    assert done.returncode == 2 and len(lines) == 1 and "can't join this cluster" in lines[0] and "Traceback" not in done.stderr, done.stderr
+    assert (done.returncode == 2 and len(lines) == 1 and "can't join this cluster" in lines[0]
+            and "Traceback" not in done.stderr), done.stderr
 
 
 @pytest.mark.slow
 def test_every_machine_is_asked(tmp_path, tiny, on_ray):
     import ray
+
     from deepdemix.serving.cluster import check_machines
     songs, call = make_songs(tmp_path / "in", 2, 0.3), SongWorker(tmp_path / "out", tiny)
     check_machines(ray, call, tmp_path / "out" / ".catalogue", [str(songs / "song 00.wav")])
@@ -241,7 +311,8 @@ def test_every_machine_is_asked(tmp_path, tiny, on_ray):
     here = os.getpid()
     def call(job): pass
     call.identity = lambda: {"torch": "1.0" if __import__("os").getpid() == here else "2.0"}
-    with pytest.raises(UserError, match="has torch 2.0 and this machine 1.0"): check_machines(ray, call, tmp_path / "out" / ".catalogue", [])
+    with pytest.raises(UserError, match="has torch 2.0 and this machine 1.0"):
+        check_machines(ray, call, tmp_path / "out" / ".catalogue", [])
 
 
 # ---- a store that is larger than memory
@@ -274,11 +345,20 @@ def giant_store(out, gigabytes=30, minutes=3):
         part, file = f"part-{k % 10:04d}", f"song-{k:08x}"
         (out / part / "songs").mkdir(parents=True, exist_ok=True)
         with (out / part / "songs" / f"{file}.npy").open("wb") as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="<f4", fortran_order=False, shape=(4, 2, frames)))
+            np.lib.format.write_array_header_1_0(
+                f, dict(descr="<f4", fortran_order=False, shape=(4, 2, frames))
+            )
             f.truncate(f.tell() + frames * 32)
-        songs.append(dict(title=f"song {k}", split="train", frames=frames, channels=2, sample_rate=44100, present=SOURCES, flags=[], mixture="sum", mixture_snr=None,
-                          rms=[-200.] * 4, peak=0., digest=f"{k}", mixture_digest=None, dtype="float32", scales=[1.] * 5, file=file, part=part))
-    (out / "store.json").write_text(json.dumps(dict(format=FORMAT, sample_rate=44100, sources=SOURCES, digest="", skipped=[], songs=songs)))
+        songs.append(
+            dict(title=f"song {k}", split="train", frames=frames, channels=2, sample_rate=44100,
+                 present=SOURCES, flags=[], mixture="sum", mixture_snr=None, rms=[-200.0] * 4, peak=0.0,
+                 digest=f"{k}", mixture_digest=None, dtype="float32", scales=[1.0] * 5, file=file, part=part)
+        )
+    (out / "store.json").write_text(
+        json.dumps(
+            dict(format=FORMAT, sample_rate=44100, sources=SOURCES, digest="", skipped=[], songs=songs)
+        )
+    )
     return sum(p.stat().st_size for p in out.rglob("*.npy"))
 
 
@@ -286,7 +366,8 @@ def giant_store(out, gigabytes=30, minutes=3):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_flat_on_a_store_of_30_gb(tmp_path):
     assert giant_store(tmp_path / "giant") > 29e9
-    done = subprocess.run([sys.executable, "-c", GIANT, str(tmp_path / "giant"), "1000"], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-c", GIANT, str(tmp_path / "giant"), "1000"], capture_output=True,
+                          text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     rows = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
     for worker in {w for _, w, _ in rows}:

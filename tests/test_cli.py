@@ -14,7 +14,8 @@ import torch
 from deepdemix.cli import main
 from deepdemix.foundations.recipe import Recipe
 
-TINY = [word for setting in ("epochs=1", "examples_per_epoch=4", "batch_size=2", "valid_examples=2") for word in ("--set", setting)]
+TINY = [word for setting in ("epochs=1", "examples_per_epoch=4", "batch_size=2", "valid_examples=2")
+        for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,11 @@ def folder(tmp_path_factory):
 
 def test_evaluate_and_compare(folder, capsys):
     for name in ("baseline", "ddm"):
-        assert main(["evaluate", "--model", str(folder / name), "--data", str(folder / "toy"), "--out", str(folder / f"{name}.json")]) == 0
+        assert (
+            main(["evaluate", "--model", str(folder / name), "--data", str(folder / "toy"), "--out",
+                  str(folder / f"{name}.json")])
+            == 0
+        )
         printed = capsys.readouterr().out
         assert name in printed and "oracle 12x12" in printed and "ideal ratio mask" in printed
     assert main(["compare", str(folder / "baseline.json"), str(folder / "ddm.json")]) == 0
@@ -42,8 +47,14 @@ def test_evaluate_and_compare(folder, capsys):
 def test_two_models_of_one_file_are_compared(tmp_path, capsys):
     rows = {m: [0.0 + k, 1.0 + k] for k, m in enumerate(("early", "late"))}
     import pandas as pd
+
     from deepdemix.scoring.scores import Scores
-    frame = pd.DataFrame([dict(model=m, seed=0, split="test", song=f"song {i}", source=s, metric="SDR", value=v) for m, values in rows.items() for i in range(8) for s, v in zip(("drums", "bass"), values)])
+    frame = pd.DataFrame([
+        dict(model=m, seed=0, split="test", song=f"song {i}", source=s, metric="SDR", value=v)
+        for m, values in rows.items()
+        for i in range(8)
+        for s, v in zip(("drums", "bass"), values)
+    ])
     Scores(frame, dict(channels="mono", mixture="sum")).save(tmp_path / "scores.json")
     assert main(["compare", str(tmp_path / "scores.json"), "--model-a", "early", "--model-b", "late"]) == 0
     assert "late changes SDR by +1.00 dB" in capsys.readouterr().out
@@ -53,7 +64,8 @@ def test_two_models_of_one_file_are_compared(tmp_path, capsys):
 
 def test_separate_with_a_run_folder(folder, capsys):
     song = next((folder / "toy").rglob("*.npy"))
-    assert main(["separate", str(song), "--out", str(folder / "stems"), "--model", str(folder / "baseline")]) == 2
+    assert (main(["separate", str(song), "--out", str(folder / "stems"), "--model", str(folder / "baseline")])
+            == 2)
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -75,10 +87,15 @@ def test_a_recipe_is_printed_changed_and_trained(folder, tmp_path, capsys):
     assert main(["recipe", "baseline", "--profile", "demo", "--device", "cpu", *TINY]) == 0
     text = capsys.readouterr().out
     about = {f.name for f in dataclasses.fields(Recipe)}
-    commented = {line.split(":")[0] for line in text.splitlines() if not line.startswith(" ") and line.partition("  # ")[2]}
+    commented = {line.split(":")[0] for line in text.splitlines()
+                 if not line.startswith(" ") and line.partition("  # ")[2]}
     assert commented == about
     (tmp_path / "mine.yaml").write_text(text.replace("lr: 0.001", "lr: 2e-3"))
-    assert main(["train", "--recipe", str(tmp_path / "mine.yaml"), "--data", str(folder / "toy"), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(["train", "--recipe", str(tmp_path / "mine.yaml"), "--data", str(folder / "toy"), "--out",
+              str(tmp_path / "run")])
+        == 0
+    )
     expected = json.loads((folder / "baseline" / "recipe.json").read_text())["recipe"] | {"lr": 2e-3}
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"] == expected
     assert main(["recipe", "--recipe", str(tmp_path / "run"), "--json"]) == 0
@@ -109,10 +126,12 @@ def test_a_run_goes_on_with_what_its_folder_holds(folder, tmp_path, monkeypatch,
 
 
 def test_a_model_is_trained_further(folder, tmp_path, capsys):
-    words = lambda start, out: ["train", "--start", str(start), "--data", str(folder / "toy"), "--out", str(tmp_path / out), "--set", "epochs=2"]
+    words = lambda start, out: ["train", "--start", str(start), "--data", str(folder / "toy"), "--out",
+                                str(tmp_path / out), "--set", "epochs=2"]
     assert main(words(folder / "ddm", "run")) == 0
     record = json.loads((tmp_path / "run" / "recipe.json").read_text())
-    assert (record["network"][0], record["recipe"]["start"], record["recipe"]["encoder"], record["epoch"]) == ("ddm", str(folder / "ddm"), None, 2)
+    assert (record["network"][0], record["recipe"]["start"], record["recipe"]["encoder"],
+            record["epoch"]) == ("ddm", str(folder / "ddm"), None, 2)
     capsys.readouterr()
     assert main(words("nobody", "none")) == 2
     assert "default" in capsys.readouterr().err and not (tmp_path / "none").exists()
@@ -133,16 +152,25 @@ def test_a_run_may_be_called_anything(folder, name, tmp_path, monkeypatch):
 
 def test_pretraining_takes_several_stores(folder, tmp_path, capsys):
     assert main(["prepare", "--toy", "4", "--seed", "1", "--out", str(tmp_path / "more")]) == 0
-    words = ["pretrain", "--data", folder / "toy", "--data", f"{tmp_path / 'more'}=2", "--out", tmp_path / "run", "--profile", "demo", "--device", "cpu", *TINY]
+    words = ["pretrain", "--data", folder / "toy", "--data", f"{tmp_path / 'more'}=2", "--out",
+             tmp_path / "run", "--profile", "demo", "--device", "cpu", *TINY]
     assert main([str(w) for w in words]) == 0
     stores = json.loads((tmp_path / "run" / "recipe.json").read_text())["data"]["stores"]
     assert [(s["name"], s["songs"], s["weight"]) for s in stores] == [("toy", 16, 1), ("more", 2, 2)]
     capsys.readouterr()
-    assert main([str(w) for w in [*words[:1], "--data", folder / "toy", *words[5:], "--resume", "--set", "epochs=2"]]) == 2
+    assert (
+        main([str(w)
+              for w in [*words[:1], "--data", folder / "toy", *words[5:], "--resume", "--set", "epochs=2"]])
+        == 2
+    )
     assert "other data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["train", "--out", "x"], ["train", "--model", "nobody", "--out", "x"], ["evaluate", "--model", "default", "--data", "nowhere", "--out", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [["train", "--out", "x"], ["train", "--model", "nobody", "--out", "x"],
+     ["evaluate", "--model", "default", "--data", "nowhere", "--out", "x"]],
+)
 def test_one_line_and_status_2(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
@@ -151,14 +179,23 @@ def test_one_line_and_status_2(words, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["train", "--model", "baseline", "--seed", "99999999999999999999"], ["prepare", "--toy", "2", "--seed", "-1"], ["demo", "--seed", "-1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["train", "--model", "baseline", "--seed", "99999999999999999999"],
+     ["prepare", "--toy", "2", "--seed", "-1"], ["demo", "--seed", "-1"]],
+)
 def test_a_seed_is_checked_before_anything_is_made(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop: main([*words, "--out", "x"])
     assert stop.value.code == 2 and "seed" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["label-efficiency", "--songs", "-2"], ["label-efficiency", "--seeds", "0"], ["experiment", "--seeds", "0"], ["contest", "--seeds", "0"], ["contest", "--minutes", "0"], ["contest", "--cores", "0"]])
+@pytest.mark.parametrize(
+    "words",
+    [["label-efficiency", "--songs", "-2"], ["label-efficiency", "--seeds", "0"],
+     ["experiment", "--seeds", "0"], ["contest", "--seeds", "0"], ["contest", "--minutes", "0"],
+     ["contest", "--cores", "0"]],
+)
 def test_counts_are_checked(folder, words, tmp_path, capsys):
     assert main([*words, "--data", str(folder / "toy"), "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
@@ -166,8 +203,12 @@ def test_counts_are_checked(folder, words, tmp_path, capsys):
 
 
 def test_fields_for_all_models_may_stand_in_a_file(folder, tmp_path):
-    (tmp_path / "few.json").write_text(json.dumps({"epochs": 1, "examples_per_epoch": 4, "batch_size": 2, "valid_examples": 2, "lr": 0.5}))
-    words = ["label-efficiency", "--songs", "4", "--seeds", "1", "--recipe", tmp_path / "few.json", "--set", "lr=0.25", "--set", "device=cpu", "--logger", "tensorboard", "--data", folder / "toy", "--out", tmp_path / "curve"]
+    (tmp_path / "few.json").write_text(
+        json.dumps({"epochs": 1, "examples_per_epoch": 4, "batch_size": 2, "valid_examples": 2, "lr": 0.5})
+    )
+    words = ["label-efficiency", "--songs", "4", "--seeds", "1", "--recipe", tmp_path / "few.json", "--set",
+             "lr=0.25", "--set", "device=cpu", "--logger", "tensorboard", "--data", folder / "toy", "--out",
+             tmp_path / "curve"]
     assert main([str(w) for w in words]) == 0
     runs = [json.loads(p.read_text())["recipe"] for p in (tmp_path / "curve").rglob("recipe.json")]
     assert len(runs) == 5 and {(r["epochs"], r["lr"]) for r in runs} == {(1, 0.25)}
@@ -178,13 +219,16 @@ def test_fields_for_all_models_may_stand_in_a_file(folder, tmp_path):
 
 def test_the_system_s_errors_are_said_plainly(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["export", "--model", str(folder / "baseline"), "--out", str(tmp_path / "file" / "net.pt")]) == 2
+    assert (
+        main(["export", "--model", str(folder / "baseline"), "--out", str(tmp_path / "file" / "net.pt")]) == 2
+    )
     error = capsys.readouterr().err
     assert str(tmp_path / "file") in error and "Errno" not in error and error.count("\n") == 1
 
 
 def test_an_encoder_is_no_separator(folder, capsys, tmp_path):
-    words = [["separate", str(folder / "none.wav"), "--out", str(tmp_path / "s")], ["evaluate", "--data", str(folder / "toy"), "--out", str(tmp_path / "s.json")]]
+    words = [["separate", str(folder / "none.wav"), "--out", str(tmp_path / "s")],
+             ["evaluate", "--data", str(folder / "toy"), "--out", str(tmp_path / "s.json")]]
     for command in words:
         assert main([*command, "--model", str(folder / "encoder")]) == 2
         assert "train --encoder" in capsys.readouterr().err
@@ -197,12 +241,19 @@ def test_a_toy_store_in_16_bits(tmp_path):
 
 
 def test_a_stopped_training_has_the_status_of_its_signal(folder, tmp_path):
-    import signal, subprocess, sys, time
-    words = ["train", "--model", "baseline", "--data", str(folder / "toy"), "--profile", "demo", "--out", str(tmp_path / "run"), "--device", "cpu",
-             "--set", "examples_per_epoch=8", "--set", "valid_examples=4", "--set", "epochs=10000"]
+    import signal
+    import subprocess
+    import sys
+    words = ["train", "--model", "baseline", "--data", str(folder / "toy"), "--profile", "demo", "--out",
+             str(tmp_path / "run"), "--device", "cpu", "--set", "examples_per_epoch=8", "--set",
+             "valid_examples=4", "--set", "epochs=10000"]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = subprocess.Popen([sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", *words, "--resume"], stderr=subprocess.PIPE, text=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", *words,
+             "--resume"],
+            stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         line = process.stderr.readline()
         assert line.startswith("epoch"), line
         process.send_signal(number)
@@ -212,44 +263,78 @@ def test_a_stopped_training_has_the_status_of_its_signal(folder, tmp_path):
 
 def test_a_contest_prints_its_table_and_what_pretraining_changed(folder, tmp_path, monkeypatch, capsys):
     from deepdemix.studies import contest
-    monkeypatch.setattr(contest, "ENTRIES", (contest.Entry("Narrow", "recurrent", dict(window_length=2048, hop_length=1024, hidden=8, layers=1), {}),))
-    words = [w for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32") for w in ("--set", s)]
-    assert main(["contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--cores", "1", "--seeds", "1", *TINY, *words]) == 0
+    monkeypatch.setattr(
+        contest, "ENTRIES",
+        (
+            contest.Entry(
+                "Narrow", "recurrent", dict(window_length=2048, hop_length=1024, hidden=8, layers=1), {}
+            ),
+        ),
+    )
+    words = [
+        w
+        for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32")
+        for w in ("--set", s)
+    ]
+    assert (
+        main(["contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1",
+              "--cores", "1", "--seeds", "1", *TINY, *words])
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "mixture / 4" in printed and "Narrow (pt) changes SDR by" in printed and (tmp_path / "run" / "scores.json").exists()
+    assert ("mixture / 4" in printed and "Narrow (pt) changes SDR by" in printed
+            and (tmp_path / "run" / "scores.json").exists())
 
 
 def test_two_processes_share_a_contest(folder, tmp_path):
     "Each run is trained by one of the two, scored once, and both see all of it in the end."
-    import csv, subprocess, sys
+    import csv
+    import subprocess
+    import sys
     code = """
 import sys
 from deepdemix.studies import contest
 size = dict(window_length=2048, hop_length=1024, layers=1)
-contest.ENTRIES = tuple(contest.Entry(name, "recurrent", dict(size, hidden=hidden), {}) for name, hidden in (("Narrow", 8), ("Wide", 16)))
+contest.ENTRIES = tuple(contest.Entry(name, "recurrent", dict(size, hidden=hidden), {})
+                        for name, hidden in (("Narrow", 8), ("Wide", 16)))
 from deepdemix.cli import main
 sys.exit(main())
 """
-    words = [w for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32") for w in ("--set", s)]
-    command = [sys.executable, "-c", code, "contest", "--data", str(folder / "toy"), "--out", str(tmp_path / "run"), "--minutes", "1", "--cores", "1", "--seeds", "1", *TINY, *words]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    words = [
+        w
+        for s in ("mixer.duration=1", "mixer.pitch=null", "mixer.stretch=null", "device=cpu", "precision=32")
+        for w in ("--set", s)
+    ]
+    command = [sys.executable, "-c", code, "contest", "--data", str(folder / "toy"), "--out",
+               str(tmp_path / "run"), "--minutes", "1", "--cores", "1", "--seeds", "1", *TINY, *words]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     printed = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert printed[0][0] == printed[1][0] and "Wide (pt) changes SDR by" in printed[0][0]
     from deepdemix.studies.contest import Contest
-    rows = Contest(tmp_path / "run").scores.rows.query("metric == 'SDR' and source == 'drums'").groupby("model").song.agg(["count", "nunique"])
-    assert set(rows.index) >= {"Narrow", "Narrow (pt)", "Wide", "Wide (pt)"} and (rows["count"] == rows["nunique"]).all()
+    rows = (Contest(tmp_path / "run") .scores.rows.query("metric == 'SDR' and source == 'drums'")
+            .groupby("model") .song.agg(["count", "nunique"]))
+    assert (set(rows.index) >= {"Narrow", "Narrow (pt)", "Wide", "Wide (pt)"}
+            and (rows["count"] == rows["nunique"]).all())
     curves = [list(csv.DictReader(path.open())) for path in (tmp_path / "run").rglob("separator/metrics.csv")]
     assert [[row["epoch"] for row in curve] for curve in curves] == [["1"]] * 4
 
 
 def test_the_examples_at_the_top_of_the_page():
     "Each command has an example there, which the parser takes."
-    import re, shlex
+    import re
+    import shlex
     from pathlib import Path
+
     from deepdemix.cli import make_parser
-    page = json.loads(next((Path(__file__).parent.parent / "nbs").rglob("*_cli.ipynb")).read_text(encoding="utf-8"))
-    examples = re.findall(r"^\| `deepdemix ([^`]+)` \|", "\n".join("".join(c["source"]) for c in page["cells"]), re.M)
+    page = json.loads(
+        next((Path(__file__).parent.parent / "nbs").rglob("*_cli.ipynb")).read_text(encoding="utf-8")
+    )
+    examples = re.findall(
+        r"^\| `deepdemix ([^`]+)` \|", "\n".join("".join(c["source"]) for c in page["cells"]), re.M
+    )
     for example in examples: make_parser().parse_args(shlex.split(example))
     commands = next(action.choices for action in make_parser()._actions if action.metavar == "COMMAND")
     assert {example.split()[0] for example in examples} == set(commands)
@@ -257,7 +342,10 @@ def test_the_examples_at_the_top_of_the_page():
 
 # Habits: names, streams, words
 
-COMMAND = [sys.executable, "-c", "import torch; torch.set_num_threads(1); import sys; from deepdemix.cli import main; sys.exit(main())"]
+COMMAND = [
+    sys.executable, "-c",
+    "import torch; torch.set_num_threads(1); import sys; from deepdemix.cli import main; sys.exit(main())",
+]
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +369,8 @@ def desk(tiny, tmp_path, monkeypatch):
     return lambda *words: main(["separate", *map(str, words), "--model", str(tiny)])
 
 
-def stems_in(folder): return sorted(x.relative_to(folder).as_posix() for x in Path(folder).rglob("*.*") if x.is_file())
+def stems_in(folder):
+    return sorted(x.relative_to(folder).as_posix() for x in Path(folder).rglob("*.*") if x.is_file())
 
 
 FOUR = ["song/bass.wav", "song/drums.wav", "song/other.wav", "song/vocals.wav"]
@@ -314,7 +403,9 @@ def test_names_that_look_like_something_else(desk, name, capsys, monkeypatch):
     if name == "-": monkeypatch.setattr(sys, "stdin", open("song.wav"))
     os.rename("song.wav", f"./{name}") if name != "-" else None
     assert desk(name, "-o", "out") == 0, capsys.readouterr().err
-    folder = {"-": "stdin", "--dash.wav": "--dash", "-dash.wav": "-dash", "-o.wav": "-o", "~song.wav": "~song"}[name]
+    folder = {
+        "-": "stdin", "--dash.wav": "--dash", "-dash.wav": "-dash", "-o.wav": "-o", "~song.wav": "~song",
+    }[name]
     assert stems_in("out") == [x.replace("song", folder) for x in FOUR]
 
 
@@ -323,7 +414,13 @@ def test_a_name_with_a_dash_that_is_not_there(desk, capsys):
     assert stop.value.code == 2 and "-dsh.wav: no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["--stems vocals song.mp3", "--stems vocals drums song.mp3", "--stems vocals,drums song.mp3", "song.mp3 --stems vocals,drums", "--stems drums vocals ./vocals --two"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--stems vocals song.mp3", "--stems vocals drums song.mp3", "--stems vocals,drums song.mp3",
+        "song.mp3 --stems vocals,drums", "--stems drums vocals ./vocals --two",
+    ],
+)
 def test_songs_behind_the_names_of_stems(desk, words, capsys):
     "A folder may have a stem's name too: the stem is meant."
     from deepdemix.foundations.codecs import read
@@ -335,7 +432,9 @@ def test_songs_behind_the_names_of_stems(desk, words, capsys):
     words = words.removesuffix(" --two").split()
     assert desk(*words, "-o", "out") == 0, capsys.readouterr().err
     expected = {"vocals"} | ({"drums"} if any("drums" in w for w in words) else set())
-    assert {Path(x).stem for x in stems_in("out")} == expected and {Path(x).parent.name for x in stems_in("out")} == {"song"}
+    assert {Path(x).stem for x in stems_in("out")} == expected and {
+        Path(x).parent.name for x in stems_in("out")
+    } == {"song"}
 
 
 def test_a_stem_that_is_misspelt_is_no_song(desk, capsys):
@@ -352,25 +451,32 @@ def test_nothing_to_separate(desk, capsys):
 def test_an_address_is_no_file(desk, capsys):
     assert desk("https://example.org/song.mp3") == 2
     error = capsys.readouterr().err
-    assert "https://example.org/song.mp3 is an address" in error and error.count("\n") == 1 and not Path("separated").exists()
+    assert ("https://example.org/song.mp3 is an address" in error and error.count("\n") == 1
+            and not Path("separated").exists())
 
 
 def test_standard_input(desk, tiny):
     import tempfile
-    run = lambda *words, **kwargs: subprocess.run([*COMMAND, "separate", *words, "--model", str(tiny)], capture_output=True, **kwargs)
+    run = lambda *words, **kwargs: subprocess.run(
+        [*COMMAND, "separate", *words, "--model", str(tiny)], capture_output=True, **kwargs
+    )
     done = run("-", "-o", "shown", input=Path("song.wav").read_bytes())
-    assert done.stdout == b"standard input: 4 stems in shown/stdin\n" and done.stderr.startswith(b"stdin: 100%") and tempfile.gettempdir().encode() not in done.stderr
+    assert (done.stdout == b"standard input: 4 stems in shown/stdin\n"
+            and done.stderr.startswith(b"stdin: 100%") and tempfile.gettempdir().encode() not in done.stderr)
     done = run("-", "-o", "out", "--json", input=Path("song.wav").read_bytes())
     summary = json.loads(done.stdout)
-    assert done.returncode == 0 and stems_in("out") == [x.replace("song", "stdin") for x in FOUR] and summary["songs"][0]["input"] == "standard input"
+    assert (done.returncode == 0 and stems_in("out") == [x.replace("song", "stdin") for x in FOUR]
+            and summary["songs"][0]["input"] == "standard input")
     done = run("-", "-o", "no", input=b"not a song at all")
-    assert done.returncode == 2 and done.stderr.startswith(b"deepdemix: standard input is not an audio file") and not Path("no").exists()
+    assert (done.returncode == 2 and done.stderr.startswith(b"deepdemix: standard input is not an audio file")
+            and not Path("no").exists())
     done = run("-", "-o", "no", stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and done.stderr == b"deepdemix: standard input is empty (0 bytes)\n"
 
 
 def test_separate_hands_its_stems_to_the_desk(desk, capsys, monkeypatch):
-    "With the model that is loaded already; a song that failed is not among them, and nothing opens where nothing was made."
+    """With the model that is loaded already; a song that failed is not among them, and nothing opens where
+    nothing was made."""
     from deepdemix.audio import SOURCES
     served = []
     monkeypatch.setattr("deepdemix.listening.serve", lambda *given: served.append(given))
@@ -390,7 +496,9 @@ def test_skip_existing_needs_no_cluster(desk, capsys):
     assert desk("song.wav", "copy.wav", "--skip-existing") == 0
     out = capsys.readouterr().out
     assert "song.wav: finished before, in separated/song\n" in out and "copy.wav: 4 stems" in out
-    assert os.stat("separated/song/bass.wav").st_mtime_ns == before and sorted(os.listdir("separated")) == ["copy", "song"]
+    assert os.stat("separated/song/bass.wav").st_mtime_ns == before and sorted(os.listdir("separated")) == [
+        "copy", "song",
+    ]
     assert desk("song.wav", "--skip-existing", "--overwrite") == 2
 
 
@@ -431,7 +539,11 @@ def test_a_depth_by_a_wrong_name(desk, capsys):
 
 def test_without_standard_error(desk, tiny):
     "Closed by the shell: the work is done, and no file of ours gets the number that libraries complain to."
-    out = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *COMMAND, "separate", "song.wav", "song.wav", "missing.wav", "--model", str(tiny)], stdout=subprocess.PIPE)
+    out = subprocess.run(
+        ["sh", "-c", '"$@" 2>&-', "sh", *COMMAND, "separate", "song.wav", "song.wav", "missing.wav",
+         "--model", str(tiny)],
+        stdout=subprocess.PIPE,
+    )
     assert out.returncode == 1 and stems_in("separated") == FOUR
     assert out.stdout.decode() == "song.wav: 4 stems in separated/song\n"
 
@@ -447,7 +559,9 @@ cli.models = work
 os.environ["TORCH_CPP_LOG_LEVEL"] = "x"
 sys.exit(cli.main(["models"]))
 """
-    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", code, str(tmp_path / "file")])
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
+    )
     assert done.returncode == 0 and int((tmp_path / "file").read_text()) > 2
 
 
@@ -465,9 +579,13 @@ def test_characters_that_the_output_does_not_know(desk, tiny, encoding):
     "An emoji, and a name that is no text at all."
     names = ["song \U0001f600.wav", os.fsdecode(b"latin \xe9.wav")]
     for name in names: Path(name).write_bytes(Path("song.wav").read_bytes())
-    run = lambda *words: subprocess.run([*COMMAND, "separate", *names, "--model", str(tiny), *words], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
+    run = lambda *words: subprocess.run([*COMMAND, "separate", *names, "--model", str(tiny), *words],
+                                        capture_output=True,
+                                        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
     done = run("-o", "out")
-    assert done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.count(b"4 stems in out") == 2
+    assert (
+        done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.count(b"4 stems in out") == 2
+    )
     assert sorted(os.listdir("out")) == sorted(x.removesuffix(".wav") for x in names)
     summary = json.loads(run("-o", "json", "--json").stdout)
     assert [x["input"] for x in summary["songs"]] == names
@@ -477,18 +595,21 @@ def test_characters_that_the_output_does_not_know(desk, tiny, encoding):
 def test_main_leaves_streams_and_signals_as_they_were(capsys):
     before = sys.stdout, sys.stdout.errors, sys.stderr, sys.stderr.errors, signal.getsignal(signal.SIGTERM)
     assert main(["models"]) == 0 and main(["compare", "nothing.json"]) == 2
-    assert (sys.stdout, sys.stdout.errors, sys.stderr, sys.stderr.errors, signal.getsignal(signal.SIGTERM)) == before
+    assert (sys.stdout, sys.stdout.errors, sys.stderr, sys.stderr.errors,
+            signal.getsignal(signal.SIGTERM)) == before
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_had_enough(unbuffered):
-    done = subprocess.run(["bash", "-c", 'set -o pipefail; "$@" | true', "bash", *COMMAND, "models"], capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    done = subprocess.run(["bash", "-c", 'set -o pipefail; "$@" | true', "bash", *COMMAND, "models"],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     assert done.returncode == 141 and done.stderr == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_output_that_cannot_be_written():
-    with open("/dev/full", "w") as full: done = subprocess.run([*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, text=True)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr == "deepdemix: [Errno 28] No space left on device\n"
 
 
@@ -496,8 +617,10 @@ def test_output_that_cannot_be_written():
 
 def write_scores(path, **models):
     import pandas as pd
+
     from deepdemix.scoring.scores import Scores
-    rows = [dict(model=m, seed=0, split="test", song=f"song {i}", source=s, metric="SDR", value=value + i) for m, value in models.items() for i in range(8) for s in ("drums", "bass")]
+    rows = [dict(model=m, seed=0, split="test", song=f"song {i}", source=s, metric="SDR", value=value + i)
+            for m, value in models.items() for i in range(8) for s in ("drums", "bass")]
     Scores(pd.DataFrame(rows), dict(channels="mono", mixture="sum")).save(path)
     return str(path)
 
@@ -505,30 +628,46 @@ def write_scores(path, **models):
 def test_a_model_is_not_compared_with_itself(tmp_path, capsys):
     one = write_scores(tmp_path / "one.json", **{"ddm": 1., "mixture / 4": 0.})
     two = write_scores(tmp_path / "two.json", early=1., late=2.)
-    for words in ([one], [one, one], [one, str(tmp_path / "." / "one.json"), "--model-a", "ddm"], [two, "--model-a", "late", "--model-b", "late"]):
+    for words in ([one], [one, one], [one, str(tmp_path / "." / "one.json"), "--model-a", "ddm"],
+                  [two, "--model-a", "late", "--model-b", "late"]):
         assert main(["compare", *words]) == 2
         captured = capsys.readouterr()
         assert "with itself" in captured.err and captured.err.count("\n") == 1 and captured.out == ""
-    assert main(["compare", one, "--model-b", "mixture / 4"]) == 0 and "mixture / 4 changes SDR by -1.00 dB" in capsys.readouterr().out
+    assert (main(["compare", one, "--model-b", "mixture / 4"]) == 0
+            and "mixture / 4 changes SDR by -1.00 dB" in capsys.readouterr().out)
     again = write_scores(tmp_path / "again.json", ddm=1.5)
     assert main(["compare", one, again]) == 0, "two runs of one name are two"
 
 
 def test_scores_have_a_place_before_songs_are_scored(folder, tmp_path, monkeypatch, capsys):
     from deepdemix.studies import score_model as room
-    monkeypatch.setattr(room, "score_model", lambda *args, **kwargs: pytest.fail("the songs were scored first"))
+    monkeypatch.setattr(
+        room, "score_model", lambda *args, **kwargs: pytest.fail("the songs were scored first")
+    )
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file" / "scores.json"):
-        assert main(["evaluate", "--model", str(folder / "baseline"), "--data", str(folder / "toy"), "--out", str(out)]) == 2
+        assert (
+            main(["evaluate", "--model", str(folder / "baseline"), "--data", str(folder / "toy"), "--out",
+                  str(out)])
+            == 2
+        )
         error = capsys.readouterr().err
         assert str(out) in error and error.count("\n") == 1
     assert sorted(x.name for x in tmp_path.iterdir()) == ["file"]
 
 
-@pytest.mark.parametrize("command", ["download --musdb7", "prepare --toy 2", "train --model baseline", "pretrain", "experiment", "label-efficiency", "contest", "demo", "join default default", "separate song.wav"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "download --musdb7", "prepare --toy 2", "train --model baseline", "pretrain", "experiment",
+        "label-efficiency", "contest", "demo", "join default default", "separate song.wav",
+    ],
+)
 def test_a_file_where_a_folder_shall_be(command, tmp_path, monkeypatch, capsys):
     import deepdemix.cli
-    monkeypatch.setattr(deepdemix.cli, command.split()[0].replace("-", "_"), lambda args: pytest.fail("the work was begun"))
+    monkeypatch.setattr(
+        deepdemix.cli, command.split()[0].replace("-", "_"), lambda args: pytest.fail("the work was begun")
+    )
     (tmp_path / "file").write_text("mine")
     assert main([*command.split(), "--out", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"

@@ -1,21 +1,23 @@
 "The compact network on the sounds that break networks, its round trips, and what its recipe promises."
 import pytest
 import torch
-from deepdemix.foundations.files import UserError
+
 from deepdemix.baseline import count_parameters
-from deepdemix.networks.compact import (
-    Attention, Cells, Compact, band_features, cell_errors, covariance, l1_cells)
-from deepdemix.networks.wiener import wiener_filter
-from deepdemix.foundations.toy_band import toy_song
-from deepdemix.metrics import si_sdr
-from deepdemix.separation import Separator
-from deepdemix.foundations.separation_losses import LOSSES
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.profiles import recipe_for
 from deepdemix.foundations.recipe import Recipe
 from deepdemix.foundations.registry import build_network
 from deepdemix.foundations.runs import load_encoder, load_network, new_record, save_network
-from deepdemix.foundations.profiles import recipe_for
+from deepdemix.foundations.separation_losses import LOSSES
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.metrics import si_sdr
+from deepdemix.networks.compact import Attention, Compact, band_features, cell_errors, covariance, l1_cells
+from deepdemix.networks.wiener import wiener_filter
+from deepdemix.separation import Separator
 
-TINY = dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000., width=16, hidden=16, layers=1)
+TINY = dict(
+    window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000.0, width=16, hidden=16, layers=1
+)
 
 
 def tiny(**kwargs):
@@ -30,11 +32,15 @@ def tiny(**kwargs):
 def noise(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-SOUNDS = dict(silence=torch.zeros(1, 2, 9000), dc=torch.ones(1, 2, 9000), impulse=torch.eye(1, 9000).expand(1, 2, 9000), one_sided=noise(1, 2, 9000) * torch.tensor([[1.], [0.]]),
-              antiphase=noise(1, 1, 9000) * torch.tensor([[1.], [-1.]]), faint=1e-9 * noise(1, 2, 9000), loud=1e4 * noise(1, 2, 9000))
+SOUNDS = dict(silence=torch.zeros(1, 2, 9000), dc=torch.ones(1, 2, 9000),
+              impulse=torch.eye(1, 9000).expand(1, 2, 9000),
+              one_sided=noise(1, 2, 9000) * torch.tensor([[1.0], [0.0]]),
+              antiphase=noise(1, 1, 9000) * torch.tensor([[1.0], [-1.0]]), faint=1e-9 * noise(1, 2, 9000),
+              loud=1e4 * noise(1, 2, 9000))
 
 
-OPTIONS = [dict(), dict(attention=2), dict(stack=3), dict(window_length=512, hop_length=128, octave=8, band=4, stack=4, attention=4)]
+OPTIONS = [dict(), dict(attention=2), dict(stack=3),
+           dict(window_length=512, hop_length=128, octave=8, band=4, stack=4, attention=4)]
 
 
 @pytest.mark.parametrize("refine", [0, .75])
@@ -78,7 +84,9 @@ def test_without_options_it_is_the_network_of_the_bundled_weights():
     "Step by step from the same weights, bit for bit."
     network, x = tiny(layers=2), noise(2, 2, 6000)
     encoder, maskers, cells = network.encoder, network.maskers, network.cells
-    assert {n.split(".")[1] for n, _ in network.named_parameters() if n.startswith("encoder")} == {"scale", "split", "time", "band"}
+    assert {n.split(".")[1] for n, _ in network.named_parameters() if n.startswith("encoder")} == {
+        "scale", "split", "time", "band",
+    }
     with torch.no_grad():
         spectrum = network.spectrum(x)
         f = band_features(covariance(spectrum, spectrum, cells), cells)
@@ -87,9 +95,12 @@ def test_without_options_it_is_the_network_of_the_bundled_weights():
         for time, band in zip(encoder.time, encoder.band):
             v = time(v.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, k)).transpose(1, 2)
             v = band(v.flatten(0, 1)).unflatten(0, (b, n))
-        h = torch.nn.functional.glu(maskers.listen(maskers.norm(v)).unflatten(-1, (4, -1)), dim=-1).transpose(2, 3).flatten(2, 3)
-        share = maskers.share(h).unflatten(2, (4, k)).unflatten(-1, (2, cells.band)).permute(0, 2, 4, 1, 3, 5).flatten(-2).softmax(1)
-        turn = maskers.turn(h).unflatten(2, (4, k)).unflatten(-1, (2, 2, 2, cells.band)).permute(0, 2, 4, 5, 6, 1, 3, 7).flatten(-2)
+        h = (torch.nn.functional.glu(maskers.listen(maskers.norm(v)).unflatten(-1, (4, -1)), dim=-1)
+             .transpose(2, 3) .flatten(2, 3))
+        share = (maskers.share(h) .unflatten(2, (4, k)) .unflatten(-1, (2, cells.band))
+                 .permute(0, 2, 4, 1, 3, 5) .flatten(-2) .softmax(1))
+        turn = (maskers.turn(h) .unflatten(2, (4, k)) .unflatten(-1, (2, 2, 2, cells.band))
+                .permute(0, 2, 4, 5, 6, 1, 3, 7) .flatten(-2))
         turn = turn - turn.mean(1, keepdim=True)
         for c in range(2): turn[:, :, 0, c, c] += share[:, :, c]
         matrices = cells.spread(torch.complex(turn[:, :, 0], turn[:, :, 1]))
@@ -110,7 +121,14 @@ def test_attention_begins_as_nothing_and_then_reaches_every_frame():
 
 def test_bands_keep_their_edges_when_the_window_shrinks():
     edges = lambda n: n.cells.widths.view(-1, n.args["band"]).sum(1).cumsum(0) / n.args["window_length"]
-    for part in (2, 4): assert torch.allclose(edges(Compact(window_length=4096 // part, hop_length=1024 // part, octave=48 // part, band=12 // part, layers=1)), edges(Compact(layers=1)))
+    for part in (2, 4):
+        assert torch.allclose(
+            edges(
+                Compact(window_length=4096 // part, hop_length=1024 // part, octave=48 // part,
+                        band=12 // part, layers=1)
+            ),
+            edges(Compact(layers=1)),
+        )
 
 
 def test_stacked_frames_cost_the_encoder_fewer_steps():
@@ -139,7 +157,9 @@ def test_the_filter_is_the_textbook_s():
     v = y.abs().square().mean(2)
     r = torch.einsum("bsitf,bsjtf->bsfij", y, y.conj())
     c = v[..., None, None] * (r / r.diagonal(dim1=-2, dim2=-1).sum(-1).real[..., None, None])[:, :, None]
-    expected = torch.einsum("bstfij,btfj->bsitf", c @ torch.linalg.inv(c.sum(1, keepdim=True)), x.permute(0, 2, 3, 1))
+    expected = torch.einsum(
+        "bstfij,btfj->bsitf", c @ torch.linalg.inv(c.sum(1, keepdim=True)), x.permute(0, 2, 3, 1)
+    )
     assert torch.allclose(wiener_filter(y, x, exponent=2, load=0.), expected)
 
 
@@ -147,14 +167,18 @@ def test_the_filter_is_as_loud_as_its_input_and_waits_for_separation():
     network, x = tiny(refine=.75), noise(1, 2, 9000)
     with torch.no_grad():
         stems, louder, plain = network(x), network(100 * x), tiny()(x)
-        assert torch.allclose(louder, 100 * stems, rtol=1e-3, atol=1e-4) and (stems - plain).abs().max() > 1e-3
+        assert (
+            torch.allclose(louder, 100 * stems, rtol=1e-3, atol=1e-4) and (stems - plain).abs().max() > 1e-3
+        )
         network.refine = 1.
         whole = network(x)
     assert torch.allclose(stems, .25 * plain + .75 * whole, atol=1e-6)
     assert torch.equal(tiny(refine=.75, dropout=0.).train()(x), tiny(dropout=0.).train()(x))
 
 
-@pytest.mark.parametrize("settings", [dict(refine=-.1), dict(refine=1.1), dict(refine=float("nan")), dict(refine=.5, channels=3)])
+@pytest.mark.parametrize(
+    "settings", [dict(refine=-0.1), dict(refine=1.1), dict(refine=float("nan")), dict(refine=0.5, channels=3)]
+)
 def test_a_share_that_makes_no_sense_is_refused(settings):
     with pytest.raises(UserError, match="refine"): Compact(**TINY | settings)
 
@@ -208,7 +232,9 @@ def test_the_mask_can_do_what_single_channel_masks_cannot():
     network, centre, wide = tiny(), noise(1, 1, 6000, seed=1), noise(1, 1, 6000, seed=2)
     x = network.spectrum(torch.cat([centre + wide, centre - wide], 1))
     m = torch.tensor([[.5, -.5], [-.5, .5]], dtype=torch.cfloat)
-    assert torch.allclose(torch.einsum("cd,bdtf->bctf", m, x), network.spectrum(torch.cat([wide, -wide], 1)), atol=1e-6)
+    assert torch.allclose(
+        torch.einsum("cd,bdtf->bctf", m, x), network.spectrum(torch.cat([wide, -wide], 1)), atol=1e-6
+    )
 
 
 def test_above_its_bandwidth_the_network_does_not_listen():
@@ -219,17 +245,30 @@ def test_above_its_bandwidth_the_network_does_not_listen():
     with torch.no_grad(): assert torch.equal(network.matrices(x), network.matrices(loud))
 
 
-@pytest.mark.parametrize("front", [dict(window_length=2048, hop_length=512), dict(window_length=4096, hop_length=1024), dict(window_length=512, hop_length=128, octave=8, band=4), dict(sample_rate=22050, bandwidth=11025.)])
+@pytest.mark.parametrize(
+    "front",
+    [dict(window_length=2048, hop_length=512), dict(window_length=4096, hop_length=1024),
+     dict(window_length=512, hop_length=128, octave=8, band=4), dict(sample_rate=22050, bandwidth=11025.0)],
+)
 def test_cells_cover_what_is_heard_once(front):
     network = Compact(**{**TINY, **front})
     cells = network.cells
-    assert cells.widths.sum() == cells.heard <= min(network.stft.n_f, network.args["bandwidth"] * network.args["window_length"] / network.sample_rate)
+    assert (
+        cells.widths.sum()
+        == cells.heard
+        <= min(
+            network.stft.n_f, network.args["bandwidth"] * network.args["window_length"] / network.sample_rate
+        )
+    )
     assert len(cells.widths) == cells.n_bands * cells.band
     assert torch.equal(cells(torch.ones(cells.n_f)), cells.widths)
     assert torch.equal(cells.spread(cells(torch.ones(cells.n_f)) / cells.widths), torch.ones(cells.n_f))
 
 
-@pytest.mark.parametrize("wrong", [dict(octave=16, band=5), dict(bandwidth=100.), dict(attention=-1), dict(attention=3), dict(stack=0)])
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(octave=16, band=5), dict(bandwidth=100.0), dict(attention=-1), dict(attention=3), dict(stack=0)],
+)
 def test_settings_without_a_band_are_refused(wrong):
     with pytest.raises(UserError): Compact(**{**TINY, **wrong})
 
@@ -286,19 +325,23 @@ def test_a_tiny_twin_overfits_one_mix():
     optimizer, x = torch.optim.Adam(network.parameters(), lr=1e-2), song.sum(0)
     for _ in range(300):
         loss = l1_cells(network, x[None], song[None])
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     with torch.no_grad(): gain = si_sdr(song, network.eval()(x[None])[0]) - si_sdr(song, x.expand_as(song))
     assert (gain > 6).all()
 
 
 def test_separation_holds_a_few_frequencies_at_a_time():
-    "The matrices of all bins at once would be the largest thing in memory; no tensor is larger than the stems."
+    """The matrices of all bins at once would be the largest thing in memory; no tensor is larger than the
+    stems."""
     from torch.utils._python_dispatch import TorchDispatchMode
     class Sizes(TorchDispatchMode):
         most = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             found = func(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor) and not found._is_view(): self.most = max(self.most, found.numel() * found.element_size())
+            if isinstance(found, torch.Tensor) and not found._is_view():
+                self.most = max(self.most, found.numel() * found.element_size())
             return found
     network, x = tiny(refine=.75, window_length=4096, hop_length=1024), noise(1, 2, 10 * 44100)
     with torch.no_grad():
@@ -308,8 +351,10 @@ def test_separation_holds_a_few_frequencies_at_a_time():
 
 
 def test_both_ways_to_a_stem_agree():
-    "Training takes the matrices of all bins, separation some bins at a time; without the filter both are the same."
+    """Training takes the matrices of all bins, separation some bins at a time; without the filter both are
+    the same."""
     network, x = tiny(), noise(2, 2, 9000)
     with torch.no_grad():
         spectrum = network.spectrum(x)
-        assert torch.allclose((network.matrices(spectrum) * spectrum[:, None, None]).sum(3), network.estimate(spectrum), atol=1e-6)
+        assert torch.allclose((network.matrices(spectrum) * spectrum[:, None, None]).sum(3),
+                              network.estimate(spectrum), atol=1e-6)

@@ -1,37 +1,59 @@
 "The data room where a notebook cell is the wrong place: faults, processes, giant stores, real songs."
-import json, os, pickle, shutil, signal, subprocess, sys, threading, time, warnings
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from deepdemix.audio import SOURCES
-from deepdemix.foundations.files import UserError
+from deepdemix.data import (
+    assign_splits,
+    download_musdb7,
+    find_musdb,
+    is_musdb,
+    open_data,
+    prepare_musdb,
+    prepare_stems,
+    prepare_toy,
+    validation_titles,
+)
 from deepdemix.foundations.encoding import write
+from deepdemix.foundations.files import UserError
 from deepdemix.foundations.store import FORMAT, Store
 from deepdemix.foundations.store_preparing import DataNote, prepare
 from deepdemix.foundations.store_songs import Take
-from deepdemix.data import (
-    assign_splits, download_musdb7, find_musdb, is_musdb, open_data, prepare_musdb, prepare_stems,
-    prepare_toy, validation_titles)
 from deepdemix.foundations.toy_band import compose, toy_song
 
 RATE = 8000
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def make_song(folder, seconds=0.5, rate=RATE, channels=2, names=SOURCES, suffix=".wav", seed=0, subtype="float32", **odd):
+def make_song(
+    folder, seconds=0.5, rate=RATE, channels=2, names=SOURCES, suffix=".wav", seed=0, subtype="float32", **odd
+):
     "A folder of noise stems; `odd` replaces single stems."
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    stems = {n: torch.from_numpy(rng.uniform(-.2, .2, (channels, int(seconds * rate))).astype(np.float32)) for n in names}
+    stems = {n: torch.from_numpy(rng.uniform(-0.2, 0.2, (channels, int(seconds * rate))).astype(np.float32))
+             for n in names}
     stems.update(odd)
     for name, x in stems.items():
-        if suffix == ".wav": soundfile.write(folder / f"{name}.wav", x.T.numpy(), rate, subtype={"float32": "FLOAT"}.get(subtype, subtype))
+        if suffix == ".wav":
+            soundfile.write(
+                folder / f"{name}.wav", x.T.numpy(), rate, subtype={"float32": "FLOAT"}.get(subtype, subtype)
+            )
         else: write(folder / f"{name}{suffix}", x, rate)
     return stems
 
@@ -46,8 +68,11 @@ def interruptible():
 
 def script(code, *args, **kw):
     "Start Python on some lines that have the data room at hand."
-    lines = "import sys, torch\ntorch.set_num_threads(1)\nfrom deepdemix.data import *\nfrom deepdemix.foundations.store import *\nfrom deepdemix.foundations.toy_band import *\nfrom deepdemix.foundations.files import UserError\n" + code
-    return subprocess.Popen([sys.executable, "-c", lines, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible, **kw)
+    lines = ("import sys, torch\ntorch.set_num_threads(1)\nfrom deepdemix.data import *\nfrom"
+             " deepdemix.foundations.store import *\nfrom deepdemix.foundations.toy_band import *\nfrom"
+             " deepdemix.foundations.files import UserError\n" + code)
+    return subprocess.Popen([sys.executable, "-c", lines, *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, preexec_fn=interruptible, **kw)
 
 
 # ---- what is stored is what was decoded
@@ -84,7 +109,8 @@ def test_excerpts_are_copies(store):
 def test_16_bit_sources_lose_nothing_at_half_the_size(tmp_path):
     make_song(tmp_path / "in" / "a", subtype="PCM_16")
     make_song(tmp_path / "in" / "b", seed=1)
-    exact, small = prepared(tmp_path / "in", tmp_path / "exact"), prepared(tmp_path / "in", tmp_path / "auto", dtype="auto")
+    exact = prepared(tmp_path / "in", tmp_path / "exact")
+    small = prepared(tmp_path / "in", tmp_path / "auto", dtype="auto")
     assert [s.dtype for s in small.songs] == ["int16", "float32"]
     for k in range(2): assert torch.equal(exact.stems(k), small.stems(k))
     size = lambda store, k: (store.path / "songs" / f"{store.songs[k].file}.npy").stat().st_size
@@ -127,7 +153,9 @@ def test_a_mixture_that_is_not_the_sum_is_flagged_by_rule(tmp_path):
     store = prepared(tmp_path / "in", tmp_path / "out")
     assert {s.title: s.flags for s in store.songs} == {"true": (), "close": (), "wrong": ("mixture differs",)}
     snr = {s.title: s.mixture_snr for s in store.songs}
-    assert snr["close"] == pytest.approx(20 * np.log10(9), abs=.01) and snr["wrong"] == pytest.approx(0, abs=.01)
+    assert snr["close"] == pytest.approx(20 * np.log10(9), abs=0.01) and snr["wrong"] == pytest.approx(
+        0, abs=0.01
+    )
     wrong = [s.title for s in store.songs].index("wrong")
     assert torch.allclose(store.mixture(wrong, kind="stream"), .5 * store.mixture(wrong), atol=1e-6)
     assert store.verify() == []
@@ -143,13 +171,19 @@ def handed_over(title, stems):
 
 def test_stems_from_a_program_may_be_any_arrays_of_floats_and_nothing_else(tmp_path):
     x = np.random.default_rng(0).uniform(-.2, .2, (2, 4000)).astype(np.float32)
-    odd = dict(drums=x[:, ::-1], bass=x.astype(">f8"), other=np.frombuffer(x.tobytes(), np.float32).reshape(2, -1), vocals=x.tolist())
+    odd = dict(drums=x[:, ::-1], bass=x.astype(">f8"),
+               other=np.frombuffer(x.tobytes(), np.float32).reshape(2, -1), vocals=x.tolist())
     for rate in (RATE, 2 * RATE):
         store = prepare([handed_over("a", odd)], tmp_path / f"out {rate}", sample_rate=rate, progress=False)
-        assert store.songs[0].frames == 4000 * rate // RATE and torch.equal(store.stems(0)[1], store.stems(0)[3])
+        assert store.songs[0].frames == 4000 * rate // RATE and torch.equal(
+            store.stems(0)[1], store.stems(0)[3]
+        )
         with pytest.raises(UserError, match="b: bass: a stem holds floats in .* not int16"):
-            prepare([handed_over("b", dict(odd, bass=(x * 2**15).astype(np.int16)))], tmp_path / f"ints {rate}", sample_rate=rate, progress=False)
-    assert torch.equal(Store.open(tmp_path / f"out {RATE}").stems(0), torch.from_numpy(np.stack([x[:, ::-1], x, x, x])))
+            prepare([handed_over("b", dict(odd, bass=(x * 2**15).astype(np.int16)))],
+                    tmp_path / f"ints {rate}", sample_rate=rate, progress=False)
+    assert torch.equal(
+        Store.open(tmp_path / f"out {RATE}").stems(0), torch.from_numpy(np.stack([x[:, ::-1], x, x, x]))
+    )
 
 
 # ---- splits and views
@@ -216,13 +250,20 @@ def sparse_store(path, songs, frames):
     (path / "songs").mkdir(parents=True)
     entries = []
     for k in range(songs):
-        entry = dict(title=f"s{k}", split="train", frames=frames, channels=2, sample_rate=44100, present=SOURCES, flags=[], mixture="sum", mixture_snr=None,
-                     rms=[0] * 4, peak=0, digest="", mixture_digest=None, dtype="float32", scales=[1] * 5, file=f"s{k}")
+        entry = dict(title=f"s{k}", split="train", frames=frames, channels=2, sample_rate=44100,
+                     present=SOURCES, flags=[], mixture="sum", mixture_snr=None, rms=[0] * 4, peak=0,
+                     digest="", mixture_digest=None, dtype="float32", scales=[1] * 5, file=f"s{k}")
         with open(path / "songs" / f"s{k}.npy", "wb") as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="<f4", fortran_order=False, shape=(4, 2, frames)))
+            np.lib.format.write_array_header_1_0(
+                f, dict(descr="<f4", fortran_order=False, shape=(4, 2, frames))
+            )
             f.truncate(f.tell() + 32 * frames)
         entries.append(entry)
-    (path / "store.json").write_text(json.dumps(dict(format=FORMAT, sample_rate=44100, sources=SOURCES, digest="", skipped=[], songs=entries)))
+    (path / "store.json").write_text(
+        json.dumps(
+            dict(format=FORMAT, sample_rate=44100, sources=SOURCES, digest="", skipped=[], songs=entries)
+        )
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
@@ -250,7 +291,8 @@ def test_finished_songs_are_not_decoded_again(tmp_path):
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "songs").iterdir()}
     make_song(tmp_path / "in" / "s1", seed=9)
     again = prepared(tmp_path / "in", tmp_path / "out")
-    changed = {p.name.split(".")[0] for p in (tmp_path / "out" / "songs").iterdir() if p.stat().st_mtime_ns != times[p.name]}
+    changed = {p.name.split(".")[0] for p in (tmp_path / "out" / "songs").iterdir()
+               if p.stat().st_mtime_ns != times[p.name]}
     assert changed == {s.file for s in again.songs if s.title == "s1"}
     assert again.digest != store.digest and again.verify() == []
 
@@ -266,7 +308,9 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, sig):
     assert 2 <= len(done) < 12 and not (out / "store.json").exists()
     with pytest.raises(UserError, match="no store here"): Store.open(out)
     store = prepare_toy(12, out, duration=3., progress=False)
-    assert len(store) == 12 and store.verify() == [] and all(p.stat().st_mtime_ns == t for p, t in done.items())
+    assert (
+        len(store) == 12 and store.verify() == [] and all(p.stat().st_mtime_ns == t for p, t in done.items())
+    )
     assert not list(out.glob("songs/.*"))
 
 
@@ -330,11 +374,13 @@ def test_one_bad_song_is_named_and_the_others_are_kept(tmp_path, odd, message):
     for k in range(3): make_song(tmp_path / "in" / f"good {k}", seed=k)
     make_song(tmp_path / "in" / "bad", **odd)
     with pytest.raises(UserError, match=message) as e: prepared(tmp_path / "in", tmp_path / "out")
-    assert "1 of 4 songs" in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "out" / "store.json").exists()
+    assert ("1 of 4 songs" in str(e.value) and "\n" not in str(e.value)
+            and not (tmp_path / "out" / "store.json").exists())
     kept = len(list((tmp_path / "out" / "songs").glob("*.npy")))
     assert kept == 3
     store, said = notes(prepared, tmp_path / "in", tmp_path / "out", skip_bad=True)
-    assert len(store) == 3 and store.index["skipped"][0]["title"] == "bad" and store.verify() == [] and "1 song left out: " in said
+    assert (len(store) == 3 and store.index["skipped"][0]["title"] == "bad" and store.verify() == []
+            and "1 song left out: " in said)
     shutil.rmtree(tmp_path / "in" / "bad")
     assert len(prepared(tmp_path / "in", tmp_path / "out")) == 3
 
@@ -361,7 +407,9 @@ def test_a_silent_stem_is_allowed_and_flagged(tmp_path):
     assert song.present == SOURCES and song.flags == ("bass silent",) and song.rms[1] == -200
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[:len(b) // 2], lambda b: b"RIFF" + os.urandom(2000), lambda b: b""])
+@pytest.mark.parametrize(
+    "spoil", [lambda b: b[: len(b) // 2], lambda b: b"RIFF" + os.urandom(2000), lambda b: b""]
+)
 def test_cut_off_and_corrupt_files_are_named(tmp_path, spoil):
     make_song(tmp_path / "in" / "a")
     path = tmp_path / "in" / "a" / "other.wav"
@@ -373,13 +421,16 @@ def test_cut_off_and_corrupt_files_are_named(tmp_path, spoil):
 def test_folders_that_are_no_data(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    for prepare in (prepare_stems, prepare_musdb):
-        with pytest.raises(UserError, match="no such folder"): prepare(tmp_path / "nowhere", tmp_path / "out")
-        with pytest.raises(UserError, match="is a file"): prepare(tmp_path / "file", tmp_path / "out")
+    for prepare_folder in (prepare_stems, prepare_musdb):
+        with pytest.raises(UserError, match="no such folder"):
+            prepare_folder(tmp_path / "nowhere", tmp_path / "out")
+        with pytest.raises(UserError, match="is a file"): prepare_folder(tmp_path / "file", tmp_path / "out")
     with pytest.raises(UserError, match="no songs here"): prepare_stems(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(UserError, match="no MUSDB18 here"): prepare_musdb(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(UserError, match="no MUSDB18 here"):
+        prepare_musdb(tmp_path / "empty", tmp_path / "out")
     make_song(tmp_path / "song", .1)
-    with pytest.raises(UserError, match="stems of one song"): prepare_stems(tmp_path / "song", tmp_path / "out")
+    with pytest.raises(UserError, match="stems of one song"):
+        prepare_stems(tmp_path / "song", tmp_path / "out")
     shutil.copy(tmp_path / "song" / "bass.wav", tmp_path / "song" / "bass.aiff")
     (tmp_path / "in").mkdir()
     shutil.move(tmp_path / "song", tmp_path / "in" / "a")
@@ -390,7 +441,8 @@ def test_folders_that_are_no_data(tmp_path):
 def test_places_that_cannot_be_written(tmp_path):
     make_song(tmp_path / "in" / "a", .1)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot make this folder"): prepared(tmp_path / "in", tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="cannot make this folder"):
+        prepared(tmp_path / "in", tmp_path / "file" / "out")
 
 
 def test_a_full_disk_stops_with_one_line_and_keeps_what_is_whole(tmp_path):
@@ -424,9 +476,12 @@ def test_open_data_decodes_once_and_sees_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
     for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1, rate=44100, seed=k)
     first = open_data(tmp_path / "in", progress=False)
-    assert first.path.parent == (tmp_path / "cache").resolve() and open_data(first.path).digest == first.digest
+    assert (
+        first.path.parent == (tmp_path / "cache").resolve() and open_data(first.path).digest == first.digest
+    )
     stamp = (first.path / "store.json").stat().st_mtime_ns
-    assert open_data(tmp_path / "in", progress=False).path == first.path and (first.path / "store.json").stat().st_mtime_ns == stamp
+    assert (open_data(tmp_path / "in", progress=False).path == first.path
+            and (first.path / "store.json").stat().st_mtime_ns == stamp)
     make_song(tmp_path / "in" / "s3", .1, rate=44100)
     assert len(open_data(tmp_path / "in", progress=False)) == 4 and len(Store.open(first.path)) == 3
 
@@ -446,7 +501,10 @@ def test_the_download_says_when_ffmpeg_is_missing(monkeypatch, tmp_path):
 
 
 def test_another_process_reads_the_validation_list_without_musdb_and_plays_the_same_toy_song():
-    out, err = script("print(len(validation_titles()), 'musdb' in sys.modules, toy_song(11, 2., 16000).double().sum((1, 2)).tolist())").communicate(timeout=180)
+    out, err = script(
+        "print(len(validation_titles()), 'musdb' in sys.modules, toy_song(11, 2., 16000).double().sum((1,"
+        " 2)).tolist())"
+    ).communicate(timeout=180)
     titles, imported, song = out.split(maxsplit=2)
     assert (titles, imported) == ("14", "False"), err
     assert json.loads(song) == toy_song(11, 2., 16000).double().sum((1, 2)).tolist()
@@ -459,8 +517,11 @@ def test_musdb_hq_is_recognised_and_split_by_its_list(tmp_path):
         write(tmp_path / "hq" / split / title / "mixture.wav", sum(truth.values()), RATE, subtype="PCM_16")
     assert is_musdb(tmp_path / "hq")
     store = prepare_musdb(tmp_path / "hq", tmp_path / "out", sample_rate=RATE, dtype="auto", progress=False)
-    assert {s.title: s.split for s in store.songs} == {titles[0]: "train", titles[1]: "valid", "Else - Where": "test"}
-    assert {(s.mixture, s.dtype) for s in store.songs} == {("stream", "int16")} and all(s.mixture_snr > 60 for s in store.songs)
+    assert {s.title: s.split for s in store.songs} == {titles[0]: "train", titles[1]: "valid",
+                                                       "Else - Where": "test"}
+    assert {(s.mixture, s.dtype) for s in store.songs} == {("stream", "int16")} and all(
+        s.mixture_snr > 60 for s in store.songs
+    )
 
 
 # ---- folders as people have them
@@ -481,8 +542,11 @@ def test_songs_beside_a_folder_of_a_split_are_songs_too(tmp_path):
     (tmp_path / "in" / "artwork" / "old").mkdir(parents=True)
     (tmp_path / "in" / "artwork" / "cover.png").write_bytes(b"x")
     store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
-    assert store.splits == {"train": 3, "valid": 1, "test": 2} and {t for t, s in splits_of(store).items() if s == "test"} == {"e", "f"}
-    assert "4 songs beside the folders test taken for training: a, b, c, d" in said and "1 folder not taken: artwork (no drums, bass, other, vocals in it)" in said
+    assert store.splits == {"train": 3, "valid": 1, "test": 2} and {
+        t for t, s in splits_of(store).items() if s == "test"
+    } == {"e", "f"}
+    assert ("4 songs beside the folders test taken for training: a, b, c, d" in said
+            and "1 folder not taken: artwork (no drums, bass, other, vocals in it)" in said)
 
 
 @pytest.mark.parametrize("name", ["test", "Train", "dev", "valid"])
@@ -499,11 +563,15 @@ def test_an_empty_folder_of_a_split_is_none(tmp_path):
     assert store.splits == {"train": 2, "valid": 1, "test": 1} and "1 folder not taken: test" in said
 
 
-@pytest.mark.parametrize("clutter", ["@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information", ".Trashes"])
+@pytest.mark.parametrize(
+    "clutter",
+    ["@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information", ".Trashes"],
+)
 @pytest.mark.parametrize("split", [False, True])
 def test_what_systems_put_among_songs_is_passed_over(tmp_path, clutter, split):
     for k in range(3): make_song(tmp_path / "in" / ("train" if split else "") / f"s{k}", .1)
-    for place in ("", "train" if split else "s0", "train/s0" if split else "s1"): make_song(tmp_path / "in" / place / clutter / "drums.wav", .1)
+    for place in ("", "train" if split else "s0", "train/s0" if split else "s1"):
+        make_song(tmp_path / "in" / place / clutter / "drums.wav", .1)
     (tmp_path / "in" / ("train" if split else "") / "s0" / "._drums.wav").write_bytes(b"AppleDouble")
     store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
     assert set(splits_of(store)) == {"s0", "s1", "s2"} and not said and not any(s.flags for s in store.songs)
@@ -519,7 +587,8 @@ def test_a_folder_that_may_not_be_read_is_left_with_the_reason(tmp_path, monkeyp
     monkeypatch.setattr(Path, "iterdir", refuse)
     store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
     assert len(store) == 3 and "private (permission denied)" in said
-    with pytest.raises(UserError, match="private: cannot be read"): prepared(tmp_path / "in" / "private", tmp_path / "out2")
+    with pytest.raises(UserError, match="private: cannot be read"):
+        prepared(tmp_path / "in" / "private", tmp_path / "out2")
 
 
 def test_a_ds_store_that_comes_later_decodes_nothing_again(tmp_path, monkeypatch):
@@ -536,11 +605,15 @@ def test_a_ds_store_that_comes_later_decodes_nothing_again(tmp_path, monkeypatch
 
 def hq(root, train="train", test="test"):
     "MUSDB18-HQ in small, under other names."
-    for split, title in ((train, "A - B"), (train, validation_titles()[0]), (test, "C - D")): make_song(root / split / title, .1)
+    for split, title in ((train, "A - B"), (train, validation_titles()[0]), (test, "C - D")):
+        make_song(root / split / title, .1)
     return {"A - B": "train", validation_titles()[0]: "valid", "C - D": "test"}
 
 
-@pytest.mark.parametrize("where, names", [("", ("Train", "Test")), ("musdb18", ("train", "test")), ("MUSDB18/musdb18hq", ("TRAIN", "TEST"))])
+@pytest.mark.parametrize(
+    "where, names",
+    [("", ("Train", "Test")), ("musdb18", ("train", "test")), ("MUSDB18/musdb18hq", ("TRAIN", "TEST"))],
+)
 def test_musdb_nested_or_spelt_otherwise_is_musdb(tmp_path, monkeypatch, where, names):
     monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
     truth = hq(tmp_path / "in" / where, *names)
@@ -548,7 +621,8 @@ def test_musdb_nested_or_spelt_otherwise_is_musdb(tmp_path, monkeypatch, where, 
     (tmp_path / "in" / "README.txt").touch()
     if where.count("/"): assert not is_musdb(tmp_path / "in")
     root = tmp_path / "in" / where.rpartition("/")[0]
-    assert is_musdb(root) and splits_of(prepare_musdb(root, tmp_path / "out", sample_rate=RATE, progress=False)) == truth
+    assert (is_musdb(root)
+            and splits_of(prepare_musdb(root, tmp_path / "out", sample_rate=RATE, progress=False)) == truth)
     assert splits_of(open_data(root, progress=False)) == truth
 
 
@@ -558,46 +632,64 @@ def test_musdb_says_what_it_leaves_out(tmp_path):
     make_song(tmp_path / "in" / "separated" / "C - D", .1)
     store, said = notes(prepare_musdb, tmp_path / "in", tmp_path / "out", sample_rate=RATE, progress=False)
     assert splits_of(store) == truth and "2 folders not taken" in said
-    assert "train/lyrics (no drums" in said and "separated (its songs lie a level deeper than the others)" in said
+    assert ("train/lyrics (no drums" in said
+            and "separated (its songs lie a level deeper than the others)" in said)
 
 
 def test_folders_of_artists(tmp_path):
-    for name in ("Ann/Intro", "Ann/Song", "Bob/Intro", "Bob/extras/demo"): make_song(tmp_path / "in" / name, .1)
+    for name in ("Ann/Intro", "Ann/Song", "Bob/Intro", "Bob/extras/demo"):
+        make_song(tmp_path / "in" / name, .1)
     store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
-    assert set(splits_of(store)) == {"Ann - Intro", "Ann - Song", "Bob - Intro"} and "Bob/extras (its songs lie a level deeper" in said
+    assert (set(splits_of(store)) == {"Ann - Intro", "Ann - Song", "Bob - Intro"}
+            and "Bob/extras (its songs lie a level deeper" in said)
     for name in ("train/Ann/Song", "test/Bob/Song"): make_song(tmp_path / "split" / name, .1)
-    assert splits_of(prepared(tmp_path / "split", tmp_path / "out2")) == {"Ann - Song": "train", "Bob - Song": "test"}
+    assert splits_of(prepared(tmp_path / "split", tmp_path / "out2")) == {
+        "Ann - Song": "train", "Bob - Song": "test",
+    }
 
 
 def test_stems_that_are_called_otherwise_are_an_error_that_names_the_folder(tmp_path):
     for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1)
     make_song(tmp_path / "in" / "odd", .1, names=("Schlagzeug", "Stimme"))
-    with pytest.raises(UserError, match="1 of 4 songs cannot be prepared: odd: none of drums, bass, other, vocals"): prepared(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(
+        UserError, match="1 of 4 songs cannot be prepared: odd: none of drums, bass, other, vocals"
+    ):
+        prepared(tmp_path / "in", tmp_path / "out")
 
 
 def test_a_stem_that_is_shorter_can_be_trimmed_to(tmp_path):
     short = dict(bass=torch.rand(2, 2400) - .5)
     truth = make_song(tmp_path / "in" / "a", **short)
-    write(tmp_path / "in" / "a" / "mixture.wav", sum(x[:, :2400] for x in truth.values()), RATE, subtype="float32")
+    write(tmp_path / "in" / "a" / "mixture.wav", sum(x[:, :2400] for x in truth.values()), RATE,
+          subtype="float32")
     for k in range(2): make_song(tmp_path / "in" / f"s{k}", seed=k)
-    with pytest.raises(UserError, match=r"bass lasts 0.30 s .*trim=True, or --trim"): prepared(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UserError, match=r"bass lasts 0.30 s .*trim=True, or --trim"):
+        prepared(tmp_path / "in", tmp_path / "out")
     receipts = {p: p.read_text() for p in (tmp_path / "out" / "songs").glob("s*.json")}
     store = prepared(tmp_path / "in", tmp_path / "out", trim=True)
     song = store.songs[0]
-    assert song.frames == 2400 and {f"{n} cut by 1600 samples" for n in ("drums", "other", "vocals")} == set(song.flags)
-    assert torch.equal(store.stems(0), torch.stack([truth[n][:, :2400] for n in SOURCES])) and song.mixture_snr > 100 and store.verify() == []
+    assert song.frames == 2400 and {f"{n} cut by 1600 samples" for n in ("drums", "other", "vocals")} == set(
+        song.flags
+    )
+    assert (torch.equal(store.stems(0), torch.stack([truth[n][:, :2400] for n in SOURCES]))
+            and song.mixture_snr > 100 and store.verify() == [])
     assert [s.flags for s in store.songs[1:]] == [(), ()] and len(receipts) == 2
     prepared(tmp_path / "in", tmp_path / "fresh", skip_bad=True)
-    assert all("trim" not in json.loads(p.read_text())["settings"] for p in (tmp_path / "fresh" / "songs").glob("*.json"))
+    assert all("trim" not in json.loads(p.read_text())["settings"]
+               for p in (tmp_path / "fresh" / "songs").glob("*.json"))
 
 
 def test_sound_that_is_no_stem_is_said(tmp_path):
-    for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1, names=(*SOURCES, "guitar") if k < 2 else SOURCES)
+    for k in range(3):
+        make_song(tmp_path / "in" / f"s{k}", .1, names=(*SOURCES, "guitar") if k < 2 else SOURCES)
     (tmp_path / "in" / "s0" / "drums.reapeaks").write_bytes(b"x")
     store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
-    assert "sound files not used, for they are not called drums, bass, other, vocals: guitar.wav in 2 songs" in said
+    assert ("sound files not used, for they are not called drums, bass, other, vocals: guitar.wav in 2 songs"
+            in said)
     assert [s.flags for s in store.songs] == [("guitar.wav not used",)] * 2 + [()]
-    five, said = notes(prepared, tmp_path / "in", tmp_path / "five", sources=(*SOURCES, "guitar"), allow_missing=True)
+    five, said = notes(
+        prepared, tmp_path / "in", tmp_path / "five", sources=(*SOURCES, "guitar"), allow_missing=True
+    )
     assert not said and five.sources == (*SOURCES, "guitar") and five.songs[0].present == five.sources
 
 
@@ -605,39 +697,59 @@ def test_sound_that_is_no_stem_is_said(tmp_path):
 def test_one_or_two_songs_say_how_to_split_them(tmp_path, count):
     for k in range(count): make_song(tmp_path / "in" / f"s{k}", .1)
     store, said = notes(prepared, tmp_path / "in", tmp_path / "out")
-    assert store.splits == {"train": count} and "cannot be split" in said and "folders train, valid and test" in said
+    assert (store.splits == {"train": count} and "cannot be split" in said
+            and "folders train, valid and test" in said)
     for split in ("valid", "test"):
-        with pytest.raises(UserError, match=f"no songs in the split '{split}'; it has {count} train. Put songs into folders train, valid and test"): store.split(split)
+        with pytest.raises(
+            UserError,
+            match=(
+                f"no songs in the split '{split}'; it has {count} train. Put songs into folders train, valid"
+                " and test"
+            ),
+        ):
+            store.split(split)
     make_song(tmp_path / "in" / "s2", .1)
-    assert notes(prepared, tmp_path / "in", tmp_path / "out2", valid=0)[1] == "" and len(splits_of(prepared(tmp_path / "in", tmp_path / "out3"))) == count + 1
+    assert (notes(prepared, tmp_path / "in", tmp_path / "out2", valid=0)[1] == ""
+            and len(splits_of(prepared(tmp_path / "in", tmp_path / "out3"))) == count + 1)
 
 
 def test_a_store_inside_its_own_data_folder_is_no_song(tmp_path, monkeypatch):
     monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "in" / "cache"))
     for k in range(3): make_song(tmp_path / "in" / f"s{k}", .1, rate=44100, seed=k)
-    stores = [notes(prepare_stems, tmp_path / "in", tmp_path / "in" / "store", progress=False) for _ in range(2)]
+    stores = [
+        notes(prepare_stems, tmp_path / "in", tmp_path / "in" / "store", progress=False) for _ in range(2)
+    ]
     assert {s.digest for s, _ in stores} == {stores[0][0].digest} and {said for _, said in stores} == {""}
     (tmp_path / "in" / "stopped" / "songs").mkdir(parents=True)
     (tmp_path / "in" / "stopped" / ".lock").touch()
     assert {len(open_data(tmp_path / "in", progress=False)) for _ in range(2)} == {3}
-    with pytest.raises(UserError, match="this is a store; there is nothing to prepare"): prepared(tmp_path / "in" / "store", tmp_path / "out")
+    with pytest.raises(UserError, match="this is a store; there is nothing to prepare"):
+        prepared(tmp_path / "in" / "store", tmp_path / "out")
 
 
 def test_a_stem_that_changes_on_the_way_is_flagged(tmp_path):
     make_song(tmp_path / "in" / "a", 2., 44100, suffix=".mp3")
     other = tmp_path / "in" / "a" / "other.mp3"
-    for name, rate, seconds in (("x", 44100, 1.), ("y", 48000, .98)): write(tmp_path / f"{name}.mp3", torch.rand(2, int(seconds * rate)) - .5, rate)
+    for name, rate, seconds in (("x", 44100, 1.), ("y", 48000, .98)):
+        write(tmp_path / f"{name}.mp3", torch.rand(2, int(seconds * rate)) - .5, rate)
     other.write_bytes((tmp_path / "x.mp3").read_bytes() + (tmp_path / "y.mp3").read_bytes())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         store = prepare_stems(tmp_path / "in", tmp_path / "out", progress=False)
-    assert len(store.songs[0].flags) >= 1 and any(f.startswith("other changes at 1.") for f in store.songs[0].flags), store.songs[0].flags
+    assert len(store.songs[0].flags) >= 1 and any(
+        f.startswith("other changes at 1.") for f in store.songs[0].flags
+    ), store.songs[0].flags
 
 
-@pytest.mark.parametrize("settings", [dict(sample_rate=0), dict(sample_rate="44100"), dict(sample_rate=-8000), dict(valid=-.1), dict(test=2), dict(valid=.6, test=.6)])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(sample_rate=0), dict(sample_rate="44100"), dict(sample_rate=-8000), dict(valid=-0.1), dict(test=2),
+     dict(valid=0.6, test=0.6)],
+)
 def test_settings_that_mean_nothing_are_refused_before_anything_is_made(tmp_path, settings):
     make_song(tmp_path / "in" / "a", .1)
-    with pytest.raises(UserError, match="whole number of Hz|shares of the songs"): prepare_stems(tmp_path / "in", tmp_path / "out", progress=False, **settings)
+    with pytest.raises(UserError, match="whole number of Hz|shares of the songs"):
+        prepare_stems(tmp_path / "in", tmp_path / "out", progress=False, **settings)
     assert not (tmp_path / "out").exists()
 
 
@@ -649,9 +761,12 @@ def test_the_command_says_in_single_lines_what_it_leaves_out(tmp_path):
     process = script(code, "prepare", "--stems", tmp_path / "in", "--out", tmp_path / "out", "--trim")
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("preparing")]
-    assert out.strip().endswith("4 songs") and all(line.startswith(f"deepdemix: {tmp_path / 'in'}: ") for line in lines) and len(lines) == 2
-    assert "1 folder not taken: artwork" in err and "3 songs beside the folders test taken for training: a, b, c" in err
+    lines = [line for line in err.replace("\r", "\n").splitlines()
+             if line.strip() and not line.startswith("preparing")]
+    assert (out.strip().endswith("4 songs")
+            and all(line.startswith(f"deepdemix: {tmp_path / 'in'}: ") for line in lines) and len(lines) == 2)
+    assert ("1 folder not taken: artwork" in err
+            and "3 songs beside the folders test taken for training: a, b, c" in err)
 
 
 # ---- stores of strangers
@@ -665,9 +780,14 @@ def told(path, change):
 def song_with(**fields): return lambda index: dict(index, songs=[dict(s, **fields) for s in index["songs"]])
 
 
-@pytest.mark.parametrize("change", [song_with(file="../../x"), song_with(file="/etc/x"), song_with(part=".."), song_with(part="../../elsewhere"), song_with(file=".."), song_with(file=""),
-                                    song_with(file="a/b"), song_with(file="a\\b"), song_with(file=7), lambda index: [index], lambda index: {"format": FORMAT},
-                                    lambda index: dict(index, songs=[{"title": "x"}]), lambda index: dict(index, songs=7), lambda index: dict(index, sources=None)])
+@pytest.mark.parametrize(
+    "change",
+    [song_with(file="../../x"), song_with(file="/etc/x"), song_with(part=".."),
+     song_with(part="../../elsewhere"), song_with(file=".."), song_with(file=""), song_with(file="a/b"),
+     song_with(file="a\\b"), song_with(file=7), lambda index: [index], lambda index: {"format": FORMAT},
+     lambda index: dict(index, songs=[{"title": "x"}]), lambda index: dict(index, songs=7),
+     lambda index: dict(index, sources=None)],
+)
 def test_an_index_that_leads_out_of_its_store_or_is_none_is_refused(tmp_path, store, change, monkeypatch):
     monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
     fsspec = pytest.importorskip("fsspec")
@@ -686,7 +806,9 @@ def test_what_arrives_must_have_the_digest_of_the_index(tmp_path, store, monkeyp
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.setenv("DEEPDEMIX_CACHE", str(tmp_path / "cache"))
     buffer = io.BytesIO()
-    arrays = dict(other=np.zeros((4, 2, 4000), np.float32), scalar=np.float32(1), pickle=np.array([{}], object))
+    arrays = dict(
+        other=np.zeros((4, 2, 4000), np.float32), scalar=np.float32(1), pickle=np.array([{}], object)
+    )
     if arrives in arrays: np.save(buffer, arrays[arrives], allow_pickle=True)
     url = f"memory://fetched/{tmp_path.name}"
     fs = fsspec.filesystem("memory")
@@ -695,7 +817,8 @@ def test_what_arrives_must_have_the_digest_of_the_index(tmp_path, store, monkeyp
     far = Store.open(url)
     with pytest.raises(UserError, match="is not what the index of the store says"): far.stems(0)
     assert not list(far.path.rglob("*.npy")) and torch.equal(far.stems(1), store.stems(1))
-    fs.put(str(store.path / "songs" / f"{store.songs[0].file}.npy"), f"/fetched/{tmp_path.name}/songs/{store.songs[0].file}.npy")
+    fs.put(str(store.path / "songs" / f"{store.songs[0].file}.npy"),
+           f"/fetched/{tmp_path.name}/songs/{store.songs[0].file}.npy")
     assert torch.equal(far.stems(0), store.stems(0)) and far.select([0, 1]).verify() == []
 
 
@@ -713,7 +836,9 @@ def test_toy_instruments_are_told_apart_by_simple_features_across_songs():
     features, labels = [], []
     for seed in range(24):
         spectrum = torch.fft.rfft(toy_song(seed, 4., 16000).mean(1)).abs().square()
-        bands = torch.stack([b.sum(-1) for b in spectrum[:, 160:].tensor_split(24, -1)] + [spectrum[:, :800].sum(-1)], 1)
+        bands = torch.stack(
+            [b.sum(-1) for b in spectrum[:, 160:].tensor_split(24, -1)] + [spectrum[:, :800].sum(-1)], 1
+        )
         features.append((bands / bands.sum(1, keepdim=True) + 1e-9).log())
         labels += [0, 1, 2, 3]
     x, y = torch.cat(features), torch.tensor(labels)
@@ -726,14 +851,25 @@ def test_toy_instruments_are_told_apart_by_simple_features_across_songs():
 def test_toy_songs_of_one_class_differ_by_more_than_3_db_a_band():
     songs = [toy_song(s, 3., 16000) for s in range(8)]
     for k in range(4):
-        bands = torch.stack([torch.fft.rfft(x[k].mean(0)).abs()[:24000].reshape(-1, 100).square().mean(1).log10() * 10 for x in songs])
+        bands = torch.stack([
+            torch.fft.rfft(x[k].mean(0)).abs()[:24000].reshape(-1, 100).square().mean(1).log10() * 10
+            for x in songs
+        ])
         assert (bands - bands.mean(0)).square().mean().sqrt() > 3
 
 
 def test_a_long_toy_song_has_a_form():
     score = compose(2, 120.)
     x = toy_song(2, 120., 8000)
-    level = lambda section, k: torch.cat([x[k, :, int(b * score.bar * 8000):int((b + 1) * score.bar * 8000)] for b, s in enumerate(score.sections) if s == section], 1).square().mean()
+    level = (
+        lambda section, k: torch.cat(
+            [x[k, :, int(b * score.bar * 8000) : int((b + 1) * score.bar * 8000)]
+             for b, s in enumerate(score.sections) if s == section],
+            1,
+        )
+        .square()
+        .mean()
+    )
     assert level("intro", 3) < 1e-3 * level("verse", 3) and level("chorus", 3) > 0
 
 
@@ -742,11 +878,26 @@ def test_a_long_toy_song_has_a_form():
 @pytest.mark.musdb
 def test_real_stem_files_are_whole_and_like_musdb_s(tmp_path, musdb_path):
     titles = ["PR - Oh No", "Al James - Schoolboy Facination"]
-    for split, names in (("train", [validation_titles()[0], sorted(p.name for p in (musdb_path / "train").glob("*.stem.mp4"))[0].removesuffix(".stem.mp4")]), ("test", titles)):
+    for split, names in (
+        (
+            "train",
+            [
+                validation_titles()[0],
+                sorted(p.name for p in (musdb_path / "train").glob("*.stem.mp4"))[0].removesuffix(
+                    ".stem.mp4"
+                ),
+            ],
+        ),
+        ("test", titles),
+    ):
         (tmp_path / "in" / split).mkdir(parents=True)
-        for name in names: os.symlink((musdb_path / split / f"{name}.stem.mp4").resolve(), tmp_path / "in" / split / f"{name}.stem.mp4")
+        for name in names:
+            os.symlink((musdb_path / split / f"{name}.stem.mp4").resolve(),
+                       tmp_path / "in" / split / f"{name}.stem.mp4")
     store = prepare_musdb(tmp_path / "in", tmp_path / "out", progress=False)
-    assert store.splits == {"train": 1, "valid": 1, "test": 2} and {s.mixture for s in store.songs} == {"stream"}
+    assert store.splits == {"train": 1, "valid": 1, "test": 2} and {s.mixture for s in store.songs} == {
+        "stream"
+    }
     assert [s.title for s in store.songs if "mixture differs" in s.flags] == ["PR - Oh No"]
     seven = all(s.duration < 8 for s in store.songs)
     assert not seven or {s.frames for s in store.songs} == {300032}

@@ -1,20 +1,21 @@
-"The decoder on the cells that differ, excerpts of fixed length under audio of any length, and encoders that move between networks."
+"""The decoder on the cells that differ, excerpts of fixed length under audio of any length, and encoders
+that move between networks."""
 import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from deepdemix.foundations.files import UserError
 from deepdemix.baseline import count_parameters
 from deepdemix.deepdemix import Decoder, DeepDeMix, SkipDecoder, SkipDeepDeMix, compact_rows
+from deepdemix.foundations.files import UserError
 from deepdemix.foundations.recipe import Recipe
 from deepdemix.foundations.registry import build_network
 from deepdemix.foundations.runs import load_encoder, load_network, save_network
 
-TINY = dict(duration=0.25, window_length=64, hop_length=32, sample_rate=8000, conv_channels=[2, 2, 3, 3], kernels=[[3, 3]] * 4, pools=[[4, 2], [2, 2]], linears=[12, 8], latent=6)
+TINY = dict(duration=0.25, window_length=64, hop_length=32, sample_rate=8000, conv_channels=[2, 2, 3, 3],
+            kernels=[[3, 3]] * 4, pools=[[4, 2], [2, 2]], linears=[12, 8], latent=6)
 BOTH = pytest.mark.parametrize("name", ["ddm", "ddm_skip"])
 
 
@@ -28,14 +29,18 @@ def tiny(name, seed=0, **args):
 def test_compact_rows_are_torchs_nearest_upsampling(cells, more, edge):
     size = cells + more
     cell, where = compact_rows(cells, size, edge)
-    assert torch.equal(cell[where].float(), F.interpolate(torch.arange(float(cells))[None, None], size=size)[0, 0])
+    assert torch.equal(
+        cell[where].float(), F.interpolate(torch.arange(float(cells))[None, None], size=size)[0, 0]
+    )
     assert len(cell) <= cells * (2 * edge + 1)
     assert torch.equal(where.unique(), torch.arange(len(cell)))
 
 
 @settings(max_examples=40, deadline=None)
-@given(grid=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)), more=st.tuples(st.integers(0, 60), st.integers(0, 60)),
-       kernel=st.tuples(st.sampled_from([1, 3, 5, 7]), st.sampled_from([1, 3, 5])), n_ac=st.integers(1, 2), seed=st.integers(0, 99))
+@given(grid=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+       more=st.tuples(st.integers(0, 60), st.integers(0, 60)),
+       kernel=st.tuples(st.sampled_from([1, 3, 5, 7]), st.sampled_from([1, 3, 5])), n_ac=st.integers(1, 2),
+       seed=st.integers(0, 99))
 def test_the_fast_decoder_is_the_plain_one(grid, more, kernel, n_ac, seed):
     torch.manual_seed(seed)
     size = grid[1] + more[0], grid[2] + more[1]
@@ -49,7 +54,9 @@ def test_the_fast_decoder_is_the_plain_one(grid, more, kernel, n_ac, seed):
 
 def test_both_ways_have_the_same_gradients():
     torch.manual_seed(0)
-    decoder, latent, weight = Decoder(5, 7, (2, 4, 4), (3, 3), (3, 3), (61, 50)), torch.randn(2, 5), torch.rand(2, 61, 50, 1, 4)
+    decoder = Decoder(5, 7, (2, 4, 4), (3, 3), (3, 3), (61, 50))
+    latent = torch.randn(2, 5)
+    weight = torch.rand(2, 61, 50, 1, 4)
     def gradients(mask):
         decoder.zero_grad()
         (mask * weight).sum().backward()
@@ -62,7 +69,9 @@ def test_both_ways_have_the_same_gradients():
 def test_the_second_upsampling_changes_nothing():
     decoder, latent = Decoder(size=(100, 33)), torch.randn(1, 125)
     with torch.no_grad():
-        without = decoder.to_mask(torch.nn.Sequential(*decoder.blocks[:5], *decoder.blocks[6:])(decoder.linear(latent)))
+        without = decoder.to_mask(
+            torch.nn.Sequential(*decoder.blocks[:5], *decoder.blocks[6:])(decoder.linear(latent))
+        )
         assert torch.equal(decoder.plain(latent), without)
 
 
@@ -70,10 +79,13 @@ def test_the_papers_sizes():
     network = DeepDeMix()
     norm = count_parameters(network.encoder.norm)
     assert (network.frames, network.n_f, norm) == (1724, 257, 886_136)
-    assert count_parameters(network.encoder) == 14_750_765 and count_parameters(network.encoder) - norm == 13_864_629
+    assert (count_parameters(network.encoder) == 14_750_765
+            and count_parameters(network.encoder) - norm == 13_864_629)
     assert count_parameters(network.decoder.linear) == 101_664
     assert network.decoder.grid == (4, 12, 12)
-    assert {k: v.shape for k, v in SkipDeepDeMix().encoder.state_dict().items()} == {k: v.shape for k, v in network.encoder.state_dict().items()}
+    assert {k: v.shape for k, v in SkipDeepDeMix().encoder.state_dict().items()} == {
+        k: v.shape for k, v in network.encoder.state_dict().items()
+    }
 
 
 @pytest.mark.slow
@@ -129,14 +141,17 @@ def test_settings_survive_json_and_a_save(name, tmp_path):
 @BOTH
 def test_a_pretrained_encoder_moves_in(name, tmp_path):
     pretrained = build_network("encoder", **TINY)
-    save_network(pretrained, Recipe(kind="pretraining", network="encoder", network_args=pretrained.args, loss="triplet"), tmp_path / "run")
+    save_network(pretrained,
+                 Recipe(kind="pretraining", network="encoder", network_args=pretrained.args, loss="triplet"),
+                 tmp_path / "run")
     network = tiny(name, seed=1)
     before = network.encoder.state_dict()["linear.1.weight"].clone()
     load_encoder(network, tmp_path / "run")
     assert not torch.equal(network.encoder.state_dict()["linear.1.weight"], before)
     song = torch.randn(2, 1, network.samples)
     with torch.no_grad(): assert torch.allclose(network.embed(song), pretrained.eval().embed(song), atol=1e-5)
-    with pytest.raises(UserError, match="linear.1"): load_encoder(tiny(name, linears=[13, 8]), tmp_path / "run")
+    with pytest.raises(UserError, match="linear.1"):
+        load_encoder(tiny(name, linears=[13, 8]), tmp_path / "run")
 
 
 @BOTH

@@ -1,36 +1,44 @@
-"Dense contrast: cells and their owners, the three networks, resuming, controls, and what a user can get wrong."
+"""Dense contrast: cells and their owners, the three networks, resuming, controls, and what a user can get
+wrong."""
 from dataclasses import replace
 
 import pytest
 import torch
 
-from deepdemix.foundations.files import UserError
 from deepdemix.contrast.dense import DenseContrast, Grid, gradient_ratio, owners, weight_for
 from deepdemix.data import prepare_toy
+from deepdemix.foundations.files import UserError
 from deepdemix.foundations.recipe import Recipe
 from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.runs import load_network
+from deepdemix.foundations.weights import read_weights
 from deepdemix.tasks import build_task
 from deepdemix.training import fit
-from deepdemix.foundations.runs import load_network
-from deepdemix.foundations.run_metrics import read_metrics
-from deepdemix.foundations.weights import read_weights
 
-SMALL = dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000., width=16, hidden=16, layers=1)
-NETWORKS = {"compact": (SMALL, "l1_cells"),
-            "open_unmix": (dict(window_length=1024, hop_length=512, hidden=16, layers=1), "mse_magnitude"),
-            "conv_tasnet": (dict(filters=32, length=64, bottleneck=16, hidden=24, blocks=4, repeats=2), "l1_waveform")}
+SMALL = dict(
+    window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000.0, width=16, hidden=16, layers=1
+)
+NETWORKS = {
+    "compact": (SMALL, "l1_cells"),
+    "open_unmix": (dict(window_length=1024, hop_length=512, hidden=16, layers=1), "mse_magnitude"),
+    "conv_tasnet": (dict(filters=32, length=64, bottleneck=16, hidden=24, blocks=4, repeats=2),
+                    "l1_waveform"),
+}
 MIX = dict(duration=0.5, coherent=0.3, pitch=None, stretch=None)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return prepare_toy(8, tmp_path_factory.mktemp("toy") / "store", duration=2.0, valid=0.25, test=0.25, progress=False)
+    return prepare_toy(
+        8, tmp_path_factory.mktemp("toy") / "store", duration=2.0, valid=0.25, test=0.25, progress=False
+    )
 
 
 def recipe(network="compact", kind="dense", **changes):
     args, loss = NETWORKS[network]
-    base = dict(kind=kind, network=network, network_args=args, loss="supcon" if kind == "dense" else loss, batch_size=4,
-                examples_per_epoch=8, epochs=1, valid_examples=4, lr=3e-3, mixer=MIX)
+    base = dict(kind=kind, network=network, network_args=args, loss="supcon" if kind == "dense" else loss,
+                batch_size=4, examples_per_epoch=8, epochs=1, valid_examples=4, lr=3e-3, mixer=MIX)
     return Recipe(**{**base, **changes})
 
 
@@ -94,7 +102,8 @@ def test_resumed_pretraining_is_the_same(loss, store, tmp_path):
     whole = fit(recipe(loss=loss, epochs=2), store, tmp_path / "whole", progress=False)
     fit(recipe(loss=loss), store, tmp_path / "parts", progress=False)
     parts = fit(recipe(loss=loss, epochs=2), store, tmp_path / "parts", resume=True, progress=False)
-    for a, b in zip(load_network(whole, last=True).parameters(), load_network(parts, last=True).parameters()): assert torch.equal(a, b)
+    for a, b in zip(load_network(whole, last=True).parameters(), load_network(parts, last=True).parameters()):
+        assert torch.equal(a, b)
     assert read_metrics(whole).valid_loss.equals(read_metrics(parts).valid_loss)
 
 
@@ -103,7 +112,8 @@ def test_resumed_term_is_the_same(store, tmp_path):
     whole = fit(recipe(epochs=2, **term), store, tmp_path / "whole", progress=False)
     fit(recipe(**term), store, tmp_path / "parts", progress=False)
     parts = fit(recipe(epochs=2, **term), store, tmp_path / "parts", resume=True, progress=False)
-    for a, b in zip(load_network(whole, last=True).parameters(), load_network(parts, last=True).parameters()): assert torch.equal(a, b)
+    for a, b in zip(load_network(whole, last=True).parameters(), load_network(parts, last=True).parameters()):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -113,7 +123,9 @@ def test_the_term_reaches_the_encoder_and_no_mask(name, store):
     task.loss(task.network, mixture, sources)
     value, figures = task.terms["dense"][1].beside(more["dense"], mixture, sources)
     value.backward()
-    moved = {n.split(".")[0] for n, p in task.network.named_parameters() if p.grad is not None and p.grad.any()}
+    moved = {
+        n.split(".")[0] for n, p in task.network.named_parameters() if p.grad is not None and p.grad.any()
+    }
     assert moved == {"encoder"} and figures["cells"] > 0
 
 
@@ -136,13 +148,22 @@ def test_the_weight_gives_the_share(store):
 
 def test_what_does_not_fit_is_said(store):
     network = build_network("compact", **SMALL)
-    with pytest.raises(UserError, match="no setting 'per_stm'"): DenseContrast(network, recipe(task_args=dict(per_stm=3)), store)
-    with pytest.raises(UserError, match="can't be 1.5"): DenseContrast(network, recipe(task_args=dict(share=1.5)), store)
-    with pytest.raises(UserError, match="no contrastive loss is called 'supkon'"): DenseContrast(network, recipe(loss="supkon"), store)
-    with pytest.raises(UserError, match="no dense_embed"): build_task(replace(recipe(), network="baseline", network_args={}), store)
+    with pytest.raises(UserError, match="no setting 'per_stm'"):
+        DenseContrast(network, recipe(task_args=dict(per_stm=3)), store)
+    with pytest.raises(UserError, match="can't be 1.5"):
+        DenseContrast(network, recipe(task_args=dict(share=1.5)), store)
+    with pytest.raises(UserError, match="no contrastive loss is called 'supkon'"):
+        DenseContrast(network, recipe(loss="supkon"), store)
+    with pytest.raises(UserError, match="no dense_embed"):
+        build_task(replace(recipe(), network="baseline", network_args={}), store)
     with pytest.raises(UserError, match="nothing to train"): build_task(recipe(freeze_encoder=True), store)
-    with pytest.raises(UserError, match="leave one of them out"): build_task(recipe(kind="separation", freeze_encoder=True, task_args={"dense": 1.}), store)
-    mono = build_task(recipe("conv_tasnet", network_args={**NETWORKS["conv_tasnet"][0], "channels": 1}, mixer={**MIX, "channels": 2}), store)
+    with pytest.raises(UserError, match="leave one of them out"):
+        build_task(recipe(kind="separation", freeze_encoder=True, task_args={"dense": 1.}), store)
+    mono = build_task(
+        recipe("conv_tasnet", network_args={**NETWORKS["conv_tasnet"][0], "channels": 1},
+               mixer={**MIX, "channels": 2}),
+        store,
+    )
     with pytest.raises(UserError, match="leave mixer.channels out"): mono.training_loss(mono.train_batch(0))
 
 

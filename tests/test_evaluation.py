@@ -1,4 +1,5 @@
-"Evaluation: faults, files that museval reads, statistics that cover what they promise, and the reference rows on real songs."
+"""Evaluation: faults, files that museval reads, statistics that cover what they promise, and the reference
+rows on real songs."""
 import functools
 import json
 import math
@@ -9,16 +10,25 @@ import pytest
 import torch
 
 from deepdemix import evaluation as E
-from deepdemix.scoring.oracles import PLAIN, REFERENCES, _masked, binary_mask, complex_mask, grid_mask, ratio_mask, real_mask
+from deepdemix.audio import SOURCES, STFT
+from deepdemix.data import prepare_toy
+from deepdemix.foundations.codecs import read_streams
+from deepdemix.foundations.decoding import probe
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.store import Store
+from deepdemix.scoring.oracles import (
+    PLAIN,
+    REFERENCES,
+    _masked,
+    binary_mask,
+    complex_mask,
+    grid_mask,
+    ratio_mask,
+    real_mask,
+)
 from deepdemix.scoring.pictures import show_songs
 from deepdemix.scoring.scores import Scores
 from deepdemix.scoring.verdicts import compare
-from deepdemix.audio import SOURCES, STFT
-from deepdemix.foundations.files import UserError
-from deepdemix.foundations.decoding import probe
-from deepdemix.foundations.codecs import read_streams
-from deepdemix.foundations.store import Store
-from deepdemix.data import prepare_toy
 
 RATE = 4000
 
@@ -28,7 +38,10 @@ class Songs:
     sources, sample_rate, digest = SOURCES, RATE, "made up"
 
     def __init__(self, n=5, seconds=2.5, split="test", channels=2):
-        self.stem = [torch.randn(4, channels, int(seconds * RATE), generator=torch.Generator().manual_seed(k)) * .1 for k in range(n)]
+        self.stem = [
+            torch.randn(4, channels, int(seconds * RATE), generator=torch.Generator().manual_seed(k)) * 0.1
+            for k in range(n)
+        ]
         self.songs = [SimpleNamespace(title=f"Song {k}", split=split) for k in range(n)]
 
     def __len__(self): return len(self.stem)
@@ -56,7 +69,9 @@ def test_mono_is_the_sum_of_stems_and_stereo_the_stream():
     store, seen = Songs(1), []
     E.evaluate(lambda x: seen.append(x) or quarter(x), store, references=False)
     E.evaluate(lambda x: seen.append(x) or quarter(x), store, channels="stereo", references=False)
-    E.evaluate(lambda x: seen.append(x) or quarter(x), store, channels="stereo", mixture="sum", references=False)
+    E.evaluate(
+        lambda x: seen.append(x) or quarter(x), store, channels="stereo", mixture="sum", references=False
+    )
     assert torch.allclose(seen[0], store.stem[0].mean(1, keepdim=True).sum(0))
     assert torch.allclose(seen[1], store.stem[0].sum(0) * .9)
     assert torch.allclose(seen[2], store.stem[0].sum(0))
@@ -72,7 +87,9 @@ def test_sources_are_matched_by_name():
         sources, sample_rate = SOURCES[::-1], RATE
         def forward(self, x): return torch.stack([x * k for k in (.4, .3, .2, .1)], 1)
     found = E.evaluate(Network(), store, references=False).by_song("SD-SDR")
-    plain = E.evaluate(lambda x: torch.stack([x * k for k in (.1, .2, .3, .4)]), store, references=False).by_song("SD-SDR")
+    plain = E.evaluate(
+        lambda x: torch.stack([x * k for k in (0.1, 0.2, 0.3, 0.4)]), store, references=False
+    ).by_song("SD-SDR")
     assert np.allclose(found, plain, atol=1e-4)
 
 
@@ -120,28 +137,39 @@ def test_a_missing_stem_costs_itself_alone():
         return dict(zip(SOURCES[:3] if len(calls) == 2 else SOURCES, quarter(x)))
     scores = E.evaluate(separate, store, references=False)
     assert scores.failed == [{"model": "model", "song": "Song 1", "reason": "no vocals", "seed": 0}]
-    assert scores.by_song("SNR").isna().to_numpy().tolist() == [[False] * 4, [False] * 3 + [True], [False] * 4]
+    assert scores.by_song("SNR").isna().to_numpy().tolist() == [
+        [False] * 4, [False] * 3 + [True], [False] * 4,
+    ]
 
 
 def test_a_separator_of_one_source_has_no_overall_score():
     store, voice = Songs(4), oracle(Songs(4), .1)
     def separate(x): return voice(x)[3:]
     separate.sources = ("vocals",)
-    scores = E.evaluate(separate, store, name="voice", references=False) + E.evaluate(oracle(store, .1), store, name="all", references=False)
+    scores = E.evaluate(separate, store, name="voice", references=False) + E.evaluate(
+        oracle(store, 0.1), store, name="all", references=False
+    )
     assert not scores.failed
     table = scores.summary(["SNR"])["SNR"]
-    assert table.loc[("test", "voice")].isna().to_dict() == {"overall": True, "vocals": False, "drums": True, "bass": True, "other": True}
+    assert table.loc[("test", "voice")].isna().to_dict() == {
+        "overall": True, "vocals": False, "drums": True, "bass": True, "other": True,
+    }
     assert abs(table.loc[("test", "voice"), "vocals"] - table.loc[("test", "all"), "vocals"]) < .5
     verdict = compare(scores, scores, "SNR", "all", "voice")
-    assert list(verdict.per_source) == ["vocals"] and "voice is scored on vocals only" in str(scores.table(["SNR"]))
+    assert list(verdict.per_source) == ["vocals"] and "voice is scored on vocals only" in str(
+        scores.table(["SNR"])
+    )
 
 
 def test_six_stems_are_scored_on_four():
     store = Songs(2)
     def six(x):
-        i = six.calls; six.calls += 1
+        i = six.calls
+        six.calls += 1
         stems = dict(zip(SOURCES, store.stems(i).mean(1, keepdim=True)))
-        return stems | {"other": stems["other"] * .5, "guitar": stems["other"] * .2, "piano": stems["other"] * .3 + .001}
+        return stems | {"other": stems["other"] * 0.5,
+                        "guitar": stems["other"] * 0.2,
+                        "piano": stems["other"] * 0.3 + 0.001}
     six.calls = 0
     found = E.evaluate(six, store, references=False).by_song("SNR")
     assert (found["other"] > 25).all()
@@ -149,7 +177,9 @@ def test_six_stems_are_scored_on_four():
 
 def test_a_separator_may_ask_for_the_title():
     store, seen = Songs(3), []
-    def separate(mixture, title="?"): seen.append(title); return quarter(mixture)
+    def separate(mixture, title="?"):
+        seen.append(title)
+        return quarter(mixture)
     E.evaluate(separate, store, references=False)
     assert seen == ["Song 0", "Song 1", "Song 2"]
 
@@ -166,11 +196,16 @@ def test_a_network_is_scored_with_its_own_channels():
 def test_results_in_museval_files_become_a_row(tmp_path):
     scores = E.evaluate(oracle(Songs(3)), Songs(3), name="mine", references=False, bss=True)
     scores.save_songs(tmp_path)
-    (tmp_path / "test" / "Song 0.json").write_text((tmp_path / "test" / "Song 0.json").read_text().replace('"name": "bass"', '"name": "accompaniment"'))
+    (tmp_path / "test" / "Song 0.json").write_text(
+        (tmp_path / "test" / "Song 0.json").read_text().replace('"name": "bass"', '"name": "accompaniment"')
+    )
     read = Scores.from_museval(tmp_path, "theirs")
-    assert read.models == ["theirs"] and set(read.rows.metric) == {"SDR", "ISR", "SIR", "SAR"} and set(read.rows.split) == {"test"}
+    assert (read.models == ["theirs"] and set(read.rows.metric) == {"SDR", "ISR", "SIR", "SAR"}
+            and set(read.rows.split) == {"test"})
     a, b = scores.by_song("SDR"), read.by_song("SDR")
-    assert math.isnan(b.loc["Song 0", "bass"]) and np.allclose(a.drop("Song 0"), b.drop("Song 0")[a.columns], atol=1e-4)
+    assert math.isnan(b.loc["Song 0", "bass"]) and np.allclose(
+        a.drop("Song 0"), b.drop("Song 0")[a.columns], atol=1e-4
+    )
     (tmp_path / "test" / "Song 0.json").write_text("{}")
     with pytest.raises(UserError, match="not one of museval's files"): Scores.from_museval(tmp_path)
 
@@ -186,10 +221,13 @@ def test_bad_data_are_named():
     assert "silent" in reasons["Song 0"] and "NaN" in reasons["Song 1"] and "samples" in reasons["Song 2"]
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(store=Songs(0)), "no songs"), (dict(channels="quad"), "mono or stereo"), (dict(mixture="loud"), "sum or stream"),
-    (dict(name="silence"), "reference row"), (dict(metrics=("PESQ",)), "unknown metric"), (dict(separate=lambda x: x * math.nan), "Song 0"),
-    (dict(references=("perfect",)), "unknown reference")])
+@pytest.mark.parametrize(
+    "change, message",
+    [(dict(store=Songs(0)), "no songs"), (dict(channels="quad"), "mono or stereo"),
+     (dict(mixture="loud"), "sum or stream"), (dict(name="silence"), "reference row"),
+     (dict(metrics=("PESQ",)), "unknown metric"), (dict(separate=lambda x: x * math.nan), "Song 0"),
+     (dict(references=("perfect",)), "unknown reference")],
+)
 def test_what_fails_for_all_songs_is_one_error(change, message):
     arguments = dict(separate=quarter, store=Songs(2)) | change
     with pytest.raises(UserError, match=message): E.evaluate(**arguments)
@@ -219,11 +257,15 @@ def test_an_interrupt_is_not_a_bad_song():
 def test_scores_survive_the_disk(tmp_path):
     store = Songs(3)
     store.stem[1][3] = 0
-    scores = E.evaluate(oracle(store), store, name="a", info={"weights": "abc"}) + E.evaluate(oracle(store, seed=1), store, name="a", seed=1)
+    scores = E.evaluate(oracle(store), store, name="a", info={"weights": "abc"}) + E.evaluate(
+        oracle(store, seed=1), store, name="a", seed=1
+    )
     again = Scores.load(scores.save(tmp_path / "scores.json"))
     assert again.rows.equals(scores.rows) and again.frames == scores.frames and again.info["weights"] == "abc"
     assert str(again.table()) == str(scores.table()) and "a (2 seeds)" in str(again.table())
-    assert json.loads((tmp_path / "scores.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    assert json.loads(
+        (tmp_path / "scores.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON")
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"songs": []}'])
@@ -260,9 +302,11 @@ def test_verdict_of_a_model_with_itself_and_with_a_better_one(tmp_path):
     a = E.evaluate(oracle(store, .5), store, name="A", references=False)
     b = E.evaluate(oracle(store, .3, 1), store, name="B", references=False)
     same = compare(a, a)
-    assert (same.difference, same.low, same.high, same.improved, same.p) == (0, 0, 0, 0, 1) and not same.significant and same.negligible
+    assert ((same.difference, same.low, same.high, same.improved, same.p) == (0, 0, 0, 0, 1)
+            and not same.significant and same.negligible)
     better = compare(Scores.load(a.save(tmp_path / "a.json")), b, name="less noise")
-    assert better.significant and better.sentence.startswith("less noise changes SDR by +4.") and "12 of 12 songs improve" in better.sentence
+    assert (better.significant and better.sentence.startswith("less noise changes SDR by +4.")
+            and "12 of 12 songs improve" in better.sentence)
     assert abs(better.difference - 20 * math.log10(.5 / .3)) < .2 and list(better.per_source) == list(SOURCES)
     json.dumps(better.to_dict(), allow_nan=False)
 
@@ -272,7 +316,8 @@ def test_songs_of_one_only_are_left_out_and_said():
     a, b = (E.evaluate(oracle(store, .5, k), store, name=n, references=False) for k, n in enumerate("AB"))
     verdict = compare(a, b.only(song=["Song 0", "Song 2"]))
     assert verdict.songs == 2 and any("2 songs" in n for n in verdict.notes)
-    with pytest.raises(UserError, match="in common"): compare(a.only(song=["Song 1"]), b.only(song=["Song 0"]))
+    with pytest.raises(UserError, match="in common"):
+        compare(a.only(song=["Song 1"]), b.only(song=["Song 0"]))
     with pytest.raises(UserError, match="name one of the models: A, B"): compare(a + b, b)
 
 
@@ -284,7 +329,8 @@ def test_best_and_worst_songs_are_drawn_once_each(songs, n, rows):
     store = Songs(songs)
     scores = E.evaluate(oracle(store), store, metrics=("SDR",), references=False)
     figure = show_songs(quarter, store, scores, n=n)
-    drawn, order = [ax.get_ylabel().splitlines()[0] for ax in figure.axes[::3]], scores.ranked(source="vocals")
+    drawn = [ax.get_ylabel().splitlines()[0] for ax in figure.axes[::3]]
+    order = scores.ranked(source="vocals")
     plt.close(figure)
     assert len(set(drawn)) == len(drawn) == rows
     assert (drawn[0], drawn[-1]) == (order[0], order[-1]) and drawn == [s for s in order if s in drawn]
@@ -295,7 +341,9 @@ def test_best_and_worst_songs_are_drawn_once_each(songs, n, rows):
 def test_table_is_the_mean_of_the_medians():
     store = Songs(5)
     scores = E.evaluate(oracle(store), store, name="x")
-    row = [line for line in str(scores.table(["SNR"], intervals=False)).splitlines() if line.startswith("x ")][0].split()
+    row = [
+        line for line in str(scores.table(["SNR"], intervals=False)).splitlines() if line.startswith("x ")
+    ][0].split()
     medians = scores.by_song("SNR").median()
     assert row == ["x", f"{medians.mean():.2f}", *(f"{medians[s]:.2f}" for s in SOURCES)]
 
@@ -319,9 +367,12 @@ def test_masks_are_optimal_among_their_kind():
     mixture = stems.sum(-1, keepdim=True)
     def error(mask): return (mask * mixture - stems).abs().square().sum()
     best = real_mask(stems, mixture)
-    for mask in (binary_mask(stems, mixture), ratio_mask(stems, mixture), best * .9, torch.rand(best.shape, generator=g)): assert error(best) <= error(mask)
+    for mask in (binary_mask(stems, mixture), ratio_mask(stems, mixture), best * 0.9,
+                 torch.rand(best.shape, generator=g)):
+        assert error(best) <= error(mask)
     grid = grid_mask(stems, mixture)
-    for mask in (grid * .9, (grid + .02).clamp(max=1), torch.full_like(grid, .5)): assert error(grid) < error(mask)
+    for mask in (grid * .9, (grid + .02).clamp(max=1), torch.full_like(grid, .5)):
+        assert error(grid) < error(mask)
     assert (error(complex_mask(stems, mixture)) <= error(best))
 
 
@@ -355,9 +406,15 @@ def test_reference_rows_come_with_every_evaluation(tmp_path):
 
 PAPER_MD = {
     "silence": dict(overall=0, drums=0, bass=0, other=0, vocals=0), "mixture": dict(overall=-5.3),
-    "mixture / 4": dict(overall=1.08, drums=1.40, bass=.69, other=.92, vocals=1.31), "oracle 12x12": dict(overall=1.65), "oracle 12x12, bilinear": dict(overall=1.75),
-    "ideal ratio mask": dict(overall=6.0), "ideal binary mask": dict(overall=6.8), "best real mask": dict(overall=8.2)}
-PAPER_MD_SI = {"mixture": -5.3, "mixture / 4": -5.3, "oracle 12x12": -3.4, "oracle 12x12, bilinear": -3.2, "ideal ratio mask": 5.1, "ideal binary mask": 5.8, "best real mask": 7.6}
+    "mixture / 4": dict(overall=1.08, drums=1.40, bass=0.69, other=0.92, vocals=1.31),
+    "oracle 12x12": dict(overall=1.65), "oracle 12x12, bilinear": dict(overall=1.75),
+    "ideal ratio mask": dict(overall=6.0), "ideal binary mask": dict(overall=6.8),
+    "best real mask": dict(overall=8.2),
+}
+PAPER_MD_SI = {
+    "mixture": -5.3, "mixture / 4": -5.3, "oracle 12x12": -3.4, "oracle 12x12, bilinear": -3.2,
+    "ideal ratio mask": 5.1, "ideal binary mask": 5.8, "best real mask": 7.6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +425,8 @@ def previews(musdb_path):
     if probe(paths[0]).duration > 10: pytest.skip("the numbers are those of the 7-second previews")
     class Real(Songs):
         sample_rate, digest = 44100, "previews"
-        def __init__(self): self.stem, self.songs = paths, [SimpleNamespace(title=p.name[:-9], split="test") for p in paths]
+        def __init__(self):
+            self.stem, self.songs = paths, [SimpleNamespace(title=p.name[:-9], split="test") for p in paths]
         def stems(self, i): return torch.stack(read_streams(paths[i])[0][1:5])
     return Real()
 
@@ -378,8 +436,10 @@ def test_plain_rows_on_the_real_previews(previews):
     table = E.reference_rows(previews, rows=PLAIN, metrics=("SNR", "SI-SDR")).summary()
     for name in PLAIN:
         row = table.loc["test", name]
-        for column, value in PAPER_MD[name].items(): assert abs(row["SNR", column] - value) < .06, (name, column)
-        assert math.isnan(row["SI-SDR", "overall"]) if name == "silence" else abs(row["SI-SDR", "overall"] - PAPER_MD_SI[name]) < .1
+        for column, value in PAPER_MD[name].items():
+            assert abs(row["SNR", column] - value) < .06, (name, column)
+        assert (math.isnan(row["SI-SDR", "overall"]) if name == "silence"
+                else abs(row["SI-SDR", "overall"] - PAPER_MD_SI[name]) < 0.1)
 
 
 @pytest.mark.musdb
@@ -396,17 +456,32 @@ def test_all_rows_on_the_real_previews(previews):
 def test_averages_do_not_touch_the_filters_of_warnings(kind, monkeypatch):
     "They belong to the whole process, and another thread may be using them."
     import warnings
+
     from deepdemix.foundations.statistics import nan_average
-    monkeypatch.setattr(warnings, "catch_warnings", lambda *args, **kwargs: pytest.fail("the filters were changed"))
+    monkeypatch.setattr(
+        warnings, "catch_warnings", lambda *args, **kwargs: pytest.fail("the filters were changed")
+    )
     warnings.simplefilter("error")
     values = np.array([[3., np.nan, 1.], [np.nan] * 3, [1., 2., 6.]])
-    assert np.array_equal(nan_average(values, kind), [2., np.nan, 3. if kind == "mean" else 2.], equal_nan=True)
+    assert np.array_equal(
+        nan_average(values, kind), [2.0, np.nan, 3.0 if kind == "mean" else 2.0], equal_nan=True
+    )
 
 
-@pytest.mark.parametrize("network, sizes", [("compact", dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=3500., width=8, hidden=8, layers=1, refine=0.5, channels=2)),
-                                            ("baseline", dict(hidden_size=4, num_layers=1, window_length=256, hop_length=64))])
+@pytest.mark.parametrize(
+    "network, sizes",
+    [
+        (
+            "compact",
+            dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=3500.0, width=8, hidden=8,
+                 layers=1, refine=0.5, channels=2),
+        ),
+        ("baseline", dict(hidden_size=4, num_layers=1, window_length=256, hop_length=64)),
+    ],
+)
 def test_the_sdr_that_training_shows_is_that_of_evaluation(tmp_path, network, sizes):
-    "One path through a song: a trained network has one SDR, whoever asks; songs longer than a chunk, averaged weights, half precision."
+    """One path through a song: a trained network has one SDR, whoever asks; songs longer than a chunk,
+    averaged weights, half precision."""
     from deepdemix.foundations.inference import stems_of_song
     from deepdemix.foundations.profiles import recipe_for
     from deepdemix.foundations.run_metrics import read_metrics
@@ -414,8 +489,9 @@ def test_the_sdr_that_training_shows_is_that_of_evaluation(tmp_path, network, si
     from deepdemix.separation import Separator
     from deepdemix.training import fit
     store = prepare_toy(4, tmp_path / "toy", duration=25., sample_rate=8000, valid=0.5, progress=False)
-    recipe = recipe_for(network, "demo", network_args=dict(sizes, sample_rate=8000), epochs=2, examples_per_epoch=4, batch_size=2, valid_examples=2, validation="songs", device="cpu",
-                        precision="bf16-mixed", ema=0.5, mixer=dict(duration=1.))
+    recipe = recipe_for(network, "demo", network_args=dict(sizes, sample_rate=8000), epochs=2,
+                        examples_per_epoch=4, batch_size=2, valid_examples=2, validation="songs",
+                        device="cpu", precision="bf16-mixed", ema=0.5, mixer=dict(duration=1.0))
     run = fit(recipe, store, tmp_path / "run", progress=False)
     shown, songs = read_metrics(run).sort_values("valid_sdr").iloc[-1], store.split("valid")
     separator = Separator(load_network(run), device="cpu", threads=2)

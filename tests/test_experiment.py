@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from deepdemix.foundations.files import UserError
-from deepdemix.studies.contest import Contest
 from deepdemix.data import prepare_toy
-from deepdemix.scoring.scores import Scores
 from deepdemix.experiment import CONTROL_STEPS, PAPER_STEPS, find_step, run_experiment, step_recipe
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.profiles import recipe_for
+from deepdemix.foundations.registry import build_network
+from deepdemix.pretraining import PretrainingTask
+from deepdemix.scoring.scores import Scores
+from deepdemix.studies.contest import Contest
 from deepdemix.studies.demo import excerpt_path
 from deepdemix.studies.label_efficiency import song_subset
-from deepdemix.pretraining import PretrainingTask
-from deepdemix.foundations.registry import build_network
-from deepdemix.foundations.profiles import recipe_for
 
 TINY = dict(epochs=1, examples_per_epoch=4, batch_size=2, valid_examples=2, device="cpu")
 
@@ -34,7 +34,9 @@ def test_every_step_of_the_plan_has_a_recipe(tmp_path):
 def test_the_paper_profile_is_the_paper():
     for name, epochs in {"baseline": 30, "pretraining": 40, "ddm": 45}.items():
         recipe = recipe_for(name, "paper")
-        assert (recipe.epochs, recipe.examples_per_epoch, recipe.batch_size, recipe.lr, recipe.betas) == (epochs, 6000, 16, 1e-3, (0.9, 0.999))
+        assert (recipe.epochs, recipe.examples_per_epoch, recipe.batch_size, recipe.lr, recipe.betas) == (
+            epochs, 6000, 16, 1e-3, (0.9, 0.999),
+        )
         assert recipe.network_args == {} and recipe.mixer["duration"] == 5.0
 
 
@@ -54,7 +56,8 @@ def test_shuffled_labels_keep_the_excerpts_and_lose_the_roles(store):
 
 
 def test_controls_run(store, tmp_path):
-    result = run_experiment(store, tmp_path / "out", profile="demo", controls=True, settings=TINY, splits=("test",), progress=False)
+    result = run_experiment(store, tmp_path / "out", profile="demo", controls=True, settings=TINY,
+                            splits=("test",), progress=False)
     assert set(result.scores.models) == {step.label for step in PAPER_STEPS + CONTROL_STEPS if step.label}
     seen = result.costs().epochs
     assert seen[0, "ddm_long"] == 1

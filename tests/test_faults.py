@@ -1,4 +1,5 @@
-"What goes wrong: broken songs, full disks, hostile model files. One clear line, and nothing is lost or left half-done."
+"""What goes wrong: broken songs, full disks, hostile model files. One clear line, and nothing is lost or
+left half-done."""
 import json
 import os
 import pickle
@@ -15,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deepdemix.foundations.files import DamagedAudio, UserError
+from deepdemix.baseline import Baseline
 from deepdemix.foundations.codecs import read
 from deepdemix.foundations.encoding import write
-from deepdemix.baseline import Baseline
-from deepdemix.separation import Separator
+from deepdemix.foundations.files import DamagedAudio, UserError
 from deepdemix.foundations.model_names import find_model, pretrained_names
 from deepdemix.foundations.recipe import Recipe
 from deepdemix.foundations.runs import save_network
+from deepdemix.separation import Separator
 
 RATE = 8000
 
@@ -31,7 +32,8 @@ def noise(channels, frames, seed=0):
     return torch.randn(channels, frames, generator=torch.Generator().manual_seed(seed)).clamp(-3, 3) / 8
 
 
-def files_in(folder): return sorted(str(x.relative_to(folder)) for x in Path(folder).rglob("*") if x.is_file())
+def files_in(folder):
+    return sorted(str(x.relative_to(folder)) for x in Path(folder).rglob("*") if x.is_file())
 
 
 def one_line(error): return "\n" not in str(error.value) and len(str(error.value)) < 600
@@ -55,8 +57,14 @@ def separated(summary): return sorted(Path(x["input"]).name for x in summary["so
 
 # Sound that is unusual, and fine
 
-@pytest.mark.parametrize("name,x", [("silence", torch.zeros(2, RATE)), ("dc", torch.full((2, RATE), 0.9)), ("full scale", noise(2, RATE).sign()), ("one channel silent", torch.stack([noise(1, RATE)[0], torch.zeros(RATE)])),
-                                    ("one sample", torch.ones(1, 1)), ("far too loud", noise(2, RATE) * 1e4), ("denormal", noise(2, RATE) * 1e-38)])
+@pytest.mark.parametrize(
+    "name,x",
+    [("silence", torch.zeros(2, RATE)), ("dc", torch.full((2, RATE), 0.9)),
+     ("full scale", noise(2, RATE).sign()),
+     ("one channel silent", torch.stack([noise(1, RATE)[0], torch.zeros(RATE)])),
+     ("one sample", torch.ones(1, 1)), ("far too loud", noise(2, RATE) * 1e4),
+     ("denormal", noise(2, RATE) * 1e-38)],
+)
 def test_unusual_sound(separator, tmp_path, name, x):
     write(tmp_path / "song.wav", x, RATE, "FLOAT")
     stems = separator.separate(x, RATE)
@@ -64,7 +72,9 @@ def test_unusual_sound(separator, tmp_path, name, x):
     if name == "silence": assert all(s.abs().max() == 0 for s in stems.values())
     for kind in ("wav", "flac", "ogg"):
         outputs = separator.separate_file(tmp_path / "song.wav", tmp_path / "out", format=kind)["outputs"]
-        assert len(outputs) == 4 and all(read(path)[0].abs().max() <= 1.0001 for path in outputs.values() if kind != "ogg")
+        assert len(outputs) == 4 and all(
+            read(path)[0].abs().max() <= 1.0001 for path in outputs.values() if kind != "ogg"
+        )
 
 
 def test_empty_waveform(separator):
@@ -97,9 +107,13 @@ def video_only(path):
         for packet in [*stream.encode(frame), *stream.encode(None)]: container.mux(packet)
 
 
-BROKEN = {"nan.wav": nan_song, "zero bytes.mp3": lambda p: p.write_bytes(b""), "no samples.wav": empty_wav, "text.wav": lambda p: p.write_text("la la la"),
-          "random.flac": lambda p: p.write_bytes(random.Random(0).randbytes(5000)), "only a header.ogg": lambda p: p.write_bytes(b"OggS" + bytes(200)),
-          "picture only.mp4": video_only, "page.mp3": lambda p: p.write_text("<html><body>404</body></html>")}
+BROKEN = {
+    "nan.wav": nan_song, "zero bytes.mp3": lambda p: p.write_bytes(b""), "no samples.wav": empty_wav,
+    "text.wav": lambda p: p.write_text("la la la"),
+    "random.flac": lambda p: p.write_bytes(random.Random(0).randbytes(5000)),
+    "only a header.ogg": lambda p: p.write_bytes(b"OggS" + bytes(200)), "picture only.mp4": video_only,
+    "page.mp3": lambda p: p.write_text("<html><body>404</body></html>"),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -115,10 +129,13 @@ def test_broken_song(separator, good, name):
 
 
 def test_missing_and_empty(separator, good):
-    summary = separator.separate_files([good / "a.wav", good / "nothing.wav", good / "z.flac"], good.parent / "out")
+    summary = separator.separate_files(
+        [good / "a.wav", good / "nothing.wav", good / "z.flac"], good.parent / "out"
+    )
     assert separated(summary) == ["a.wav", "z.flac"] and "no such file" in summary["failed"][0]
     (good.parent / "empty").mkdir()
-    with pytest.raises(UserError, match="no audio"): separator.separate_files([good.parent / "empty"], good.parent / "out")
+    with pytest.raises(UserError, match="no audio"):
+        separator.separate_files([good.parent / "empty"], good.parent / "out")
     with pytest.raises(UserError, match="nothing to"): separator.separate_files([], good.parent / "out")
 
 
@@ -157,7 +174,8 @@ def test_error_inside_one_song(separator, good, monkeypatch):
         return whole(self, path, *args, **kwargs)
     monkeypatch.setattr(Separator, "separate_file", faulty)
     summary = separator.separate_files([good], good.parent / "out")
-    assert separated(summary) == ["z.flac"] and "a.wav" in summary["failed"][0] and "no more" in summary["failed"][0]
+    assert (separated(summary) == ["z.flac"] and "a.wav" in summary["failed"][0]
+            and "no more" in summary["failed"][0])
 
 
 # Disks
@@ -180,12 +198,18 @@ for clip in ("rescale", "clamp"):
 
 
 def test_full_disk(tmp_path):
-    "No file may pass 20,000 bytes: as on a full disk, writing fails half-way, and nothing may be left under a final name."
+    """No file may pass 20,000 bytes: as on a full disk, writing fails half-way, and nothing may be left
+    under a final name."""
     write(tmp_path / "song.wav", noise(2, 12 * RATE), RATE)
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path / "song.wav"), str(tmp_path / "out"), "20000"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "song.wav"), str(tmp_path / "out"), "20000"],
+        capture_output=True, text=True,
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert len(lines) == 8 and all("refused" in line and "out" in line and ".separating" not in line for line in lines), lines
+    assert len(lines) == 8 and all(
+        "refused" in line and "out" in line and ".separating" not in line for line in lines
+    ), lines
     assert files_in(tmp_path / "out") == []
 
 
@@ -208,9 +232,12 @@ def test_read_only_target(separator, good):
 
 def test_nothing_is_overwritten_by_a_failure(separator, good):
     out = good.parent / "out"
-    before = {p: Path(p).read_bytes() for p in separator.separate_file(good / "a.wav", out)["outputs"].values()}
+    before = {
+        p: Path(p).read_bytes() for p in separator.separate_file(good / "a.wav", out)["outputs"].values()
+    }
     nan_song(good / "a.wav")
-    with pytest.raises(UserError, match="not numbers"): separator.separate_file(good / "a.wav", out, overwrite=True)
+    with pytest.raises(UserError, match="not numbers"):
+        separator.separate_file(good / "a.wav", out, overwrite=True)
     assert {p: Path(p).read_bytes() for p in before} == before and len(files_in(out)) == 4
 
 
@@ -238,11 +265,16 @@ def tensor(shape, at, dtype="F32"): return {"dtype": dtype, "shape": shape, "dat
 
 
 HOSTILE = {
-    "empty": b"", "short": b"\x08\0\0", "no header": bytes(64), "huge header": header({}, 2**63), "header past the end": header({"a": 1}, 10**6),
-    "not json": header(b"{" + b"\xff" * 40), "offsets past the end": header({"a": tensor([4], [0, 2**40])}), "negative": header({"a": tensor([-4], [0, 16])}) + bytes(16),
-    "shape too large": header({"a": tensor([2**31, 2**31], [0, 16])}) + bytes(16), "overlap": header({"a": tensor([4], [0, 16]), "b": tensor([4], [0, 16])}) + bytes(16),
-    "odd type": header({"a": tensor([4], [0, 16], "OBJ")}) + bytes(16), "deep": header(b'{"a":' * 5000 + b"1" + b"}" * 5000),
-    "other layers": header({"../../etc/passwd": tensor([4], [0, 16])}) + bytes(16), "html": b"<html>not found</html>" * 10,
+    "empty": b"", "short": b"\x08\0\0", "no header": bytes(64), "huge header": header({}, 2**63),
+    "header past the end": header({"a": 1}, 10**6), "not json": header(b"{" + b"\xff" * 40),
+    "offsets past the end": header({"a": tensor([4], [0, 2**40])}),
+    "negative": header({"a": tensor([-4], [0, 16])}) + bytes(16),
+    "shape too large": header({"a": tensor([2**31, 2**31], [0, 16])}) + bytes(16),
+    "overlap": header({"a": tensor([4], [0, 16]), "b": tensor([4], [0, 16])}) + bytes(16),
+    "odd type": header({"a": tensor([4], [0, 16], "OBJ")}) + bytes(16),
+    "deep": header(b'{"a":' * 5000 + b"1" + b"}" * 5000),
+    "other layers": header({"../../etc/passwd": tensor([4], [0, 16])}) + bytes(16),
+    "html": b"<html>not found</html>" * 10,
 }
 
 
@@ -274,15 +306,22 @@ def change(run, **fields):
     for key in [k for k in record if k == "network" and not isinstance(record[k], str)] + ["recipe"]:
         part = record[key]
         if isinstance(part, dict): part.update(fields)
-        if isinstance(part, list): record[key] = [fields.get("network", part[0]), fields.get("network_args", part[1])]
+        if isinstance(part, list):
+            record[key] = [fields.get("network", part[0]), fields.get("network_args", part[1])]
     (run / "recipe.json").write_text(json.dumps(record))
 
 
-RECIPES = {"unknown network": dict(network="skynet"), "path as network": dict(network="../../../etc/passwd"), "module as network": dict(network="os.system"),
-           "unknown setting": dict(network_args={"hidden": 3}), "absurd size": dict(network_args={"hidden_size": 10**9}), "large size": dict(network_args={"hidden_size": 10**5}),
-           "negative size": dict(network_args={"hidden_size": -5}), "text as size": dict(network_args={"hidden_size": "__import__('os').system('x')"}),
-           "other size": dict(network_args={"hidden_size": 5, "window_length": 256, "hop_length": 64}), "huge window": dict(network_args={"window_length": 10**12, "hidden_size": 3}),
-           "no window": dict(network_args={"window_length": 0, "hidden_size": 3})}
+RECIPES = {
+    "unknown network": dict(network="skynet"), "path as network": dict(network="../../../etc/passwd"),
+    "module as network": dict(network="os.system"), "unknown setting": dict(network_args={"hidden": 3}),
+    "absurd size": dict(network_args={"hidden_size": 10**9}),
+    "large size": dict(network_args={"hidden_size": 10**5}),
+    "negative size": dict(network_args={"hidden_size": -5}),
+    "text as size": dict(network_args={"hidden_size": "__import__('os').system('x')"}),
+    "other size": dict(network_args={"hidden_size": 5, "window_length": 256, "hop_length": 64}),
+    "huge window": dict(network_args={"window_length": 10**12, "hidden_size": 3}),
+    "no window": dict(network_args={"window_length": 0, "hidden_size": 3}),
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -292,7 +331,13 @@ def test_hostile_recipes(run, name):
     assert len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 99999, "recipe": {}}', "\0" * 100, "[" * 100000, '{"recipe": {"network": "baseline", "network_args": []}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", '{"format": 1}', '{"format": 99999, "recipe": {}}', "\0" * 100, "[" * 100000,
+        '{"recipe": {"network": "baseline", "network_args": []}}',
+    ],
+)
 def test_hostile_recipe_files(run, text):
     (run / "recipe.json").write_text(text)
     with pytest.raises(UserError): Separator.from_pretrained(run)
@@ -300,7 +345,8 @@ def test_hostile_recipe_files(run, text):
 
 def test_weights_that_are_not_numbers(run):
     network = Baseline(hidden_size=3, window_length=256, hop_length=64)
-    state = {k: torch.full_like(v, float("nan")) if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    state = {k: torch.full_like(v, float("nan")) if v.is_floating_point() else v
+             for k, v in network.state_dict().items()}
     save_file(state, run / "model.safetensors")
     with pytest.raises(UserError): Separator.from_pretrained(run).separate(noise(1, 44100))
 
@@ -313,7 +359,8 @@ def test_a_network_that_gives_nan():
 
 
 def test_names():
-    for name in ("nobody", "../weights/default", "/etc", "/etc/passwd", "", ".", "hf:", "hf:../../etc", "default/../default", "a\0b", "x" * 5000, pretrained_names):
+    for name in ("nobody", "../weights/default", "/etc", "/etc/passwd", "", ".", "hf:", "hf:../../etc",
+                 "default/../default", "a\0b", "x" * 5000, pretrained_names):
         with pytest.raises(UserError) as error: Separator.from_pretrained(name)
         assert str(error.value)
     with pytest.raises(UserError, match="run folder"): find_model("nobody")
@@ -328,7 +375,8 @@ def test_missing_device(run):
 # Fuzz
 
 def damaged(data, rng):
-    "One file's bytes with a few of them changed, cut, doubled or overwritten; headers more often than the rest."
+    """One file's bytes with a few of them changed, cut, doubled or overwritten; headers more often than the
+    rest."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 8)):
         at = rng.randrange(min(len(data), 100 if rng.random() < 0.6 else len(data)))
@@ -342,7 +390,8 @@ def damaged(data, rng):
 
 
 def test_fuzzed_songs(separator, tmp_path):
-    "For a few seconds: damaged containers are separated or refused in one line, and only whole songs are left."
+    """For a few seconds: damaged containers are separated or refused in one line, and only whole songs are
+    left."""
     rng, seen = random.Random(7), {"separated": 0, "refused": 0}
     originals = {}
     for suffix in ("wav", "flac", "mp3", "ogg"):
@@ -355,7 +404,9 @@ def test_fuzzed_songs(separator, tmp_path):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DamagedAudio)
-                summary = separator.separate_file(tmp_path / f"y.{suffix}", tmp_path / "out", overwrite=True, stems="bass")
+                summary = separator.separate_file(
+                    tmp_path / f"y.{suffix}", tmp_path / "out", overwrite=True, stems="bass"
+                )
             assert read(summary["outputs"]["bass"])[0].shape == (summary["channels"], summary["frames"])
             seen["separated"] += 1
         except UserError as e:
@@ -373,8 +424,12 @@ def test_fuzzed_models(run):
     while time.monotonic() < until:
         (run / "model.safetensors").write_bytes(damaged(whole, rng) if rng.random() < 0.7 else whole)
         (run / "recipe.json").write_bytes(damaged(recipe, rng) if rng.random() < 0.3 else recipe)
-        try: Separator.from_pretrained(run); seen["loaded"] += 1
-        except UserError as e: seen["refused"] += 1; assert str(e)
+        try:
+            Separator.from_pretrained(run)
+            seen["loaded"] += 1
+        except UserError as e:
+            seen["refused"] += 1
+            assert str(e)
     assert min(seen.values()) > 0, seen
 
 
@@ -397,12 +452,14 @@ open(f"{home}/statuses", "w").write(str(statuses))
 
 
 def test_commands_without_standard_error_and_with_a_plain_standard_output(tmp_path):
-    "As under `2>&-`, in a service, or with an old code page; the name of the song has characters that no code page has."
+    """As under `2>&-`, in a service, or with an old code page; the name of the song has characters that no
+    code page has."""
     odd = tmp_path / "Déjà – 🎵.wav"
     write(odd, noise(1, 44100), 44100)
     command = 'exec "$0" -c "$1" "$2" "$3" 2>&-'
     env = os.environ | dict(PYTHONIOENCODING="ascii")
-    done = subprocess.run(["sh", "-c", command, sys.executable, COMMANDS, str(tmp_path), str(odd)], env=env, stdout=subprocess.PIPE)
+    done = subprocess.run(["sh", "-c", command, sys.executable, COMMANDS, str(tmp_path), str(odd)], env=env,
+                          stdout=subprocess.PIPE)
     assert (tmp_path / "statuses").read_text() == "[0, 0, 0, 0]", done.stdout.decode()
     shown = done.stdout.decode("ascii")
     assert next(line for line in shown.splitlines() if line.startswith("silence")).split()[1] == "-"
@@ -413,14 +470,16 @@ def test_progress_is_shown_where_somebody_sees_it(tmp_path, monkeypatch):
     "From Python, too, a missing or closed standard error costs no result."
     from deepdemix.data import prepare_toy
     from deepdemix.evaluation import evaluate
-    from deepdemix.training import fit
-    from deepdemix.foundations.runs import load_network
     from deepdemix.foundations.profiles import recipe_for
-    closed = open(os.devnull, "w"); closed.close()
+    from deepdemix.foundations.runs import load_network
+    from deepdemix.training import fit
+    closed = open(os.devnull, "w")
+    closed.close()
     for name, stream in dict(none=None, closed=closed).items():
         monkeypatch.setattr(sys, "stderr", stream)
         store = prepare_toy(6, tmp_path / name / "store", duration=1.0, progress=True)
-        recipe = recipe_for("baseline", "demo", epochs=1, examples_per_epoch=4, valid_examples=2, mixer=dict(duration=0.5, pitch=None, stretch=None))
+        recipe = recipe_for("baseline", "demo", epochs=1, examples_per_epoch=4, valid_examples=2,
+                            mixer=dict(duration=0.5, pitch=None, stretch=None))
         run = fit(recipe, store, tmp_path / name / "run", progress=True)
         assert evaluate(Separator(load_network(run)), store.split("valid"), progress=True).rows.size
 
@@ -474,10 +533,14 @@ def test_a_recipe_that_asks_for_gigabytes_is_refused_before_it_gets_them():
 def test_models_are_loaded_in_threads(tmp_path):
     "Each has the weights of its own file, and nobody's random state is disturbed."
     from concurrent.futures import ThreadPoolExecutor
+
     from deepdemix.foundations.runs import load_network
     sizes = (2, 40, 3, 60)
-    for size in sizes: save_network(Baseline(hidden_size=size, sample_rate=RATE, window_length=256, hop_length=64), Recipe(network="baseline"), tmp_path / str(size))
+    for size in sizes:
+        save_network(Baseline(hidden_size=size, sample_rate=RATE, window_length=256, hop_length=64),
+                     Recipe(network="baseline"), tmp_path / str(size))
     before = torch.get_rng_state()
-    with ThreadPoolExecutor(4) as pool: loaded = list(pool.map(load_network, [tmp_path / str(size) for size in sizes] * 15))
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(load_network, [tmp_path / str(size) for size in sizes] * 15))
     assert [x.args["hidden_size"] for x in loaded] == list(sizes) * 15
     assert torch.equal(torch.get_rng_state(), before)

@@ -18,7 +18,10 @@ def run(*words):
 
 
 def test_the_import_reads_no_heavy_package():
-    code = "import sys, deepdemix; print([m for m in ('torch', 'numpy', 'lightning', 'av') if m in sys.modules], deepdemix.__version__)"
+    code = (
+        "import sys, deepdemix; print([m for m in ('torch', 'numpy', 'lightning', 'av') if m in sys.modules],"
+        " deepdemix.__version__)"
+    )
     assert run("-c", code).stdout == f"[] {deepdemix.__version__}\n"
 
 
@@ -38,7 +41,9 @@ def test_a_song_is_separated_in_one_line(tmp_path):
     from deepdemix.foundations.toy_band import toy_song
     write(tmp_path / "song.wav", toy_song(1, duration=1.).sum(0), 44100)
     made = deepdemix.separate(tmp_path / "song.wav", tmp_path / "stems", stems=["vocals"])
-    assert [Path(x).name for x in made["outputs"].values()] == ["vocals.wav"] and Path(made["outputs"]["vocals"]).is_file()
+    assert [Path(x).name for x in made["outputs"].values()] == ["vocals.wav"] and Path(
+        made["outputs"]["vocals"]
+    ).is_file()
 
 
 def test_the_module_is_the_command():
@@ -47,7 +52,8 @@ def test_the_module_is_the_command():
 
 
 def test_every_extra_that_a_message_names_is_declared():
-    named = {x for p in PACKAGE.rglob("*.py") for x in re.findall(r"deepdemix\[(\w+)\]", p.read_text(encoding="utf-8"))}
+    named = {x for p in PACKAGE.rglob("*.py")
+             for x in re.findall(r"deepdemix\[(\w+)\]", p.read_text(encoding="utf-8"))}
     assert "peers" in named and named <= set(metadata("deepdemix").get_all("Provides-Extra"))
 
 

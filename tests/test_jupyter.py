@@ -1,6 +1,5 @@
 "A notebook that was opened and saved in Jupyter, and then cleaned, is the notebook it was."
 import json
-import os
 import runpy
 import shutil
 import subprocess
@@ -9,15 +8,23 @@ import time
 from pathlib import Path
 
 import pytest
-
-from test_listening import browser, program # noqa: F401 (the browser is a fixture)
+from test_listening import browser, program  # noqa: F401 (the browser is a fixture)
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = runpy.run_path(str(ROOT / "nbs/_site/listing.py"))["notebooks"]()
-LAB = ["--no-browser", "--port=PORT", "--ip=127.0.0.1", "--allow-root", "--IdentityProvider.token=", "--LabApp.news_url=", "--LabApp.extension_manager=readonly",
-       "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
-KERNEL = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-          "language_info": {"codemirror_mode": {"name": "ipython", "version": 3}, "file_extension": ".py", "mimetype": "text/x-python", "name": "python", "nbconvert_exporter": "python", "pygments_lexer": "ipython3", "version": "3.11.7"}}
+LAB = [
+    "--no-browser", "--port=PORT", "--ip=127.0.0.1", "--allow-root", "--IdentityProvider.token=",
+    "--LabApp.news_url=", "--LabApp.extension_manager=readonly",
+    "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
+]
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3}, "file_extension": ".py",
+        "mimetype": "text/x-python", "name": "python", "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3", "version": "3.11.7",
+    },
+}
 
 
 @pytest.fixture
@@ -30,11 +37,13 @@ def folder(tmp_path):
 
 def clean(path, folder):
     "nbdev_clean, on a notebook or a folder of them."
-    subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=folder, check=True, capture_output=True)
+    subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", path], cwd=folder, check=True,
+                   capture_output=True)
 
 
 def test_saved_with_a_kernel_and_cleaned(folder):
-    "All notebooks, through the part of Jupyter that reads and writes them, with what JupyterLab adds: the kernel's full name, its language, numbers of runs and marks on cells."
+    """All notebooks, through the part of Jupyter that reads and writes them, with what JupyterLab adds: the
+    kernel's full name, its language, numbers of runs and marks on cells."""
     from jupyter_server.services.contents.largefilemanager import LargeFileManager
     manager = LargeFileManager(root_dir=str(folder))
     for notebook in NOTEBOOKS:
@@ -44,11 +53,15 @@ def test_saved_with_a_kernel_and_cleaned(folder):
         model["content"]["metadata"].update(KERNEL)
         for number, cell in enumerate(c for c in model["content"]["cells"] if c["cell_type"] == "code"):
             # a solution's own mark, which hides its code, is the one that stays
-            cell["execution_count"], cell["metadata"] = number + 1, {"execution": {"iopub.status.busy": "2026-01-01"}, "collapsed": False, "tags": [], "trusted": True, **cell["metadata"]}
+            cell["execution_count"], cell["metadata"] = number + 1, {
+                "execution": {"iopub.status.busy": "2026-01-01"}, "collapsed": False, "tags": [],
+                "trusted": True, **cell["metadata"],
+            }
         manager.save(model, f"nbs/{notebook.name}")
         assert path.read_bytes() != notebook.read_bytes()
     clean(folder / "nbs", folder)
-    changed = [notebook.name for notebook in NOTEBOOKS if (folder / "nbs" / notebook.name).read_bytes() != notebook.read_bytes()]
+    changed = [notebook.name for notebook in NOTEBOOKS
+               if (folder / "nbs" / notebook.name).read_bytes() != notebook.read_bytes()]
     assert not changed, changed
 
 
@@ -59,7 +72,9 @@ def test_saved_in_jupyterlab_and_cleaned(browser, folder): # noqa: F811
     kept = {p.name: p for p in NOTEBOOKS if p.stem in ("index", "quickstart") or p.stem.endswith("_audio")}
     assert len(kept) == 3
     for path in kept.values(): shutil.copy(path, folder / "nbs")
-    with program(["-m", "jupyterlab", *LAB, f"--ServerApp.root_dir={folder}"], folder, "is running at") as address:
+    with program(
+        ["-m", "jupyterlab", *LAB, f"--ServerApp.root_dir={folder}"], folder, "is running at"
+    ) as address:
         for name, original in kept.items():
             path = folder / "nbs" / name
             tab = browser.new_page()
@@ -74,7 +89,8 @@ def test_saved_in_jupyterlab_and_cleaned(browser, folder): # noqa: F811
 
 
 def saved(path, tab):
-    "A notebook, saved until JupyterLab has written what its kernel is, which it knows a moment after it shows the notebook."
+    """A notebook, saved until JupyterLab has written what its kernel is, which it knows a moment after it
+    shows the notebook."""
     end = time.monotonic() + 60
     while True:
         tab.keyboard.press("Control+s")

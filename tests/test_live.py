@@ -23,7 +23,8 @@ from deepdemix.separation import Separator
 
 ROOT = Path(__file__).parent.parent
 STATIC = ROOT / "nbs/_site/_static"
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+         " --disable-component-update --disable-sync".split())
 WAIT = 300_000
 
 
@@ -40,7 +41,9 @@ def page():
     "The page's own part, as it stands in its notebook."
     cells = json.loads((ROOT / "nbs/pages/try_it.ipynb").read_text(encoding="utf-8"))["cells"]
     body = next(text for text in ("".join(cell["source"]) for cell in cells) if 'id="live"' in text)
-    return f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><title>Try it</title><body>{body}</body></html>'
+    return ('<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport"'
+            ' content="width=device-width"><link rel="icon" href="data:,"><title>Try'
+            f' it</title><body>{body}</body></html>')
 
 
 def written(folder, maker, **settings):
@@ -79,7 +82,8 @@ def test_the_desk_takes_sounds_from_the_page(maker, tmp_path):
     "The places in the desk's script that the page fills."
     assert set(maker.desk(tmp_path)) >= {"drums", "bass", "other", "vocals"}
     text = (tmp_path / "desk.html.txt").read_text(encoding="utf-8")
-    assert text.index("window.given = window.parent.given") < text.index('id="data"') and text.count("{data}") == 1 and text.count("{title}") == 2
+    assert (text.index("window.given = window.parent.given") < text.index('id="data"')
+            and text.count("{data}") == 1 and text.count("{title}") == 2)
     assert "given.buffer(stem)" in text and "given.gain" in text
 
 
@@ -102,10 +106,13 @@ def served(folder, **headers):
         def end_headers(self):
             for name, value in headers.items(): self.send_header(name.replace("_", "-"), value)
             super().end_headers()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/some/where/pages/try_it.html"
-    server.shutdown(); server.server_close()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +140,12 @@ def opened(browser, address, **settings):
     tab, wrong = context.new_page(), []
     tab.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
     tab.on("pageerror", lambda e: wrong.append(str(e)))
-    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((address.split("/some")[0], "data:", "blob:", "about:")) else None)
+    tab.on(
+        "request",
+        lambda r: (wrong.append(r.url)
+                   if not r.url.startswith((address.split("/some")[0], "data:", "blob:", "about:"))
+                   else None),
+    )
     tab.goto(address)
     try:
         yield tab
@@ -178,7 +190,8 @@ def test_the_same_stems_as_in_python(site, browser, tmp_path):
         mix, rate = read(saved.value.path())
         assert rate == 44100 and float((mix - expected["bass"].clamp(-1, 1)).abs().max()) < 2e-3
         with tab.expect_download() as saved: frame.locator(".row[data-stem=vocals] .save").click()
-        assert saved.value.suggested_filename == "song - separated - vocals.wav" and read(saved.value.path())[0].shape == expected["vocals"].shape
+        assert (saved.value.suggested_filename == "song - separated - vocals.wav"
+                and read(saved.value.path())[0].shape == expected["vocals"].shape)
 
 
 @pytest.mark.browser
@@ -187,15 +200,20 @@ def test_the_toy_band_by_keyboard_on_a_phone_and_offline(site, browser):
     with opened(browser, site, viewport=dict(width=390, height=844)) as tab:
         tab.wait_for_function("live.files && live.worker")
         tab.context.set_offline(True)
-        tab.focus("#live-toy"); tab.keyboard.press("Enter")
+        tab.focus("#live-toy")
+        tab.keyboard.press("Enter")
         frame = finished(tab)
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         desk = "document.querySelector('#live-desk iframe').contentWindow.desk"
         tab.wait_for_function(f"{desk}.position() > .2 && {desk}.level() > -60")
-        frame.locator("#play").focus(); tab.keyboard.press("Space")
+        frame.locator("#play").focus()
+        tab.keyboard.press("Space")
         assert not tab.evaluate(f"{desk}.state.playing")
-        tab.focus("#live-again"); tab.keyboard.press("Enter")
-        assert tab.locator("#live-toy").is_visible() and tab.evaluate("!live.sounds && document.activeElement.id === 'live-toy'")
+        tab.focus("#live-again")
+        tab.keyboard.press("Enter")
+        assert tab.locator("#live-toy").is_visible() and tab.evaluate(
+            "!live.sounds && document.activeElement.id === 'live-toy'"
+        )
 
 
 @pytest.mark.browser
@@ -215,22 +233,28 @@ def test_cancel(site, browser):
     "It stops at once, and the next song goes through."
     with opened(browser, site) as tab:
         tab.wait_for_function("live.files && live.worker")
-        tab.click("#live-toy"); tab.wait_for_function("/^separating/.test(document.getElementById('live-status').textContent)")
+        tab.click("#live-toy")
+        tab.wait_for_function("/^separating/.test(document.getElementById('live-status').textContent)")
         tab.click("#live-cancel")
-        assert tab.locator("#live-status").inner_text() == "cancelled" and tab.locator("#live-toy").is_visible()
+        assert (
+            tab.locator("#live-status").inner_text() == "cancelled" and tab.locator("#live-toy").is_visible()
+        )
         tab.click("#live-toy")
         finished(tab)
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("content,words", [(b"this is no sound", "decode"), (b"", "decode"), (None, "silent")])
+@pytest.mark.parametrize(
+    "content,words", [(b"this is no sound", "decode"), (b"", "decode"), (None, "silent")]
+)
 def test_files_that_are_no_songs(content, words, site, browser, tmp_path):
     if content is None: write(tmp_path / "x.wav", torch.zeros(2, 4410), 44100)
     else: (tmp_path / "x.wav").write_bytes(content)
     with opened(browser, site) as tab:
         tab.set_input_files("#live-file", tmp_path / "x.wav")
         tab.wait_for_function("document.getElementById('live').classList.contains('trouble')")
-        assert tab.locator("#live-status").inner_text() == tab.evaluate(f"live.words.{words}") and tab.locator("#live-toy").is_visible()
+        assert (tab.locator("#live-status").inner_text() == tab.evaluate(f"live.words.{words}")
+                and tab.locator("#live-toy").is_visible())
 
 
 @pytest.mark.browser
@@ -247,7 +271,10 @@ def test_too_little_memory(site, browser):
     "What the worker says of memory becomes words for a person."
     with opened(browser, site) as tab:
         tab.wait_for_function("live.files && live.worker")
-        tab.evaluate("live.ready.then(() => { live.worker.postMessage = function () { this.onmessage({ data: { kind: 'error', text: 'std::bad_alloc' } }); }; })")
+        tab.evaluate(
+            "live.ready.then(() => { live.worker.postMessage = function () { this.onmessage({ data: { kind:"
+            " 'error', text: 'std::bad_alloc' } }); }; })"
+        )
         tab.click("#live-toy")
         tab.wait_for_function("document.getElementById('live').classList.contains('trouble')")
         assert "too little memory" in tab.locator("#live-status").inner_text()
@@ -271,7 +298,9 @@ def test_an_isolated_page_uses_threads(folder, browser, tmp_path):
     "With the headers that allow shared memory: more than one thread, the same stems."
     write(tmp_path / "song.wav", toy_song(13, duration=3.).sum(0) / 2, 44100, "FLOAT")
     expected = Separator.from_pretrained("default", device="cpu").separate(tmp_path / "song.wav")
-    with served(folder, Cross_Origin_Opener_Policy="same-origin", Cross_Origin_Embedder_Policy="require-corp") as address, opened(browser, address) as tab:
+    with served(
+        folder, Cross_Origin_Opener_Policy="same-origin", Cross_Origin_Embedder_Policy="require-corp"
+    ) as address, opened(browser, address) as tab:
         assert tab.evaluate("crossOriginIsolated")
         tab.add_init_script("Object.defineProperty(navigator, 'hardwareConcurrency', { value: 2 })")
         tab.reload()

@@ -4,12 +4,11 @@ import functools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from deepdemix import metrics as M
-from deepdemix.foundations.files import UserError
 from deepdemix.foundations.codecs import read_streams
+from deepdemix.foundations.files import UserError
 
 RATE = 4000
 
@@ -24,9 +23,11 @@ def signals(seed, sources=3, channels=2, seconds=4.3, rate=RATE, error=.3):
 @pytest.fixture(scope="module")
 def museval():
     "museval's evaluate on (sources, channels, time), or a skip: its import needs an ffmpeg program."
-    try: import museval
+    try:
+        import museval
     except (ImportError, RuntimeError) as e: pytest.skip(f"museval cannot be imported: {e}")
-    def evaluate(r, e, win, hop): return museval.evaluate(r.numpy().transpose(0, 2, 1), e.numpy().transpose(0, 2, 1), win=win, hop=hop)
+    def evaluate(r, e, win, hop):
+        return museval.evaluate(r.numpy().transpose(0, 2, 1), e.numpy().transpose(0, 2, 1), win=win, hop=hop)
     return evaluate
 
 
@@ -37,10 +38,15 @@ def agree(ours, theirs, tolerance):
     assert np.nanmax(np.abs(ours - theirs)) < tolerance
 
 
-@pytest.mark.parametrize("seconds, window, hop", [(4.3, 1, 1), (4., 1, 1), (.7, 1, 1), (4.3, 1, .5), (4.3, .3, .7), (3.01, 2, 1.5)])
+@pytest.mark.parametrize(
+    "seconds, window, hop",
+    [(4.3, 1, 1), (4.0, 1, 1), (0.7, 1, 1), (4.3, 1, 0.5), (4.3, 0.3, 0.7), (3.01, 2, 1.5)],
+)
 def test_framewise_sdr_is_musevals(museval, seconds, window, hop):
     r, e = signals(1, sources=2, channels=1, seconds=seconds)
-    agree(M.framewise_sdr(r, e, RATE, window, hop), museval(r, e, int(window * RATE), int(hop * RATE))[0], 1e-6)
+    agree(
+        M.framewise_sdr(r, e, RATE, window, hop), museval(r, e, int(window * RATE), int(hop * RATE))[0], 1e-6
+    )
 
 
 def test_silent_frames_have_no_score_in_any_source(museval):
@@ -57,7 +63,8 @@ def test_silent_frames_have_no_score_in_any_source(museval):
 def test_isr_sir_sar_are_musevals(museval, channels):
     r, e = signals(3, sources=2, channels=channels, seconds=2.6)
     r[0, :, RATE:2 * RATE] = 0
-    for ours, theirs in zip(M.isr_sir_sar(r, e, RATE), museval(r, e, RATE, RATE)[1:]): agree(ours, theirs, 1e-3)
+    for ours, theirs in zip(M.isr_sir_sar(r, e, RATE), museval(r, e, RATE, RATE)[1:]):
+        agree(ours, theirs, 1e-3)
 
 
 def test_empty_bands_do_not_part_us_from_museval(museval):
@@ -65,7 +72,8 @@ def test_empty_bands_do_not_part_us_from_museval(museval):
     cut = 2 * r.shape[-1] // 3
     for x in (r, e): x[..., cut:] *= 1e-7
     r, e = (torch.fft.irfft(x).float() for x in (r, e))
-    for ours, theirs in zip(M.isr_sir_sar(r, e, RATE), museval(r, e, RATE, RATE)[1:]): agree(ours, theirs, 1e-3)
+    for ours, theirs in zip(M.isr_sir_sar(r, e, RATE), museval(r, e, RATE, RATE)[1:]):
+        agree(ours, theirs, 1e-3)
 
 
 def test_isr_sir_sar_of_long_songs_come_from_blocks(monkeypatch):
@@ -86,12 +94,16 @@ def test_isr_sir_sar_refuse_what_is_no_number():
 
 def scale_scores(nussl, r, e):
     "nussl's BSSEvalScale as metric -> (sources, channels)."
-    def wrap(x): return [nussl.AudioSignal(audio_data_array=s.numpy().astype(float), sample_rate=RATE) for s in x]
+    def wrap(x):
+        return [nussl.AudioSignal(audio_data_array=s.numpy().astype(float), sample_rate=RATE) for s in x]
     found = nussl.evaluation.BSSEvalScale(wrap(r), wrap(e), compute_sir_sar=False).evaluate()
-    return {k: np.array([found[f"source_{i}"][k] for i in range(len(r))]) for k in ("SNR", "SD-SDR", "SI-SDR", "SNRi", "SD-SDRi", "SI-SDRi")}
+    return {k: np.array([found[f"source_{i}"][k] for i in range(len(r))])
+            for k in ("SNR", "SD-SDR", "SI-SDR", "SNRi", "SD-SDRi", "SI-SDRi")}
 
 
-@pytest.mark.parametrize("channels, offset, gain", [(1, 0, 1), (2, 0, 1), (2, .5, 1), (1, 0, .01), (1, 0, -2)])
+@pytest.mark.parametrize(
+    "channels, offset, gain", [(1, 0, 1), (2, 0, 1), (2, 0.5, 1), (1, 0, 0.01), (1, 0, -2)]
+)
 def test_snr_and_friends_are_nussls(nussl, channels, offset, gain):
     r, e = signals(5, channels=channels)
     r, e = (r + offset).double(), (gain * e - offset).double()
@@ -201,7 +213,8 @@ def test_memory_does_not_grow_with_the_song():
     assert grown < 25, f"{grown:.0f} MiB more for a song of 45 s: as much as a copy of it (61 MiB)"
 
 
-MEASURES = [M.framewise_sdr, M.sdr, M.usdr, M.snr, M.sd_sdr, M.si_sdr, M.isr_sir_sar, M.scores, M.sdr_and_moments, M.moments]
+MEASURES = [M.framewise_sdr, M.sdr, M.usdr, M.snr, M.sd_sdr, M.si_sdr, M.isr_sir_sar, M.scores,
+            M.sdr_and_moments, M.moments]
 
 @pytest.mark.parametrize("fn", MEASURES)
 def test_musevals_axes_are_refused(fn):
@@ -213,7 +226,9 @@ def test_musevals_axes_are_refused(fn):
 def test_many_channels_and_few_samples_are_no_error():
     for shape in ((2, 2, 1), (2, 64, 5), (3, 1, 1)):
         r = torch.ones(shape, dtype=torch.float64)
-        assert torch.allclose(M.usdr(r, r / 2, delta=0.), torch.full(shape[:1], 6.0206, dtype=torch.float64), atol=1e-3)
+        assert torch.allclose(
+            M.usdr(r, r / 2, delta=0.0), torch.full(shape[:1], 6.0206, dtype=torch.float64), atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("fn", MEASURES)
@@ -224,11 +239,17 @@ def test_integers_are_refused(fn):
     with pytest.raises(UserError, match="estimates hold floats"): fn(r, (e * 30000).int())
 
 
-@pytest.mark.parametrize("change", [lambda x: x[..., ::-1], lambda x: x[::-1, ::-1], lambda x: x.astype(">f4"), lambda x: np.asfortranarray(x), lambda x: x.astype(np.longdouble), lambda x: x.tolist()])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[..., ::-1], lambda x: x[::-1, ::-1], lambda x: x.astype(">f4"),
+     lambda x: np.asfortranarray(x), lambda x: x.astype(np.longdouble), lambda x: x.tolist()],
+)
 def test_arrays_as_numpy_makes_them(change):
     r, e = (x.numpy() for x in signals(12, seconds=1.2))
     plain = [torch.from_numpy(np.array(change(x), dtype=np.float64)) for x in (r, e)]
-    assert torch.allclose(M.framewise_sdr(change(r), change(e), RATE), M.framewise_sdr(*plain, RATE), atol=1e-4)
+    assert torch.allclose(
+        M.framewise_sdr(change(r), change(e), RATE), M.framewise_sdr(*plain, RATE), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("fn", [M.framewise_sdr, M.sdr, M.isr_sir_sar, M.scores, M.sdr_and_moments])
@@ -239,7 +260,9 @@ def test_rates_that_are_none(fn, rate):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("spans", [dict(window=0), dict(hop=0), dict(window=-1), dict(hop=-1.), dict(window=1e-9)])
+@pytest.mark.parametrize(
+    "spans", [dict(window=0), dict(hop=0), dict(window=-1), dict(hop=-1.0), dict(window=1e-9)]
+)
 def test_windows_of_nothing(spans):
     r, e = signals(14, seconds=1.2)
     with pytest.raises(UserError, match="give a sample or more"): M.framewise_sdr(r, e, RATE, **spans)
@@ -258,11 +281,15 @@ def test_a_perfect_second_counts_as_very_high_as_in_museval(museval, perfect):
 
 
 def test_read_only_arrays_are_shared_without_a_warning(monkeypatch):
-    "The filters of warnings belong to the whole process: metrics in two threads would leave them changed for good."
+    """The filters of warnings belong to the whole process: metrics in two threads would leave them changed
+    for good."""
     import warnings
+
     from deepdemix.metrics import _tensor
     frozen = np.arange(6.).reshape(1, 2, 3)
     frozen.flags.writeable = False
-    monkeypatch.setattr(warnings, "catch_warnings", lambda *args, **kwargs: pytest.fail("the filters were changed"))
+    monkeypatch.setattr(
+        warnings, "catch_warnings", lambda *args, **kwargs: pytest.fail("the filters were changed")
+    )
     warnings.simplefilter("error")
     assert _tensor(frozen).data_ptr() == frozen.ctypes.data

@@ -1,21 +1,22 @@
-"Conv-TasNet, MMDenseLSTM and the TFC-TDF U-net: what each of them promises beside what `test_networks` asks of all."
+"""Conv-TasNet, MMDenseLSTM and the TFC-TDF U-net: what each of them promises beside what `test_networks`
+asks of all."""
 import pytest
 import torch
 from torch import nn
 
-from deepdemix.networks import conv_tasnet, mm_dense_lstm, tfc_tdf
 from deepdemix.audio import SOURCES
-from deepdemix.foundations.files import UserError
-from deepdemix.networks.protocol import MaskNetwork
 from deepdemix.baseline import count_parameters
-from deepdemix.networks.conv_tasnet import ConvTasNet
-from deepdemix.foundations.toy_band import toy_song
-from deepdemix.networks.mm_dense_lstm import MMDenseLSTM
-from deepdemix.separation import Separator
-from deepdemix.networks.tfc_tdf import PUBLISHED, TFCTDFNet
-from deepdemix.foundations.separation_losses import LOSSES
-from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.files import UserError
 from deepdemix.foundations.profiles import recipe_for
+from deepdemix.foundations.registry import build_network
+from deepdemix.foundations.separation_losses import LOSSES
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.networks import conv_tasnet, mm_dense_lstm, tfc_tdf
+from deepdemix.networks.conv_tasnet import ConvTasNet
+from deepdemix.networks.mm_dense_lstm import MMDenseLSTM
+from deepdemix.networks.protocol import MaskNetwork
+from deepdemix.networks.tfc_tdf import PUBLISHED, TFCTDFNet
+from deepdemix.separation import Separator
 
 ROOMS = dict(conv_tasnet=conv_tasnet, mm_dense_lstm=mm_dense_lstm, tfc_tdf=tfc_tdf)
 NAMES = tuple(ROOMS)
@@ -45,20 +46,25 @@ def test_a_long_song_in_pieces(name):
 @everywhere
 def test_the_profiles_have_sizes_for_it(name):
     assert recipe_for(name, "demo").network_args == ROOMS[name].TINY
-    assert recipe_for(name, "laptop").network_args == ROOMS[name].SMALL and recipe_for(name, "paper").network_args == {}
+    assert (recipe_for(name, "laptop").network_args == ROOMS[name].SMALL
+            and recipe_for(name, "paper").network_args == {})
     assert count_parameters(build_network(name, **ROOMS[name].SMALL)) < 5e6
 
 
 def test_published_parameter_counts():
     with torch.device("meta"):
-        speech = ConvTasNet(512, 16, 128, 512, 128, 3, 8, 3, mask="sigmoid", sources=["a", "b"], sample_rate=8000, channels=1)
+        speech = ConvTasNet(
+            512, 16, 128, 512, 128, 3, 8, 3, mask="sigmoid", sources=["a", "b"], sample_rate=8000, channels=1
+        )
     assert round((count_parameters(speech) + 512 * 128 + 128) / 1e6, 1) == 5.1
     assert count_parameters(TFCTDFNet(**PUBLISHED["vocals"], sources=["vocals"])) == 7_423_236
     assert 1 < count_parameters(MMDenseLSTM(sources=["vocals"], joint=False)) / 1.22e6 < 1.15
 
 
 def test_a_frame_of_conv_tasnet_hears_its_receptive_field():
-    network = ConvTasNet(filters=4, length=8, bottleneck=3, hidden=5, kernel=3, blocks=3, repeats=2, channels=1)
+    network = ConvTasNet(
+        filters=4, length=8, bottleneck=3, hidden=5, kernel=3, blocks=3, repeats=2, channels=1
+    )
     for block in network.encoder.blocks: block.inner[2] = block.inner[5] = nn.Identity()
     network.encoder.squeeze[0] = nn.Identity()
     x = torch.randn(1, 1, 400, requires_grad=True)
@@ -102,11 +108,15 @@ def test_masks_of_mm_dense_lstm_share_the_mixture_out():
     assert torch.equal(masks[:, :, -1], masks[:, :, network.heard - 1])
 
 
-@pytest.mark.parametrize("name, args, words", [
-    ("conv_tasnet", dict(length=7), "even"), ("conv_tasnet", dict(kernel=2), "odd"), ("conv_tasnet", dict(mask="tanh"), "relu or sigmoid"),
-    ("mm_dense_lstm", dict(bands=[dict(mm_dense_lstm.BANDS[0], to=1.)]), "at least one bin"),
-    ("mm_dense_lstm", dict(full=dict(first=4, growth=3, layers=[1, 1], units=[0, 0])), "way down"),
-    ("tfc_tdf", dict(bins=100), "multiple of"), ("tfc_tdf", dict(bins=4096), "at most 3073"), ("tfc_tdf", dict(output="both"), "direct or mask")])
+@pytest.mark.parametrize(
+    "name, args, words",
+    [("conv_tasnet", dict(length=7), "even"), ("conv_tasnet", dict(kernel=2), "odd"),
+     ("conv_tasnet", dict(mask="tanh"), "relu or sigmoid"),
+     ("mm_dense_lstm", dict(bands=[dict(mm_dense_lstm.BANDS[0], to=1.0)]), "at least one bin"),
+     ("mm_dense_lstm", dict(full=dict(first=4, growth=3, layers=[1, 1], units=[0, 0])), "way down"),
+     ("tfc_tdf", dict(bins=100), "multiple of"), ("tfc_tdf", dict(bins=4096), "at most 3073"),
+     ("tfc_tdf", dict(output="both"), "direct or mask")],
+)
 def test_sizes_that_cannot_be_are_refused(name, args, words):
     with pytest.raises(UserError, match=words): build_network(name, **args)
 
@@ -115,4 +125,5 @@ def test_chunks_of_conv_tasnet_begin_on_its_frames():
     from deepdemix.evaluation import windowed
     from deepdemix.foundations.inference import plan_chunks
     network = build_network("conv_tasnet", **conv_tasnet.TINY)
-    assert network.hop == conv_tasnet.TINY["length"] // 2 == plan_chunks(network)["align"] == windowed(network).align
+    assert (network.hop == conv_tasnet.TINY["length"] // 2 == plan_chunks(network)["align"]
+            == windowed(network).align)

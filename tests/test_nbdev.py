@@ -46,7 +46,9 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nbdev") / "project"
     folder.mkdir()
     for name in ("settings.ini", "setup.py", "README.md", "_quarto.yml"): shutil.copy(ROOT / name, folder)
-    for name in ("nbs", "deepdemix"): shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "build", "_proc", ".ipynb_checkpoints"))
+    for name in ("nbs", "deepdemix"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True,
+                        ignore=shutil.ignore_patterns("__pycache__", "build", "_proc", ".ipynb_checkpoints"))
     os.utime(folder / "README.md", (0, 0))
     (folder / "bin").mkdir()
     (folder / "bin/quarto").write_text(QUARTO.format(python=sys.executable, log=str(folder / "asked")))
@@ -55,8 +57,11 @@ def project(tmp_path_factory):
 
 
 def nbdev(project, command, *options):
-    env = os.environ | {"PATH": f"{project / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(project), "PYTHONWARNINGS": "ignore::DeprecationWarning"}
-    return subprocess.run([Path(sys.executable).parent / command, *options], cwd=project, env=env, capture_output=True, text=True)
+    env = os.environ | {"PATH": f"{project / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                        "PYTHONPATH": str(project),
+                        "PYTHONWARNINGS": "ignore::DeprecationWarning"}
+    return subprocess.run([Path(sys.executable).parent / command, *options], cwd=project, env=env,
+                          capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,8 @@ def docs(project):
 @pytest.fixture(scope="module")
 def pages(docs):
     "(notebook, what Quarto gets of it) for every notebook."
-    found = {p: docs / "_proc" / p.relative_to(docs / "nbs") for p in sorted((docs / "nbs").rglob("*.ipynb")) if "_site" not in p.parts}
+    found = {p: docs / "_proc" / p.relative_to(docs / "nbs") for p in sorted((docs / "nbs").rglob("*.ipynb"))
+             if "_site" not in p.parts}
     assert len(found) > 30 and all(made.is_file() for made in found.values())
     return found
 
@@ -88,7 +94,8 @@ def test_the_preview_is_made(docs):
 
 
 def test_the_readme_is_left_alone(docs):
-    "Neither nbdev_docs, nbdev_prepare nor nbdev_readme writes another README or a folder of pictures beside it."
+    """Neither nbdev_docs, nbdev_prepare nor nbdev_readme writes another README or a folder of pictures
+    beside it."""
     nbdev(docs, "nbdev_readme")
     assert (docs / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
     assert not (docs / "index_files").exists()
@@ -96,7 +103,9 @@ def test_the_readme_is_left_alone(docs):
 
 def test_title_and_promise_reach_the_page(pages):
     for notebook, made in pages.items():
-        front = next(yaml.safe_load(source(c).strip().strip("-")) for c in cells(made) if c["cell_type"] == "raw")
+        front = next(
+            yaml.safe_load(source(c).strip().strip("-")) for c in cells(made) if c["cell_type"] == "raw"
+        )
         title, promise = re.fullmatch(r"# (.+)\n\n> (.+)", source(cells(notebook)[0])).groups()
         assert (front["title"], front["description"]) == (title, promise)
         assert title[0].isupper() or notebook.name == "index.ipynb", title
@@ -108,7 +117,13 @@ def test_every_word_reaches_the_page(pages):
     for notebook, made in pages.items():
         there = {without_links(source(c)).strip() for c in cells(made) if c["cell_type"] == "markdown"}
         for cell in (c for c in cells(notebook)[1:] if c["cell_type"] == "markdown"):
-            wanted = without_links(fill_addresses(include_files(source(cell), ROOT / "nbs" / notebook.relative_to(pages_root(notebook)).parent))).strip()
+            wanted = without_links(
+                fill_addresses(
+                    include_files(
+                        source(cell), ROOT / "nbs" / notebook.relative_to(pages_root(notebook)).parent
+                    )
+                )
+            ).strip()
             assert wanted in there, (notebook.name, wanted[:200])
 
 
@@ -123,7 +138,8 @@ def test_no_word_in_braces_is_left(pages):
 def test_one_title_a_page(pages):
     "The title is in the page's head, so no cell and no included file may bring another."
     for made in pages.values():
-        for text in markdown(made): assert not re.search(r"^# ", without_code(text), re.M), (made.name, text[:300])
+        for text in markdown(made):
+            assert not re.search(r"^# ", without_code(text), re.M), (made.name, text[:300])
 
 
 def test_what_quarto_reads(docs):
@@ -133,9 +149,12 @@ def test_what_quarto_reads(docs):
     own = yaml.safe_load((docs / "_proc/nbdev.yml").read_text(encoding="utf-8"))
     assert own["project"]["output-dir"] == "_docs" and own["website"]["title"] == "deepdemix"
     for entry in settings["website"]["sidebar"]["contents"]:
-        for page in [entry] if isinstance(entry, str) else entry["contents"]: assert (docs / "_proc" / page).is_file(), page
+        for page in [entry] if isinstance(entry, str) else entry["contents"]:
+            assert (docs / "_proc" / page).is_file(), page
 
 
 def test_what_nbdev_writes_is_ignored():
     ignored = (ROOT / ".gitignore").read_text().split()
-    assert {".gitattributes", ".gitconfig", ".last_checked", "nbs/nbdev.yml", "index_files/", "_proc/", "_docs/"} <= set(ignored)
+    assert {
+        ".gitattributes", ".gitconfig", ".last_checked", "nbs/nbdev.yml", "index_files/", "_proc/", "_docs/",
+    } <= set(ignored)

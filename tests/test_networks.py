@@ -1,4 +1,5 @@
-"What every network owes the package: one interface, an encoder that ends where it says, and the same commands for pretraining, transfer and an auxiliary term."
+"""What every network owes the package: one interface, an encoder that ends where it says, and the same
+commands for pretraining, transfer and an auxiliary term."""
 import copy
 import json
 import math
@@ -9,51 +10,76 @@ import pytest
 import torch
 
 from deepdemix.audio import SOURCES
-from deepdemix.foundations.files import UserError
 from deepdemix.baseline import count_parameters
-from deepdemix.data import prepare_toy
-from deepdemix.foundations.toy_band import toy_song
-from deepdemix.pretraining import embedding_size
 from deepdemix.contrast.probing import probe, random_twin
-from deepdemix.separation import Separator
-from deepdemix.foundations.separation_losses import LOSSES
+from deepdemix.data import prepare_toy
+from deepdemix.foundations.files import UserError
+from deepdemix.foundations.profiles import recipe_for
 from deepdemix.foundations.recipe import Recipe, read_record
 from deepdemix.foundations.registry import NETWORKS, build_network, known_networks
-from deepdemix.training import fit
-from deepdemix.foundations.runs import load_encoder, load_network, save_network
 from deepdemix.foundations.run_metrics import read_metrics
+from deepdemix.foundations.runs import load_encoder, load_network, save_network
+from deepdemix.foundations.separation_losses import LOSSES
+from deepdemix.foundations.toy_band import toy_song
 from deepdemix.foundations.weights import read_weights
-from deepdemix.foundations.profiles import recipe_for
+from deepdemix.pretraining import embedding_size
+from deepdemix.separation import Separator
+from deepdemix.training import fit
 
 RATE = 8000
-PAPER = dict(duration=0.25, window_length=64, hop_length=32, conv_channels=[2, 2, 3, 3], kernels=[[3, 3]] * 4, pools=[[4, 2], [2, 2]], linears=[12, 8], latent=6, dropout=0., grid=[2, 4, 4])
+PAPER = dict(duration=0.25, window_length=64, hop_length=32, conv_channels=[2, 2, 3, 3], kernels=[[3, 3]] * 4,
+             pools=[[4, 2], [2, 2]], linears=[12, 8], latent=6, dropout=0.0, grid=[2, 4, 4])
 BAND = dict(first=4, growth=3, layers=[1] * 3, units=[0, 8, 0])
-COMPACT = dict(window_length=256, hop_length=128, octave=8, band=4, bandwidth=3000., width=8, hidden=8, layers=1)
+COMPACT = dict(
+    window_length=256, hop_length=128, octave=8, band=4, bandwidth=3000.0, width=8, hidden=8, layers=1
+)
 MEMBER = dict(window_length=256, hop_length=64, single=8, hidden=8, layers=1, dropout=0., sample_rate=RATE)
 TWINS = {
     "baseline": ("baseline", dict(window_length=256, hop_length=64, hidden_size=8), "l1_magnitude"),
-    "baseline_stereo": ("baseline", dict(window_length=256, hop_length=64, hidden_size=8, channels=2), "l1_magnitude"),
-    "ddm": ("ddm", PAPER, "l1_magnitude"),
-    "ddm_skip": ("ddm_skip", PAPER, "l1_magnitude"),
-    "mm_dense_lstm": ("mm_dense_lstm", dict(bands=[dict(BAND, to=1500.), dict(BAND, to=3000.)], full=BAND, final=dict(growth=4, layers=1), window_length=256, hop_length=64), "l1_magnitude"),
+    "baseline_stereo": ("baseline", dict(window_length=256, hop_length=64, hidden_size=8, channels=2),
+                        "l1_magnitude"),
+    "ddm": ("ddm", PAPER, "l1_magnitude"), "ddm_skip": ("ddm_skip", PAPER, "l1_magnitude"),
+    "mm_dense_lstm": (
+        "mm_dense_lstm",
+        dict(bands=[dict(BAND, to=1500.0), dict(BAND, to=3000.0)], full=BAND, final=dict(growth=4, layers=1),
+             window_length=256, hop_length=64),
+        "l1_magnitude",
+    ),
     "compact": ("compact", COMPACT, "l1_cells"),
     "compact_attention": ("compact", COMPACT | dict(attention=2, stack=3), "l1_cells"),
     "ensemble": ("ensemble", dict(members=[["recurrent", MEMBER], ["recurrent", MEMBER]]), "l1_waveform"),
-    "recurrent": ("recurrent", dict(window_length=256, hop_length=64, single=8, hidden=8, layers=1, dropout=0.), "l1_phase_sensitive"),
-    "open_unmix": ("open_unmix", dict(window_length=256, hop_length=64, hidden=8, layers=1, bandwidth=3000.), "mse_magnitude"),
-    "open_unmix_shared": ("open_unmix", dict(window_length=256, hop_length=64, hidden=8, layers=2, bandwidth=3000., shared=True), "l1_magnitude"),
-    "open_unmix_causal_mono": ("open_unmix", dict(window_length=256, hop_length=64, hidden=8, layers=1, channels=1, bidirectional=False), "l1_waveform"),
-    "conv_tasnet": ("conv_tasnet", dict(filters=16, length=16, bottleneck=8, hidden=16, blocks=2, repeats=1), "l1_waveform"),
-    "tfc_tdf": ("tfc_tdf", dict(depth=2, growth=4, layers=1, squeeze=4, bins=64, window_length=256, hop_length=64), "l1_waveform"),
+    "recurrent": ("recurrent",
+                  dict(window_length=256, hop_length=64, single=8, hidden=8, layers=1, dropout=0.0),
+                  "l1_phase_sensitive"),
+    "open_unmix": ("open_unmix", dict(window_length=256, hop_length=64, hidden=8, layers=1, bandwidth=3000.0),
+                   "mse_magnitude"),
+    "open_unmix_shared": (
+        "open_unmix",
+        dict(window_length=256, hop_length=64, hidden=8, layers=2, bandwidth=3000.0, shared=True),
+        "l1_magnitude",
+    ),
+    "open_unmix_causal_mono": (
+        "open_unmix",
+        dict(window_length=256, hop_length=64, hidden=8, layers=1, channels=1, bidirectional=False),
+        "l1_waveform",
+    ),
+    "conv_tasnet": ("conv_tasnet", dict(filters=16, length=16, bottleneck=8, hidden=16, blocks=2, repeats=1),
+                    "l1_waveform"),
+    "tfc_tdf": ("tfc_tdf",
+                dict(depth=2, growth=4, layers=1, squeeze=4, bins=64, window_length=256, hop_length=64),
+                "l1_waveform"),
     "hybrid_demucs": ("hybrid_demucs", dict(window_length=64, width=4, depth=4), "l1_waveform"),
-    "hybrid_demucs_mono": ("hybrid_demucs", dict(window_length=256, width=8, depth=3, channels=1), "l1_waveform"),
+    "hybrid_demucs_mono": ("hybrid_demucs", dict(window_length=256, width=8, depth=3, channels=1),
+                           "l1_waveform"),
 }
 WITHOUT_ENCODER = {"baseline", "ensemble"} # by name; their twins have no `embed`
 NO_SEPARATOR = {"encoder"}
 WITH_ENCODER = [t for t in TWINS if TWINS[t][0] not in WITHOUT_ENCODER]
 EVERY = pytest.mark.parametrize("twin", TWINS)
 ENCODERS = pytest.mark.parametrize("twin", WITH_ENCODER)
-STEREO = pytest.mark.parametrize("twin", [t for t in WITH_ENCODER if "mono" not in t and "attention" not in t])
+STEREO = pytest.mark.parametrize(
+    "twin", [t for t in WITH_ENCODER if "mono" not in t and "attention" not in t]
+)
 
 
 def build(twin, seed=0):
@@ -61,7 +87,9 @@ def build(twin, seed=0):
     name, args, _ = TWINS[twin]
     torch.manual_seed(seed)
     network = build_network(name, **args | ({} if name == "ensemble" else dict(sample_rate=RATE)))
-    for attention in network.encoder.attention if "attention" in args else (): torch.nn.init.normal_(attention.out.weight, std=0.3) # it begins as nothing
+    # it begins as nothing
+    for attention in network.encoder.attention if "attention" in args else ():
+        torch.nn.init.normal_(attention.out.weight, std=0.3)
     return network
 
 
@@ -84,7 +112,8 @@ def song(): return toy_song(0, duration=1., sample_rate=RATE)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return prepare_toy(9, tmp_path_factory.mktemp("toy") / "store", duration=1., valid=0.25, test=0.25, sample_rate=RATE, progress=False)
+    return prepare_toy(9, tmp_path_factory.mktemp("toy") / "store", duration=1.0, valid=0.25, test=0.25,
+                       sample_rate=RATE, progress=False)
 
 
 def test_every_registered_network_has_a_twin_here():
@@ -110,7 +139,8 @@ def test_it_offers_what_the_package_asks_for(twin):
 def test_stems_have_the_form_of_the_mixture_and_are_finite(twin, channels, samples):
     network = build(twin).eval()
     silence, constant = torch.zeros(2, channels, samples), torch.full((2, channels, samples), 0.5)
-    impulse = silence.clone(); impulse[..., samples // 2] = 1
+    impulse = silence.clone()
+    impulse[..., samples // 2] = 1
     for x in (silence, constant, impulse, torch.rand(2, channels, samples)):
         stems = network(x)
         assert stems.shape == (2, len(network.sources), channels, samples) and stems.isfinite().all()
@@ -121,14 +151,22 @@ def test_stems_have_the_form_of_the_mixture_and_are_finite(twin, channels, sampl
 @torch.no_grad()
 def test_channels_are_folded(twin):
     network, x = build(twin).eval(), 0.1 * torch.randn(2, 2, 3000)
-    if network.channels == 1: torch.testing.assert_close(network(x), torch.cat([network(x[:, :1]), network(x[:, 1:])], 2), atol=1e-5, rtol=1e-4)
-    else: torch.testing.assert_close(network(x[:, :1]), network(x[:, :1].repeat(1, 2, 1)).mean(2, keepdim=True), atol=1e-5, rtol=1e-4)
+    if network.channels == 1:
+        torch.testing.assert_close(
+            network(x), torch.cat([network(x[:, :1]), network(x[:, 1:])], 2), atol=1e-5, rtol=1e-4
+        )
+    else:
+        torch.testing.assert_close(
+            network(x[:, :1]), network(x[:, :1].repeat(1, 2, 1)).mean(2, keepdim=True), atol=1e-5, rtol=1e-4
+        )
     if network.channels == 2:
         with pytest.raises(UserError, match="channels"): network(torch.zeros(1, 3, 500))
 
 
-SOUNDS = dict(dc=torch.full((2, 2, 4000), 0.7), square=torch.where(torch.arange(4000) // 50 % 2 == 0, 1., -1.).expand(2, 2, -1),
-              click=torch.eye(1, 4000).expand(2, 2, -1), faint=1e-7 * torch.ones(2, 2, 4000).cumsum(-1).sin(), one_sided=torch.tensor([[0.5], [0.]]) * torch.ones(2, 1, 4000))
+SOUNDS = dict(dc=torch.full((2, 2, 4000), 0.7),
+              square=torch.where(torch.arange(4000) // 50 % 2 == 0, 1.0, -1.0).expand(2, 2, -1),
+              click=torch.eye(1, 4000).expand(2, 2, -1), faint=1e-7 * torch.ones(2, 2, 4000).cumsum(-1).sin(),
+              one_sided=torch.tensor([[0.5], [0.0]]) * torch.ones(2, 1, 4000))
 
 
 @EVERY
@@ -157,7 +195,8 @@ def test_stems_do_not_depend_on_the_rest_of_the_batch(twin, song):
     network = build(twin).eval()
     x = torch.stack([song[0], song.sum(0), 0 * song[0]])
     alone = [torch.cat(parts) for parts in zip(*(outputs(network, one[None]) for one in x))]
-    for one, together in zip(alone, outputs(network, x)): torch.testing.assert_close(one, together, atol=1e-5, rtol=1e-4)
+    for one, together in zip(alone, outputs(network, x)):
+        torch.testing.assert_close(one, together, atol=1e-5, rtol=1e-4)
 
 
 @EVERY
@@ -191,7 +230,8 @@ def test_each_tensor_is_saved_once_and_loaded_again(twin, song, tmp_path):
     assert len({v.data_ptr() for v in network.state_dict().values()}) == len(weights)
     again = load_network(tmp_path)
     assert read_record(tmp_path)["network"] == [name, network.args] and again.args == network.args
-    for a, b in zip(outputs(again, song.sum(0)[None]), outputs(network, song.sum(0)[None])): assert torch.equal(a, b)
+    for a, b in zip(outputs(again, song.sum(0)[None]), outputs(network, song.sum(0)[None])):
+        assert torch.equal(a, b)
 
 
 @EVERY
@@ -202,7 +242,9 @@ def test_copies_and_random_twins_are_whole(twin, song):
     for p in (twin_ := copy.deepcopy(network)).parameters(): p.zero_()
     assert torch.equal(network(x), before[0]) and not torch.equal(twin_(x), before[0])
     fresh = random_twin(network, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(outputs(network, x), before)) and not torch.equal(outputs(fresh, x)[-1], before[-1])
+    assert all(torch.equal(a, b) for a, b in zip(outputs(network, x), before)) and not torch.equal(
+        outputs(fresh, x)[-1], before[-1]
+    )
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), build(twin, seed=1).parameters()))
 
 
@@ -220,7 +262,9 @@ def test_a_tiny_twin_learns_one_mix(twin, song):
     optimizer, losses = torch.optim.Adam(network.parameters(), lr=1e-2), []
     for _ in range(25):
         loss = loss_of(twin)(network, song.sum(0)[None], song[None])
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         losses.append(loss.item())
     assert min(losses[-3:]) < 0.85 * losses[0]
 
@@ -228,7 +272,8 @@ def test_a_tiny_twin_learns_one_mix(twin, song):
 def run(twin, store, out, **settings):
     build(twin)
     name, args, loss = TWINS[twin]
-    recipe = dict(network=name, network_args=args | dict(sample_rate=RATE), loss=loss, epochs=1, examples_per_epoch=8, valid_examples=4, batch_size=4,
+    recipe = dict(network=name, network_args=args | dict(sample_rate=RATE), loss=loss, epochs=1,
+                  examples_per_epoch=8, valid_examples=4, batch_size=4,
                   mixer=dict(duration=seconds(twin), level=None, pitch=None, stretch=None), device="cpu")
     return fit(Recipe.from_dict(recipe | settings), store, out, progress=False)
 
@@ -239,19 +284,28 @@ def seconds(twin): return TWINS[twin][1].get("duration", 0.5)
 @STEREO
 @pytest.mark.parametrize("loss", ["triplet", "supcon"])
 def test_pretraining_probe_and_transfer(twin, loss, store, tmp_path):
-    first = run(twin, store, tmp_path / "pt", kind="pretraining", loss=loss, mixer=dict(duration=seconds(twin)), task_args=dict(margin=2.)) # every triplet counts
+    # every triplet counts
+    first = run(twin, store, tmp_path / "pt", kind="pretraining", loss=loss,
+                mixer=dict(duration=seconds(twin)), task_args=dict(margin=2.0))
     assert {"valid_loss", "valid_knn", "collapsed"} <= set(read_metrics(first).columns)
     trained, untrained = load_network(first), build(twin, seed=0)
-    moved = {k: not torch.equal(v, dict(untrained.named_parameters())[k]) for k, v in trained.named_parameters()}
+    moved = {
+        k: not torch.equal(v, dict(untrained.named_parameters())[k]) for k, v in trained.named_parameters()
+    }
     wrong = {k for k in moved if moved[k] != k.startswith("encoder.")}
-    assert all(k.startswith("encoder.") and k.endswith(".bias") for k in wrong), "a norm or a softmax may make a bias as good as idle; weights must move"
+    assert all(
+        k.startswith("encoder.") and k.endswith(".bias") for k in wrong
+    ), "a norm or a softmax may make a bias as good as idle; weights must move"
     fresh = load_encoder(build(twin, seed=1), first)
     assert all(torch.equal(v, trained.encoder.state_dict()[k]) for k, v in fresh.encoder.state_dict().items())
     trained.duration = seconds(twin)
     table = probe(trained, store.split("train"), store.split("test"), per_song=2, k=1, randoms=1)
-    assert list(table.index) == ["encoder", "random encoder", "mel statistics"] and table.notna().all(axis=None)
+    assert list(table.index) == ["encoder", "random encoder", "mel statistics"] and table.notna().all(
+        axis=None
+    )
     second = run(twin, store, tmp_path / "frozen", encoder=str(first), freeze_encoder=True)
-    assert all(torch.equal(v, dict(trained.named_parameters())[k]) for k, v in load_network(second).named_parameters() if k.startswith("encoder."))
+    assert all(torch.equal(v, dict(trained.named_parameters())[k])
+               for k, v in load_network(second).named_parameters() if k.startswith("encoder."))
     assert read_record(second)["data"]["encoder"]
 
 
@@ -268,7 +322,8 @@ def test_runs_are_scored_beside_the_reference_rows(twin, store, tmp_path):
     network = build(twin)
     save_network(network, Recipe(network=TWINS[twin][0], network_args=network.args), tmp_path / "run")
     scores = score_model(str(tmp_path / "run"), store.split("test"), device="cpu")
-    assert not scores.failed and math.isfinite(scores.overall("SDR", "run")) and "mixture / 4" in str(scores.table())
+    assert (not scores.failed and math.isfinite(scores.overall("SDR", "run"))
+            and "mixture / 4" in str(scores.table()))
 
 
 @pytest.mark.parametrize("name", ["open_unmix", "hybrid_demucs"])
@@ -276,7 +331,9 @@ def test_recipes_of_all_profiles_build_their_network(name):
     if name == "hybrid_demucs": pytest.importorskip("demucs.hdemucs")
     for profile in ("demo", "laptop"):
         recipe = recipe_for(name, profile)
-        assert recipe.network == name and recipe.loss == ("mse_magnitude" if name == "open_unmix" else "l1_waveform")
+        assert recipe.network == name and recipe.loss == (
+            "mse_magnitude" if name == "open_unmix" else "l1_waveform"
+        )
         assert count_parameters(build_network(name, **recipe.network_args)) < 5e6
     assert recipe_for(name, "paper").network_args == {}
 
@@ -284,12 +341,20 @@ def test_recipes_of_all_profiles_build_their_network(name):
 def test_the_command_line_pretrains_any_network(store, tmp_path, capsys):
     from deepdemix.cli import main
     args = TWINS["open_unmix_shared"][1] | dict(sample_rate=RATE)
-    small = ["--set", "examples_per_epoch=4", "--set", "epochs=1", "--set", "valid_examples=4", "--set", "batch_size=4", "--set", "device=cpu", "--set", f"network_args={json.dumps(args)}"]
+    small = [
+        "--set", "examples_per_epoch=4", "--set", "epochs=1", "--set", "valid_examples=4", "--set",
+        "batch_size=4", "--set", "device=cpu", "--set", f"network_args={json.dumps(args)}",
+    ]
     common = ["--data", str(store.path), "--profile", "demo", *small]
-    assert main(["pretrain", "--out", str(tmp_path / "pt"), "--loss", "supcon", "--set", "network=open_unmix", *common]) in (0, None)
-    assert main(["train", "--model", "open_unmix", "--encoder", str(tmp_path / "pt"), "--out", str(tmp_path / "run"), *common]) in (0, None)
-    assert read_record(tmp_path / "run")["status"] == "finished" and read_record(tmp_path / "pt")["recipe"]["network"] == "open_unmix"
-    assert Separator.from_pretrained(tmp_path / "run", device="cpu")(torch.randn(2, 5000)).shape == (4, 2, 5000)
+    assert main(["pretrain", "--out", str(tmp_path / "pt"), "--loss", "supcon", "--set", "network=open_unmix",
+                 *common]) in (0, None)
+    assert main(["train", "--model", "open_unmix", "--encoder", str(tmp_path / "pt"), "--out",
+                 str(tmp_path / "run"), *common]) in (0, None)
+    assert (read_record(tmp_path / "run")["status"] == "finished"
+            and read_record(tmp_path / "pt")["recipe"]["network"] == "open_unmix")
+    assert Separator.from_pretrained(tmp_path / "run", device="cpu")(torch.randn(2, 5000)).shape == (
+        4, 2, 5000,
+    )
 
 
 def test_the_scale_of_the_bins_is_measured_once_and_travels_with_the_encoder(song):
@@ -314,19 +379,33 @@ def test_the_published_open_unmix_has_its_published_size():
 
 
 def test_open_unmix_is_the_original(monkeypatch):
-    "Same weights, same masks, where the package openunmix is at hand (its import needs torchaudio, of which nothing is used here)."
-    if "torchaudio" not in sys.modules: monkeypatch.setitem(sys.modules, "torchaudio", types.ModuleType("torchaudio"))
+    """Same weights, same masks, where the package openunmix is at hand (its import needs torchaudio, of
+    which nothing is used here)."""
+    if "torchaudio" not in sys.modules:
+        monkeypatch.setitem(sys.modules, "torchaudio", types.ModuleType("torchaudio"))
     model = pytest.importorskip("openunmix.model", exc_type=ImportError)
     ours = build("open_unmix").eval()
-    theirs = [model.OpenUnmix(nb_bins=ours.n_f, nb_channels=2, hidden_size=8, nb_layers=1, max_bin=ours.heard).eval() for _ in ours.sources]
-    names = {"standardise.mean": "input_mean", "standardise.scale": "input_scale", "recurrent.rnn": "lstm", "scale": "output_scale", "mean": "output_mean"}
-    def renamed(state): return {next((new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)), k): v for k, v in state.items() if k != "standardise.measured"}
+    theirs = [
+        model.OpenUnmix(
+            nb_bins=ours.n_f, nb_channels=2, hidden_size=8, nb_layers=1, max_bin=ours.heard
+        ).eval()
+        for _ in ours.sources
+    ]
+    names = {
+        "standardise.mean": "input_mean", "standardise.scale": "input_scale", "recurrent.rnn": "lstm",
+        "scale": "output_scale", "mean": "output_mean",
+    }
+    def renamed(state):
+        return {next((new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)), k): v
+                for k, v in state.items() if k != "standardise.measured"}
     for net, listener, painter in zip(theirs, ours.encoder, ours.painters):
         for p in [*listener.parameters(), *painter.parameters()]: torch.nn.init.normal_(p, 0.1, 0.3)
         net.load_state_dict(renamed(listener.state_dict()) | renamed(painter.state_dict()))
     x = torch.rand(2, 20, ours.n_f, 2)
     with torch.no_grad():
-        expected = torch.stack([net((x / ours.stft.scale).permute(0, 3, 2, 1)).permute(0, 3, 2, 1) for net in theirs], -1)
+        expected = torch.stack(
+            [net((x / ours.stft.scale).permute(0, 3, 2, 1)).permute(0, 3, 2, 1) for net in theirs], -1
+        )
         found = ours.mask(x) * x[..., None] / ours.stft.scale
     assert expected.abs().max() > 0
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -334,7 +413,9 @@ def test_open_unmix_is_the_original(monkeypatch):
 
 def test_hybrid_demucs_says_what_does_not_fit():
     pytest.importorskip("demucs.hdemucs")
-    for args, words in ((dict(window_length=2048), "not 2048"), (dict(depth=4), "at least 5"), (dict(width=3, depth=4, window_length=64), "multiple of 16"), (dict(window_length=0), "not 0")):
+    for args, words in ((dict(window_length=2048), "not 2048"), (dict(depth=4), "at least 5"),
+                        (dict(width=3, depth=4, window_length=64), "multiple of 16"),
+                        (dict(window_length=0), "not 0")):
         with pytest.raises(UserError, match=words): build_network("hybrid_demucs", **args)
     with pytest.raises(UserError, match="does not fit"): load_encoder_of_other_size()
 
@@ -344,7 +425,9 @@ def load_encoder_of_other_size():
     with tempfile.TemporaryDirectory() as folder:
         small = build("hybrid_demucs")
         save_network(small, Recipe(network="hybrid_demucs", network_args=small.args), folder)
-        load_encoder(build_network("hybrid_demucs", window_length=64, width=8, depth=4, sample_rate=RATE), folder)
+        load_encoder(
+            build_network("hybrid_demucs", window_length=64, width=8, depth=4, sample_rate=RATE), folder
+        )
 
 
 def test_without_demucs_the_other_networks_are_there(monkeypatch):

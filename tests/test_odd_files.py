@@ -4,14 +4,14 @@ import warnings
 import pytest
 import soundfile
 import torch
+from test_separation import Shares, noise
 
 from deepdemix.audio import SOURCES
-from deepdemix.foundations.files import ChangedAudio
+from deepdemix.data import prepare_stems
 from deepdemix.foundations.codecs import read
 from deepdemix.foundations.encoding import write
-from deepdemix.data import prepare_stems
+from deepdemix.foundations.files import ChangedAudio
 from deepdemix.separation import Separator
-from test_separation import Shares, noise
 
 RATE = 44100
 
@@ -44,7 +44,8 @@ def matlab(folder):
 
 def joined(folder):
     "Two mp3s in one, of other rates and channels."
-    for k, (channels, rate) in enumerate(((2, 44100), (1, 48000))): write(folder / f"{k}.mp3", noise(channels, rate // 2), rate)
+    for k, (channels, rate) in enumerate(((2, 44100), (1, 48000))):
+        write(folder / f"{k}.mp3", noise(channels, rate // 2), rate)
     path = folder / "joined.mp3"
     path.write_bytes(b"".join((folder / f"{k}.mp3").read_bytes() for k in range(2)))
     for k in range(2): (folder / f"{k}.mp3").unlink()
@@ -61,8 +62,11 @@ def test_odd_files_are_separated_whole(tmp_path, make):
         warnings.simplefilter("always")
         made = Separator(Shares(sample_rate=RATE)).separate_file(path, tmp_path / "out", subtype="float32")
         mixture, rate = read(path)
-    assert made["damage"] is None and made["frames"] == mixture.shape[1] and made["sample_rate"] == rate == RATE and made["channels"] == 2
-    assert abs(made["duration"] - 1) < 0.1 and {w.category for w in heard} == ({ChangedAudio} if make is joined else set())
+    assert (made["damage"] is None and made["frames"] == mixture.shape[1]
+            and made["sample_rate"] == rate == RATE and made["channels"] == 2)
+    assert abs(made["duration"] - 1) < 0.1 and {w.category for w in heard} == (
+        {ChangedAudio} if make is joined else set()
+    )
     stems = {name: read(file)[0] for name, file in made["outputs"].items()}
     assert torch.allclose(sum(stems.values()), mixture, atol=1e-4)
 

@@ -1,4 +1,5 @@
-"Planned studies: what a plan must be, pieces that are stopped and go on, scores that stay sealed, and a rehearsal."
+"""Planned studies: what a plan must be, pieces that are stopped and go on, scores that stay sealed, and a
+rehearsal."""
 import json
 import shutil
 import subprocess
@@ -8,18 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepdemix.foundations.files import UserError
 from deepdemix.data import prepare_toy
-from deepdemix.studies import planned
-from deepdemix.studies.planned import (
-    SEALED, check_committed, main, read_test, run_study, study_table, train_run, unseal)
-from deepdemix.studies.plan import Plan, Run
-from deepdemix.foundations.runs import load_network
+from deepdemix.foundations.files import UserError
 from deepdemix.foundations.recipe import read_record
+from deepdemix.foundations.runs import load_network
 from deepdemix.foundations.weights import read_weights
+from deepdemix.studies import planned
+from deepdemix.studies.plan import Plan, Run
+from deepdemix.studies.planned import (
+    SEALED,
+    check_committed,
+    main,
+    read_test,
+    run_study,
+    study_table,
+    train_run,
+    unseal,
+)
 
-TINY = dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000., width=8, hidden=8, layers=1)
-SHARED = dict(network="compact", network_args=TINY, batch_size=2, valid_examples=2, mixer=dict(duration=0.5, pitch=None, stretch=None))
+TINY = dict(
+    window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000.0, width=8, hidden=8, layers=1
+)
+SHARED = dict(network="compact", network_args=TINY, batch_size=2, valid_examples=2,
+              mixer=dict(duration=0.5, pitch=None, stretch=None))
 RECIPES = dict(separator=dict(SHARED, loss="l1_cells", epochs=2, validation="songs", ema=0.9),
                encoder=dict(SHARED, kind="dense", loss="supcon", epochs=1))
 RUNS = (Run("scratch", "separator", "scratch", examples=8), Run("encoder", "encoder", examples=4),
@@ -28,11 +40,14 @@ RUNS = (Run("scratch", "separator", "scratch", examples=8), Run("encoder", "enco
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return prepare_toy(8, tmp_path_factory.mktemp("toy") / "store", duration=1.5, valid=0.25, test=0.25, progress=False)
+    return prepare_toy(
+        8, tmp_path_factory.mktemp("toy") / "store", duration=1.5, valid=0.25, test=0.25, progress=False
+    )
 
 
 def plan(**changes):
-    base = Plan("Does it help?", (("scratch", "pretrained"),), (0, 1), RECIPES, RUNS, scoring=dict(channels="stereo", window=1.))
+    base = Plan("Does it help?", (("scratch", "pretrained"),), (0, 1), RECIPES, RUNS,
+                scoring=dict(channels="stereo", window=1.0))
     return replace(base, **changes)
 
 
@@ -43,11 +58,15 @@ def study(tmp_path):
     return tmp_path / "results", tmp_path / "runs"
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(seeds=(0, 0)), "each once"), (dict(margin=0.), "above 0"), (dict(runs=RUNS[1:] + RUNS[1:]), "twice"),
-    (dict(comparisons=(("scratch", "x"),)), "compares 'x'"), (dict(runs=(replace(RUNS[0], examples=6),)), "whole batches"),
-    (dict(runs=(RUNS[2],)), "no run 'encoder' before"), (dict(runs=(replace(RUNS[0], recipe="x"),)), "no recipe 'x'"),
-    (dict(runs=(replace(RUNS[0], settings=dict(learning=1)),)), "learning")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [(dict(seeds=(0, 0)), "each once"), (dict(margin=0.0), "above 0"),
+     (dict(runs=RUNS[1:] + RUNS[1:]), "twice"), (dict(comparisons=(("scratch", "x"),)), "compares 'x'"),
+     (dict(runs=(replace(RUNS[0], examples=6),)), "whole batches"),
+     (dict(runs=(RUNS[2],)), "no run 'encoder' before"),
+     (dict(runs=(replace(RUNS[0], recipe="x"),)), "no recipe 'x'"),
+     (dict(runs=(replace(RUNS[0], settings=dict(learning=1)),)), "learning")],
+)
 def test_a_plan_with_a_mistake_is_refused(changes, words):
     with pytest.raises(UserError, match=words): plan(**changes).check()
 
@@ -60,7 +79,10 @@ def test_a_plan_that_is_no_plan(tmp_path):
 
 def test_a_plan_is_committed_before_it_is_run(study, store):
     results, root = study
-    git = lambda *words: subprocess.run(["git", "-C", results, "-c", "user.name=x", "-c", "user.email=x@example.org", *words], check=True, capture_output=True)
+    git = lambda *words: subprocess.run(
+        ["git", "-C", results, "-c", "user.name=x", "-c", "user.email=x@example.org", *words], check=True,
+        capture_output=True,
+    )
     git("init")
     with pytest.raises(UserError, match="not committed"): run_study(results, store, root, progress=False)
     git("add", "plan.json"), git("commit", "-m", "plan")
@@ -73,20 +95,25 @@ def test_a_plan_is_committed_before_it_is_run(study, store):
 def test_pieces_make_the_same_study(study, store, tmp_path):
     results, root = study
     assert run_study(results, store, root, part=(2, 2), progress=False)
-    assert {p.parent.name + p.parent.parent.name for p in results.rglob(SEALED)} == {"seed0pretrained", "seed1pretrained"}
+    assert {p.parent.name + p.parent.parent.name for p in results.rglob(SEALED)} == {
+        "seed0pretrained", "seed1pretrained",
+    }
     with pytest.raises(UserError, match="not over"): read_test(results, store)
     shutil.rmtree(root)
     before = {p: p.read_bytes() for p in results.rglob(SEALED)}
     assert run_study(results, store, root, part=(1, 2), progress=False)
     assert all(p.read_bytes() == text for p, text in before.items()) and not (root / "pretrained").exists()
     found = read_test(results, store)
-    assert set(found.models) == {"scratch", "pretrained"} and sorted(found.only(model="scratch").rows.seed.unique()) == [0, 1]
+    assert set(found.models) == {"scratch", "pretrained"} and sorted(
+        found.only(model="scratch").rows.seed.unique()
+    ) == [0, 1]
     whole = tmp_path / "whole"
     whole.mkdir()
     shutil.copy(results / "plan.json", whole / "plan.json")
     run_study(whole, store, tmp_path / "again", progress=False)
     key = ["model", "seed", "split", "song", "source", "metric"]
-    a, b = (s.only(model=["scratch", "pretrained"]).rows.sort_values(key).reset_index(drop=True) for s in (read_test(whole, store), found))
+    a, b = (s.only(model=["scratch", "pretrained"]).rows.sort_values(key).reset_index(drop=True)
+            for s in (read_test(whole, store), found))
     assert a.equals(b)
 
 
@@ -100,7 +127,8 @@ def test_a_stopped_run_keeps_the_same_checkpoints(store, tmp_path, monkeypatch):
         return real(self)
     monkeypatch.setattr(planned.TASKS["separation"], "validate", stop_once)
     recipes = {**RECIPES, "separator": {**RECIPES["separator"], "save_minutes": 0.}}
-    with pytest.raises(UserError, match="stopped"): train_run(plan(recipes=recipes), RUNS[0], 0, store, tmp_path / "stopped", progress=False)
+    with pytest.raises(UserError, match="stopped"):
+        train_run(plan(recipes=recipes), RUNS[0], 0, store, tmp_path / "stopped", progress=False)
     assert read_record(tmp_path / "stopped/scratch/seed0")["status"] == "running"
     stopped = train_run(plan(recipes=recipes), RUNS[0], 0, store, tmp_path / "stopped", progress=False)
     for name in ("epoch1.safetensors", "epoch2.safetensors", "model.safetensors"):
@@ -137,7 +165,9 @@ def test_the_last_checkpoint_is_the_last_validation(store, tmp_path):
     planned.seal_run(plan(), RUNS[0], 0, store, root, results)
     best = read_record(folder)["best"]["epoch"]
     scores = unseal(results / "scratch/seed0" / SEALED)
-    chosen, kept = (scores.only(model=name).overall("SDR", name, "test") for name in ("scratch", f"scratch @ {best}"))
+    chosen, kept = (
+        scores.only(model=name).overall("SDR", name, "test") for name in ("scratch", f"scratch @ {best}")
+    )
     assert chosen == pytest.approx(kept, abs=1e-4)
     assert load_network(folder).training is False and "SI-SDR" in set(scores.rows.metric)
 
@@ -152,7 +182,10 @@ def test_the_command(study, store, capsys):
     results, root = map(str, study)
     threads = torch.get_num_threads()
     try:
-        assert main(["run", results, "--out", root, "--data", str(store.path), "--part", "1/2", "--seed", "0"]) == 0
+        assert (
+            main(["run", results, "--out", root, "--data", str(store.path), "--part", "1/2", "--seed", "0"])
+            == 0
+        )
         assert "8 examples, 4 steps" in capsys.readouterr().err
         assert main(["status", results]) == 0 and "scratch" in capsys.readouterr().out
         assert main(["test", results, "--data", str(store.path)]) == 2
@@ -188,7 +221,8 @@ def test_the_workstation_has_the_steps_of_the_author():
     from deepdemix.foundations.profiles import PROFILES, recipe_for
     for name in ("ddm", "pretraining"):
         here, small, author = (recipe_for(name, profile) for profile in ("workstation", "laptop", "author"))
-        assert here.steps == author.steps and here.network_args == small.network_args and here.valid_examples == 64
+        assert (here.steps == author.steps and here.network_args == small.network_args
+                and here.valid_examples == 64)
     assert set(PROFILE_NAMES) == set(PROFILES)
 
 
@@ -197,5 +231,8 @@ def test_the_plans_that_are_kept_hold_together(name):
     kept = Plan.load(Path(__file__).parent.parent / "results" / name)
     longest = max(run.examples for run in kept.runs if run.label)
     assert kept.question and kept.budget["processor_hours"] > 0 and kept.data
-    assert all(0.75 * longest <= run.examples or "as long as both" in str(kept.comparisons) for run in kept.runs if run.label)
-    assert {label for pair in kept.comparisons for label in pair} == {run.label for run in kept.runs if run.label}
+    assert all(0.75 * longest <= run.examples or "as long as both" in str(kept.comparisons)
+               for run in kept.runs if run.label)
+    assert {label for pair in kept.comparisons for label in pair} == {
+        run.label for run in kept.runs if run.label
+    }

@@ -1,10 +1,10 @@
-"Separating songs of any length, rate, format and number of channels: what a notebook cell is the wrong place for."
+"""Separating songs of any length, rate, format and number of channels: what a notebook cell is the wrong
+place for."""
 import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import warnings
@@ -13,31 +13,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from deepdemix.foundations.files import DamagedAudio, UserError
 from deepdemix.audio import OverlapAdd
-from deepdemix.foundations.encoding import Writer, write
-from deepdemix.foundations.decoding import probe
-from deepdemix.foundations.codecs import read, read_streams
 from deepdemix.baseline import Baseline
-from deepdemix.networks.protocol import MaskNetwork
-from deepdemix.networks.compact import Compact
-from deepdemix.foundations.toy_band import toy_song
 from deepdemix.deepdemix import DeepDeMix
-from deepdemix.metrics import framewise_sdr
-from deepdemix.networks.recurrent import Recurrent
-from deepdemix.separation import Cancelled, Separator
-from deepdemix.foundations.inference import by_groups, segment_of, segment_of
+from deepdemix.foundations.codecs import read, read_streams
+from deepdemix.foundations.decoding import probe
+from deepdemix.foundations.encoding import Writer, write
+from deepdemix.foundations.files import DamagedAudio, UserError
+from deepdemix.foundations.inference import by_groups, segment_of
 from deepdemix.foundations.model_names import describe_pretrained, pretrained_names, push_to_hub
-from deepdemix.foundations.song_files import find_songs
-from deepdemix.serving.export import export
-from deepdemix.foundations.registry import build_network, known_networks, NETWORKS
 from deepdemix.foundations.profiles import recipe_for
 from deepdemix.foundations.recipe import Recipe
+from deepdemix.foundations.registry import NETWORKS, build_network, known_networks
 from deepdemix.foundations.runs import save_network
+from deepdemix.foundations.song_files import find_songs
+from deepdemix.foundations.toy_band import toy_song
+from deepdemix.metrics import framewise_sdr
+from deepdemix.networks.compact import Compact
+from deepdemix.networks.protocol import MaskNetwork
+from deepdemix.networks.recurrent import Recurrent
+from deepdemix.separation import Cancelled, Separator
+from deepdemix.serving.export import export
 
 RATE = 8000
 
@@ -49,7 +48,9 @@ class Convolutions(MaskNetwork):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             layer = lambda n, m: nn.Conv2d(n, m, (7, 3), padding=(3, 1))
-            self.layers = nn.Sequential(layer(channels, 6), nn.ReLU(), layer(6, 6), nn.ReLU(), layer(6, 4 * channels))
+            self.layers = nn.Sequential(
+                layer(channels, 6), nn.ReLU(), layer(6, 6), nn.ReLU(), layer(6, 4 * channels)
+            )
 
     def predict(self, magnitude):
         x = self.layers(magnitude.permute(0, 3, 1, 2) * 20)
@@ -61,7 +62,10 @@ class Shares(nn.Module):
     shares = (0.4, 0.3, 0.2, 0.1)
     def __init__(self, channels=2, sample_rate=RATE, gain=1.0):
         super().__init__()
-        self.sources, self.channels, self.sample_rate, self.gain = ("drums", "bass", "other", "vocals"), channels, sample_rate, gain
+        self.sources = ("drums", "bass", "other", "vocals")
+        self.channels = channels
+        self.sample_rate = sample_rate
+        self.gain = gain
         self.seen = []
 
     def forward(self, x):
@@ -83,7 +87,8 @@ def chord(channels, frames, rate):
 def db(error, reference): return 20 * torch.log10(error.norm() / reference.norm() + 1e-12)
 
 
-def files_in(folder): return sorted(str(x.relative_to(folder)) for x in Path(folder).rglob("*") if x.is_file())
+def files_in(folder):
+    return sorted(str(x.relative_to(folder)) for x in Path(folder).rglob("*") if x.is_file())
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +121,17 @@ def test_chunked_equals_unchunked(convolutions):
 def test_shift_by_chunk_steps(convolutions, steps):
     separator = Separator(convolutions, chunk=1.5, overlap=0.25)
     x, plan = noise(2, 8 * RATE), separator.plan
-    shift = steps * OverlapAdd(None, plan["chunk"], plan["overlap"], plan["context"], align=plan["align"]).step
+    shift = (
+        steps * OverlapAdd(None, plan["chunk"], plan["overlap"], plan["context"], align=plan["align"]).step
+    )
     stems, shifted = separator(x), separator(torch.cat([torch.zeros(2, shift), x], 1))
     inside = slice(2000, -12000)
     assert db((shifted[..., shift:] - stems)[..., inside], stems[..., inside]) < -50
 
 
 def test_no_steps_at_seams():
-    "A network that sees all of its chunk may change its mind from chunk to chunk; no seam may be louder or rougher than the rest."
+    """A network that sees all of its chunk may change its mind from chunk to chunk; no seam may be louder or
+    rougher than the rest."""
     torch.manual_seed(0)
     network = Baseline(hidden_size=8, sample_rate=RATE, window_length=256, hop_length=64)
     separator = Separator(network, chunk=1.0, overlap=0.25)
@@ -139,12 +147,14 @@ def test_no_steps_at_seams():
 
 
 @settings(max_examples=40, deadline=None)
-@given(frames=st.integers(0, 3 * RATE), channels=st.integers(1, 7), chunk=st.floats(0.1, 2), overlap=st.floats(0, 0.8), batch=st.integers(1, 4))
+@given(frames=st.integers(0, 3 * RATE), channels=st.integers(1, 7), chunk=st.floats(0.1, 2),
+       overlap=st.floats(0, 0.8), batch=st.integers(1, 4))
 def test_any_length_and_channels(frames, channels, chunk, overlap, batch):
     x = noise(channels, frames)
     separator = Separator(Shares(), chunk=chunk, overlap=overlap, batch_size=batch)
     stems = separator.separate(x)
-    for share, stem in zip(Shares.shares, stems.values()): assert stem.shape == x.shape and torch.allclose(stem, x * share, atol=1e-6)
+    for share, stem in zip(Shares.shares, stems.values()):
+        assert stem.shape == x.shape and torch.allclose(stem, x * share, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 255, 256, 257, 7999, 8000, 8001, 16000])
@@ -156,7 +166,8 @@ def test_lengths_around_frames_and_chunks(convolutions, length):
 
 
 @settings(max_examples=25, deadline=None)
-@given(rate=st.sampled_from([8000, 11025, 16000, 22050, 32000, 44100, 48000, 88200, 96000, 192000]), channels=st.integers(1, 3), extra=st.integers(0, 999), model=st.sampled_from([8000, 44100]))
+@given(rate=st.sampled_from([8000, 11025, 16000, 22050, 32000, 44100, 48000, 88200, 96000, 192000]),
+       channels=st.integers(1, 3), extra=st.integers(0, 999), model=st.sampled_from([8000, 44100]))
 def test_any_rate(rate, channels, extra, model):
     x = chord(channels, rate // 2 + extra, rate)
     stems = Separator(Shares(sample_rate=model), chunk=0.2).separate(x, rate)
@@ -193,14 +204,18 @@ def encode(path, x, rate, codec, layout=None):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.layout = layout or {1: "mono", 2: "stereo", 6: "5.1"}[len(x)]
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x.numpy()), format="fltp", layout=stream.layout.name)
+        frame = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(x.numpy()), format="fltp", layout=stream.layout.name
+        )
         frame.sample_rate = rate
         for packet in [*stream.encode(frame), *stream.encode(None)]: container.mux(packet)
 
 
-INPUTS = [("u8.wav", 44100, 2, "PCM_U8"), ("s16.wav", 48000, 1, "PCM_16"), ("s24.wav", 96000, 2, "PCM_24"), ("s32.wav", 22050, 6, "PCM_32"), ("f32.wav", 192000, 2, "FLOAT"),
-          ("f64.wav", 8000, 3, "DOUBLE"), ("a.flac", 44100, 2, "PCM_24"), ("a.ogg", 32000, 2, None), ("a.mp3", 44100, 1, None), ("b.mp3", 48000, 2, None), ("a.opus", 48000, 2, None),
-          ("a.m4a", 44100, 2, "aac"), ("surround.m4a", 48000, 6, "aac"), ("a.mkv", 44100, 2, "ac3"), ("a.mov", 48000, 1, "alac")]
+INPUTS = [("u8.wav", 44100, 2, "PCM_U8"), ("s16.wav", 48000, 1, "PCM_16"), ("s24.wav", 96000, 2, "PCM_24"),
+          ("s32.wav", 22050, 6, "PCM_32"), ("f32.wav", 192000, 2, "FLOAT"), ("f64.wav", 8000, 3, "DOUBLE"),
+          ("a.flac", 44100, 2, "PCM_24"), ("a.ogg", 32000, 2, None), ("a.mp3", 44100, 1, None),
+          ("b.mp3", 48000, 2, None), ("a.opus", 48000, 2, None), ("a.m4a", 44100, 2, "aac"),
+          ("surround.m4a", 48000, 6, "aac"), ("a.mkv", 44100, 2, "ac3"), ("a.mov", 48000, 1, "alac")]
 
 
 @pytest.mark.parametrize("name,rate,channels,subtype", INPUTS, ids=[x[0] for x in INPUTS])
@@ -225,13 +240,15 @@ def test_formats_out(shares, song):
         summary = shares.separate_file(song, song.parent / kind, format=kind)
         vocals, kept = read(summary["outputs"]["vocals"])
         assert abs(vocals.shape[1] / kept - x.shape[1] / rate) < 0.2
-    assert {probe(shares.separate_file(song, song.parent / "b", subtype=bits)["outputs"]["bass"]).codec for bits in (16, 24, 32)} == {"pcm_s16le", "pcm_s24le", "pcm_f32le"}
+    assert {probe(shares.separate_file(song, song.parent / "b", subtype=bits)["outputs"]["bass"]).codec
+            for bits in (16, 24, 32)} == {"pcm_s16le", "pcm_s24le", "pcm_f32le"}
 
 
 @pytest.mark.parametrize("rate,channels", [(96000, 2), (48000, 6)])
 def test_mp3_says_what_it_cannot_hold(shares, tmp_path, rate, channels):
     write(tmp_path / "song.wav", noise(channels, 1000), rate)
-    with pytest.raises(UserError, match="wav"): shares.separate_file(tmp_path / "song.wav", tmp_path / "out", format="mp3")
+    with pytest.raises(UserError, match="wav"):
+        shares.separate_file(tmp_path / "song.wav", tmp_path / "out", format="mp3")
     assert files_in(tmp_path) == ["song.wav"]
 
 
@@ -241,7 +258,9 @@ def test_stems_sum_to_the_mixture(convolutions, tmp_path):
     separator, x = Separator(Shares(gain=0.7), chunk=1.0), noise(2, 2 * 44100)
     write(tmp_path / "song.wav", x, 44100, "FLOAT")
     for options in dict(two_stems="vocals"), dict(residual_to="other"), dict(residual_to="bass"):
-        outputs = separator.separate_file(tmp_path / "song.wav", tmp_path / "out", subtype="float", **options)["outputs"]
+        outputs = separator.separate_file(
+            tmp_path / "song.wav", tmp_path / "out", subtype="float", **options
+        )["outputs"]
         assert (sum(read(file)[0] for file in outputs.values()) - x).abs().max() < 1e-6
     outputs = separator.separate_file(tmp_path / "song.wav", tmp_path / "out", two_stems="drums")["outputs"]
     assert list(outputs) == ["drums", "no_drums"]
@@ -250,9 +269,13 @@ def test_stems_sum_to_the_mixture(convolutions, tmp_path):
 
 def test_only_some_stems(shares, song):
     outputs = shares.separate_file(song, song.parent / "out", stems=["bass", "vocals"])["outputs"]
-    assert list(outputs) == ["bass", "vocals"] and files_in(song.parent / "out") == ["song/bass.wav", "song/vocals.wav"]
+    assert list(outputs) == ["bass", "vocals"] and files_in(song.parent / "out") == [
+        "song/bass.wav", "song/vocals.wav",
+    ]
     assert torch.equal(shares.separate(song, stems="bass")["bass"], shares.separate(song)["bass"])
-    for options in dict(stems=["piano"]), dict(two_stems="piano"), dict(residual_to="piano"), dict(two_stems="vocals", stems=["bass"]), dict(format="doc"), dict(clip="maybe"), dict(subtype="99"):
+    for options in (dict(stems=["piano"]), dict(two_stems="piano"), dict(residual_to="piano"),
+                    dict(two_stems="vocals", stems=["bass"]), dict(format="doc"), dict(clip="maybe"),
+                    dict(subtype="99")):
         with pytest.raises(UserError): shares.separate_file(song, song.parent / "no", **options)
         assert files_in(song.parent / "no") == []
 
@@ -286,7 +309,9 @@ def test_songs_of_one_name(shares, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, noise(1, 1000 + i), RATE)
     for _ in range(2):
-        summary = shares.separate_files([tmp_path / "a", tmp_path / "b"], tmp_path / "out", overwrite=True, stems="bass")
+        summary = shares.separate_files(
+            [tmp_path / "a", tmp_path / "b"], tmp_path / "out", overwrite=True, stems="bass"
+        )
         assert sorted(read(x["outputs"]["bass"])[0].shape[1] for x in summary["songs"]) == [1000, 1001, 1002]
     json.dumps(summary)
 
@@ -295,26 +320,40 @@ def test_tags_are_copied(shares, tmp_path):
     import mutagen.flac
     write(tmp_path / "song.flac", noise(2, RATE), RATE)
     file = mutagen.flac.FLAC(tmp_path / "song.flac")
-    file.update({"title": "Für Élise", "artist": "Ludwig", "albumartist": "Various", "tracknumber": "7", "date": "1810"})
+    file.update({
+        "title": "Für Élise", "artist": "Ludwig", "albumartist": "Various", "tracknumber": "7",
+        "date": "1810",
+    })
     file.save()
     for kind in ("wav", "flac", "mp3", "ogg", "opus"):
         summary = shares.separate_file(tmp_path / "song.flac", tmp_path / kind, format=kind, stems="bass")
         tags = probe(summary["outputs"]["bass"]).tags
-        assert (tags["title"], tags["artist"]) == ("Für Élise", "Ludwig") and tags["date"].startswith("1810"), kind
+        assert (tags["title"], tags["artist"]) == ("Für Élise", "Ludwig") and tags["date"].startswith(
+            "1810"
+        ), kind
         assert summary["notes"] == []
-    bare = shares.separate_file(tmp_path / "song.flac", tmp_path / "bare", format="flac", stems="bass", tags=False)
+    bare = shares.separate_file(
+        tmp_path / "song.flac", tmp_path / "bare", format="flac", stems="bass", tags=False
+    )
     assert "title" not in probe(bare["outputs"]["bass"]).tags
 
 
 def test_same_bytes_twice(convolutions, song):
     separator, out = Separator(convolutions, chunk=1.0), song.parent / "out"
     kinds = [("wav", None), ("wav", "float"), ("flac", 24), ("mp3", None), ("ogg", None), ("opus", None)]
-    def run(i): return {kind: separator.separate_file(song, out / str(i), format=kind[0], subtype=kind[1], overwrite=False)["outputs"] for kind in kinds}
+    def run(i):
+        return {
+            kind: separator.separate_file(
+                song, out / str(i), format=kind[0], subtype=kind[1], overwrite=False
+            )["outputs"]
+            for kind in kinds
+        }
     first = run(0)
     time.sleep(1.1)
     second = run(1)
     for kind in kinds:
-        for stem, path in first[kind].items(): assert Path(path).read_bytes() == Path(second[kind][stem]).read_bytes(), (kind, stem)
+        for stem, path in first[kind].items():
+            assert Path(path).read_bytes() == Path(second[kind][stem]).read_bytes(), (kind, stem)
 
 
 # Progress
@@ -323,16 +362,20 @@ def test_progress_and_cancelling(shares, song, capsys):
     seen = []
     shares.separate_file(song, song.parent / "out", progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen) and seen[-1] == (3.0, 3.0)
-    with pytest.raises(Cancelled): shares.separate_file(song, song.parent / "no", progress=lambda done, total: done < 1)
+    with pytest.raises(Cancelled):
+        shares.separate_file(song, song.parent / "no", progress=lambda done, total: done < 1)
     assert files_in(song.parent / "no") == []
-    with pytest.raises(Cancelled): shares.separate_files([song], song.parent / "no", progress=lambda done, total: False)
+    with pytest.raises(Cancelled):
+        shares.separate_files([song], song.parent / "no", progress=lambda done, total: False)
     shares.separate_file(song, song.parent / "out", progress=True)
     lines = capsys.readouterr().err.splitlines()
-    assert 1 <= len(lines) <= 10 and all("song.wav" in line and "%" in line for line in lines) and "100%" in lines[-1]
+    assert (1 <= len(lines) <= 10 and all("song.wav" in line and "%" in line for line in lines)
+            and "100%" in lines[-1])
 
 
 def test_threads_are_put_back(song):
-    "Each chunk takes one core, whatever the caller works with, and leaves the caller's setting and that of new threads alone."
+    """Each chunk takes one core, whatever the caller works with, and leaves the caller's setting and that of
+    new threads alone."""
     before, seen, new = torch.get_num_threads(), [], []
     network = Shares()
     network.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
@@ -356,7 +399,11 @@ class Together(Shares):
     "Counts the chunks that are in work together; of the first ones, each waits for another to come."
     def __init__(self, meet=0):
         super().__init__()
-        self.now, self.most, self.calls, self.lock, self.meet = 0, 0, 0, threading.Lock(), threading.Barrier(meet) if meet else None
+        self.now = 0
+        self.most = 0
+        self.calls = 0
+        self.lock = threading.Lock()
+        self.meet = threading.Barrier(meet) if meet else None
 
     def forward(self, x):
         with self.lock:
@@ -372,7 +419,9 @@ class Together(Shares):
 def test_as_many_chunks_at_once_as_threads(threads):
     network = Together(meet=threads)
     x = noise(2, 12 * RATE)
-    assert torch.equal(Separator(network, chunk=1., threads=threads)(x), Separator(Shares(), chunk=1., threads=1)(x))
+    assert torch.equal(
+        Separator(network, chunk=1.0, threads=threads)(x), Separator(Shares(), chunk=1.0, threads=1)(x)
+    )
     assert network.most == threads
 
 
@@ -409,7 +458,9 @@ def test_where_memory_is_short_fewer_go_together(monkeypatch):
 def test_the_next_chunks_wait_for_whoever_takes_the_stems():
     "However long the song, the chunks in work and the stems that nobody has taken are few."
     network = Together()
-    pieces = Separator(network, chunk=1., threads=2).separate_blocks(iter(noise(2, 60 * RATE).split(RATE, -1)), RATE)
+    pieces = Separator(network, chunk=1.0, threads=2).separate_blocks(
+        iter(noise(2, 60 * RATE).split(RATE, -1)), RATE
+    )
     next(pieces)
     time.sleep(0.3)
     assert network.calls <= 5
@@ -459,7 +510,10 @@ def interruptible():
 def start(tmp_path, path, seconds=0.0, kind="quarter"):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, str(script), str(path), str(tmp_path / "out"), str(seconds), kind], stdout=subprocess.PIPE, text=True, preexec_fn=interruptible)
+    return subprocess.Popen(
+        [sys.executable, str(script), str(path), str(tmp_path / "out"), str(seconds), kind],
+        stdout=subprocess.PIPE, text=True, preexec_fn=interruptible,
+    )
 
 
 def long_file(path, seconds):
@@ -483,14 +537,18 @@ def test_killed_half_way(tmp_path, how):
     for folder in left: os.utime(folder, (0, 0))
     process = start(tmp_path, tmp_path / "song.wav")
     process.communicate()
-    assert process.returncode == 0 and not list((tmp_path / "out").glob(".*")) and len(files_in(tmp_path / "out")) == 4
+    assert (process.returncode == 0 and not list((tmp_path / "out").glob(".*"))
+            and len(files_in(tmp_path / "out")) == 4)
 
 
 def test_terminated_half_way(tmp_path):
     "A polite kill: status 143, one line, nothing left."
     path = long_file(tmp_path / "song.wav", 300)
-    process = subprocess.Popen([sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", "separate", str(path), "--out", str(tmp_path / "out")],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", "separate",
+         str(path), "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
     while not list((tmp_path / "out").glob(".separating-*/*")): assert process.poll() is None
     process.terminate()
     error = process.communicate()[1]
@@ -503,7 +561,9 @@ def memory(tmp_path, seconds, kind):
     process = start(tmp_path, long_file(tmp_path / "song.wav", seconds), kind=kind)
     *lines, frames = process.communicate()[0].splitlines()
     assert process.returncode == 0 and int(frames) == seconds * 44100
-    assert sorted(x.name for x in (tmp_path / "out").rglob("*.wav")) == ["bass.wav", "drums.wav", "other.wav", "vocals.wav"]
+    assert sorted(x.name for x in (tmp_path / "out").rglob("*.wav")) == [
+        "bass.wav", "drums.wav", "other.wav", "vocals.wav",
+    ]
     for path in (tmp_path / "out").rglob("*.wav"): path.unlink()
     return [tuple(map(float, line.split())) for line in lines]
 
@@ -546,12 +606,16 @@ def test_hub(tmp_path, monkeypatch, song):
         def create_repo(self, repo, private, exist_ok): (tmp_path / "hub" / repo).mkdir(exist_ok=exist_ok)
         def upload_folder(self, repo_id, folder_path, allow_patterns):
             for name in allow_patterns:
-                if (Path(folder_path) / name).exists(): (tmp_path / "hub" / repo_id / name).write_bytes((Path(folder_path) / name).read_bytes())
+                if (Path(folder_path) / name).exists():
+                    (tmp_path / "hub" / repo_id / name).write_bytes((Path(folder_path) / name).read_bytes())
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, revision, allow_patterns: str(tmp_path / "hub" / repo))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda repo, revision, allow_patterns: str(tmp_path / "hub" / repo))
     assert push_to_hub(tmp_path / "run", "someone/model") == "hf:someone/model"
     assert files_in(tmp_path / "hub") == ["someone/model/model.safetensors", "someone/model/recipe.json"]
-    there, here = (Separator.from_pretrained(x).separate(song)["bass"] for x in ("hf:someone/model", tmp_path / "run"))
+    there, here = (
+        Separator.from_pretrained(x).separate(song)["bass"] for x in ("hf:someone/model", tmp_path / "run")
+    )
     assert torch.equal(there, here)
     def offline(*_, **__): raise ConnectionError("no network")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
@@ -560,9 +624,13 @@ def test_hub(tmp_path, monkeypatch, song):
 
 # Export
 
-TWINS = {"baseline": lambda: Baseline(hidden_size=4, window_length=256, hop_length=64),
-         "recurrent": lambda: Recurrent(hidden=8, layers=2, single=20, window_length=256, hop_length=64),
-         "ddm": lambda: DeepDeMix(duration=0.5, sample_rate=RATE, window_length=128, hop_length=64, conv_channels=(2, 3, 4, 5), linears=(8, 8), latent=6, pools=((4, 4), (2, 2)), grid=(2, 4, 4), hidden=5)}
+TWINS = {
+    "baseline": lambda: Baseline(hidden_size=4, window_length=256, hop_length=64),
+    "recurrent": lambda: Recurrent(hidden=8, layers=2, single=20, window_length=256, hop_length=64),
+    "ddm": lambda: DeepDeMix(duration=0.5, sample_rate=RATE, window_length=128, hop_length=64,
+                             conv_channels=(2, 3, 4, 5), linears=(8, 8), latent=6, pools=((4, 4), (2, 2)),
+                             grid=(2, 4, 4), hidden=5),
+}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -577,7 +645,10 @@ def test_export(tmp_path, name, kind):
     if kind == "onnx": x = torch.randn(2, network.channels, (frames - 1) * network.stft.hop_length) / 8
     with torch.no_grad(): expected = network.mask(x) if kind == "pt" else network(x)
     if kind == "pt": exported = torch.jit.load(str(path))(x)
-    else: exported = torch.from_numpy(onnxruntime.InferenceSession(str(path)).run(None, {"mixture": x.numpy()})[0])
+    else:
+        exported = torch.from_numpy(
+            onnxruntime.InferenceSession(str(path)).run(None, {"mixture": x.numpy()})[0]
+        )
     assert exported.shape == expected.shape and (exported - expected).abs().max() < 1e-4
     assert files_in(tmp_path) == [f"network.{kind}"]
 
@@ -593,11 +664,14 @@ def test_export_refuses(tmp_path):
 def test_export_of_a_network_that_works_on_phases(tmp_path, refine):
     "Any batch and any number of frames, the Wiener filter included."
     torch.manual_seed(1)
-    network = Compact(window_length=256, hop_length=64, octave=8, band=4, width=8, hidden=8, layers=1, refine=refine).eval()
+    network = Compact(
+        window_length=256, hop_length=64, octave=8, band=4, width=8, hidden=8, layers=1, refine=refine
+    ).eval()
     exported = torch.jit.load(str(export(network, tmp_path / "x.pt")))
     for batch, frames in (1, 9), (4, 71):
         spectrum = torch.randn(batch, 2, frames, network.stft.n_f, dtype=torch.cfloat)
-        with torch.no_grad(): torch.testing.assert_close(exported(spectrum), network.estimate(spectrum), atol=1e-4, rtol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(spectrum), network.estimate(spectrum), atol=1e-4, rtol=0)
 
 
 # The models that came with the package
@@ -621,7 +695,8 @@ def test_what_chunking_costs(name):
     separator = Separator.from_pretrained(name, device="cpu")
     song = toy_song(seed=5, duration=60.0, sample_rate=separator.sample_rate)
     with torch.no_grad(): whole = by_groups(separator.network, song.sum(0)[None], separator.channels)[0]
-    sdr = [torch.as_tensor(framewise_sdr(song, x, separator.sample_rate)).nanmedian(-1).values for x in (whole, separator(song.sum(0)))]
+    sdr = [torch.as_tensor(framewise_sdr(song, x, separator.sample_rate)).nanmedian(-1).values
+           for x in (whole, separator(song.sum(0)))]
     print(f"{name}: chunking costs {float((sdr[0] - sdr[1]).mean()):.3f} dB of SDR")
     assert float((sdr[0] - sdr[1]).mean()) < 0.1
 
@@ -636,36 +711,48 @@ def test_cuda_agrees_with_the_processor(convolutions):
 
 @pytest.mark.parametrize("name", pretrained_names() or [None])
 def test_a_bundled_model_exported_is_the_same_on_music(name, tmp_path):
-    "Bands that hardly vary in training have large factors in a batch norm: an export that folds them loses four digits."
+    """Bands that hardly vary in training have large factors in a batch norm: an export that folds them loses
+    four digits."""
     if name is None: pytest.skip("no model is bundled yet")
-    network, song = Separator.from_pretrained(name, device="cpu").network, toy_song(3, duration=6.0).sum(0)[None]
+    network = Separator.from_pretrained(name, device="cpu").network
+    song = toy_song(3, duration=6.0).sum(0)[None]
     if hasattr(network, "estimate"):
-        exported, spectrum = torch.jit.load(str(export(network, tmp_path / "network.pt"))), network.spectrum(song)
+        exported = torch.jit.load(str(export(network, tmp_path / "network.pt")))
+        spectrum = network.spectrum(song)
         with torch.no_grad():
             back = network.stft.inverse(exported(spectrum).movedim(2, -1), song.shape[-1])
             torch.testing.assert_close(back, network(song), atol=1e-4, rtol=0)
         return
     onnxruntime = pytest.importorskip("onnxruntime")
-    path, song = export(network, tmp_path / "network.onnx"), song[:, :network.channels, :segment_of(network) or song.shape[-1]]
-    exported = torch.from_numpy(onnxruntime.InferenceSession(str(path)).run(None, {"mixture": song.numpy()})[0])
+    path, song = (export(network, tmp_path / "network.onnx"),
+                  song[:, : network.channels, : segment_of(network) or song.shape[-1]])
+    exported = torch.from_numpy(
+        onnxruntime.InferenceSession(str(path)).run(None, {"mixture": song.numpy()})[0]
+    )
     with torch.no_grad(): assert (exported - network(song)).abs().max() < 1e-4
 
 
 def test_a_song_far_beyond_full_scale_is_named(tmp_path):
     import soundfile
     soundfile.write(tmp_path / "huge.wav", np.full((44100, 2), 1e30, np.float32), 44100, subtype="FLOAT")
-    done = Separator.from_pretrained("default", device="cpu").separate_files(tmp_path / "huge.wav", tmp_path / "out")
-    assert "huge.wav" in done["failed"][0] and "1e+30" in done["failed"][0] and files_in(tmp_path / "out") == []
+    done = Separator.from_pretrained("default", device="cpu").separate_files(
+        tmp_path / "huge.wav", tmp_path / "out"
+    )
+    assert (
+        "huge.wav" in done["failed"][0] and "1e+30" in done["failed"][0] and files_in(tmp_path / "out") == []
+    )
 
 
 @pytest.mark.parametrize("options", [dict(threads=0), dict(threads=100_000), dict(batch_size=0)])
 def test_counts_out_of_range(options):
-    with pytest.raises(UserError, match="use 1"): Separator.from_pretrained("default", device="cpu", **options)
+    with pytest.raises(UserError, match="use 1"):
+        Separator.from_pretrained("default", device="cpu", **options)
 
 
 def test_every_piece_of_a_song_tidies_the_memory(monkeypatch):
     "An hour that is separated piece by piece keeps no more than a piece takes."
     import contextlib
+
     from deepdemix import separation
     tidied = []
     monkeypatch.setattr(separation, "keep_memory", lambda: contextlib.nullcontext(lambda: tidied.append(1)))
@@ -693,12 +780,19 @@ def test_damage_is_reported_for_its_own_song(song):
     write(song.parent / "cut.wav", noise(2, 30 * RATE), RATE)
     (song.parent / "cut.wav").write_bytes((song.parent / "cut.wav").read_bytes()[:25 * RATE * 4])
     summaries, gates = {}, {name: Gate() for name in ("cut.wav", "song.wav")}
-    def separate(name): summaries[name] = Separator(gates[name], chunk=1.0).separate_file(song.parent / name, song.parent / "out")
+    def separate(name):
+        summaries[name] = Separator(gates[name], chunk=1.0).separate_file(
+            song.parent / name, song.parent / "out"
+        )
     threads = {name: threading.Thread(target=separate, args=[name]) for name in gates}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for name in gates: threads[name].start(); assert gates[name].here.wait(60)
-        for name in gates: gates[name].go.set(); threads[name].join()
+        for name in gates:
+            threads[name].start()
+            assert gates[name].here.wait(60)
+        for name in gates:
+            gates[name].go.set()
+            threads[name].join()
     assert "cut.wav" in summaries["cut.wav"]["damage"] and summaries["song.wav"]["damage"] is None
     assert [str(w.message) for w in caught if w.category is DamagedAudio] == [summaries["cut.wav"]["damage"]]
 
@@ -716,9 +810,12 @@ def test_many_songs_leave_the_filters_of_warnings_alone(shares, song, recwarn):
 def test_between_two_pieces_nothing_is_held(song):
     "Whoever takes one piece and then trains, or never comes back, finds all as it was."
     before = torch.get_num_threads()
-    pieces = Separator(Shares(), chunk=1.0, threads=before + 1).separate_blocks(iter(noise(2, 5 * RATE).split(RATE, -1)), RATE)
+    pieces = Separator(Shares(), chunk=1.0, threads=before + 1).separate_blocks(
+        iter(noise(2, 5 * RATE).split(RATE, -1)), RATE
+    )
     next(pieces)
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and torch.get_num_threads() == before
+    assert (torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            and torch.get_num_threads() == before)
     weight = torch.ones(3, requires_grad=True)
     (nn.functional.relu(weight) * 2).sum().backward()
     assert torch.equal(weight.grad, torch.full((3,), 2.))
@@ -741,7 +838,8 @@ def test_stems_are_ordinary_tensors(convolutions):
     separator, weight = Separator(convolutions, chunk=1.0), torch.ones(1, requires_grad=True)
     x = noise(2, 2 * RATE).requires_grad_()
     pieces = [y for pair in separator.separate_blocks(iter(x.split(RATE, -1)), RATE) for y in pair]
-    for y in [separator(x), *separator.separate(x, RATE).values(), *separator.separate(x, 2 * RATE).values(), *pieces]:
+    for y in [separator(x), *separator.separate(x, RATE).values(), *separator.separate(x, 2 * RATE).values(),
+              *pieces]:
         assert not y.is_inference() and not y.requires_grad
         weight.grad = None
         (y * weight).square().sum().backward()
@@ -759,7 +857,8 @@ def test_threads_of_other_threads_stay():
 
 SEPARATING = [
     x for x in known_networks()
-    if x not in ("encoder", "ensemble") and NETWORKS[x].__module__.startswith("deepdemix.") # none of a test's own
+    # none of a test's own
+    if x not in ("encoder", "ensemble") and NETWORKS[x].__module__.startswith("deepdemix.")
 ]
 
 @pytest.mark.parametrize("name", SEPARATING)
@@ -792,12 +891,15 @@ def test_under_a_default_of_double_precision(name, tmp_path, doubles):
     x = noise(2, 50_000)
     write(tmp_path / "song.wav", x, 48_000)
     single = Separator.from_pretrained(tmp_path / "run", device="cpu", chunk=None)
-    expected, of_file = single.separate(x), single.separate_file(tmp_path / "song.wav", tmp_path / "single", subtype="float")
+    expected = single.separate(x)
+    of_file = single.separate_file(tmp_path / "song.wav", tmp_path / "single", subtype="float")
     doubles()
     double = Separator.from_pretrained(tmp_path / "run", device="cpu")
-    for stem, y in double.separate(x).items(): assert y.dtype == torch.float32 and (y - expected[stem]).abs().max() < 1e-4
+    for stem, y in double.separate(x).items():
+        assert y.dtype == torch.float32 and (y - expected[stem]).abs().max() < 1e-4
     outputs = double.separate_file(tmp_path / "song.wav", tmp_path / "double", subtype="float")["outputs"]
-    for stem, path in outputs.items(): assert (read(path)[0] - read(of_file["outputs"][stem])[0]).abs().max() < 1e-4
+    for stem, path in outputs.items():
+        assert (read(path)[0] - read(of_file["outputs"][stem])[0]).abs().max() < 1e-4
     assert double(x).dtype == torch.float32 and double(x[:, :0]).dtype == torch.float32
 
 
@@ -812,7 +914,9 @@ def test_a_name_of_dots_stays_inside(shares, song, name):
     for overwrite in (False, True):
         folder = Path(shares.separate_file(dots, out, overwrite=overwrite)["folder"])
         assert folder.parent == out and folder.resolve().parent == out.resolve() and folder.name.strip(". ")
-    assert files_in(song.parent / "deep") == ["drums.wav", *(f"out/{folder.name}/{stem}.wav" for stem in ("bass", "drums", "other", "vocals"))]
+    assert files_in(song.parent / "deep") == [
+        "drums.wav", *(f"out/{folder.name}/{stem}.wav" for stem in ("bass", "drums", "other", "vocals")),
+    ]
     assert (song.parent / "deep" / "drums.wav").read_text() == "mine"
 
 
@@ -848,7 +952,8 @@ def test_arrays_as_programs_hand_them_over(shares):
     expected = shares.separate(x, RATE)["vocals"]
     frozen = x.copy()
     frozen.flags.writeable = False
-    for other in (x[:, ::-1][:, ::-1], x[::-1, ::-1][::-1, ::-1], np.asfortranarray(x), x.astype(">f4"), frozen, x.tolist()):
+    for other in (x[:, ::-1][:, ::-1], x[::-1, ::-1][::-1, ::-1], np.asfortranarray(x), x.astype(">f4"),
+                  frozen, x.tolist()):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert np.array_equal(shares.separate(other, RATE)["vocals"], expected)
@@ -865,15 +970,21 @@ def test_a_song_of_a_sample_or_two(shares, shape):
 @pytest.mark.parametrize("rate", [0, -1, "44100", "", float("nan"), float("inf"), True, 1j])
 def test_what_is_no_rate(shares, song, rate):
     x = noise(2, RATE)
-    for call in (lambda: shares.separate(x, rate), lambda: shares.separate(song, rate), lambda: list(shares.separate_blocks(iter([x]), rate))):
+    for call in (lambda: shares.separate(x, rate), lambda: shares.separate(song, rate),
+                 lambda: list(shares.separate_blocks(iter([x]), rate))):
         with pytest.raises(UserError, match="44100"): call()
     network = Shares()
     network.sample_rate = rate
     with pytest.raises(UserError, match="44100"): Separator(network)
-    assert shares.separate(x, np.int64(RATE))["bass"].shape == x.shape == shares.separate(x, float(RATE))["bass"].shape
+    assert (shares.separate(x, np.int64(RATE))["bass"].shape == x.shape
+            == shares.separate(x, float(RATE))["bass"].shape)
 
 
-@pytest.mark.parametrize("x", [np.ones(9, int), np.ones(9, bool), np.ones((2, 9), complex), [[1.], [1., 2.]], np.ones((1, 2, 3)), None, "no such file.wav"])
+@pytest.mark.parametrize(
+    "x",
+    [np.ones(9, int), np.ones(9, bool), np.ones((2, 9), complex), [[1.0], [1.0, 2.0]], np.ones((1, 2, 3)),
+     None, "no such file.wav"],
+)
 def test_what_is_no_waveform(shares, x):
     with pytest.raises(UserError): shares.separate(x, RATE)
 
@@ -896,18 +1007,26 @@ def test_the_second_sound_track(shares, tmp_path):
     import av
     path, tracks = tmp_path / "film.mkv", [chord(2, 16000, 48000), chord(1, 16000, 48000) / 2]
     with av.open(str(path), "w") as container:
-        streams = [container.add_stream("pcm_s16le", rate=48000, layout=layout) for layout in ("stereo", "mono")]
+        streams = [
+            container.add_stream("pcm_s16le", rate=48000, layout=layout) for layout in ("stereo", "mono")
+        ]
         for stream, x in zip(streams, tracks):
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray((x.T * 32767).short().numpy().reshape(1, -1)), format="s16", layout=stream.layout.name)
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray((x.T * 32767).short().numpy().reshape(1, -1)), format="s16",
+                layout=stream.layout.name,
+            )
             frame.sample_rate = 48000
             for packet in [*stream.encode(frame), *stream.encode(None)]: container.mux(packet)
     for track, x in enumerate(tracks, 1):
         stems = shares.separate(path, track=track)
         assert (sum(stems.values()) - x).abs().max() < 1e-3
         summary = shares.separate_file(path, tmp_path / "out", track=track, subtype="float")
-        assert summary["channels"] == len(x) and torch.allclose(read(summary["outputs"]["bass"])[0], stems["bass"])
+        assert summary["channels"] == len(x) and torch.allclose(
+            read(summary["outputs"]["bass"])[0], stems["bass"]
+        )
     for track in (0, 3, -1):
-        with pytest.raises(UserError, match="has 2 sound track"): shares.separate_file(path, tmp_path / "no", track=track)
+        with pytest.raises(UserError, match="has 2 sound track"):
+            shares.separate_file(path, tmp_path / "no", track=track)
     assert not (tmp_path / "no").exists()
 
 
@@ -920,7 +1039,9 @@ def test_stems_of_an_earlier_run_are_no_songs(shares, tmp_path):
     for out in (album, album / "stems", tmp_path / "elsewhere"):
         for options in {}, dict(two_stems="vocals"):
             done = shares.separate_files([album], out, overwrite=True, **options)
-            assert sorted(Path(x["input"]).relative_to(album).as_posix() for x in done["songs"]) == ["a.wav", "cd 2/b.wav", "cd 2/drums.wav"], out
+            assert sorted(Path(x["input"]).relative_to(album).as_posix() for x in done["songs"]) == [
+                "a.wav", "cd 2/b.wav", "cd 2/drums.wav",
+            ], out
     assert "stems of an earlier run" in done["passed_over"][0]
     named = shares.separate_files([album / "a" / "bass.wav"], tmp_path / "named")
     assert named["failed"] == [] and len(named["songs"]) == 1
@@ -933,20 +1054,25 @@ def test_endings_of_sound(tmp_path, suffix):
 
 
 def test_what_is_passed_over_is_counted(shares, tmp_path):
-    for name in ("a.wav", "@eaDir/a.wav", "__MACOSX/._a.wav", ".hidden/b.wav", ".c.wav"): write(tmp_path / "in" / name, noise(1, 100), RATE)
+    for name in ("a.wav", "@eaDir/a.wav", "__MACOSX/._a.wav", ".hidden/b.wav", ".c.wav"):
+        write(tmp_path / "in" / name, noise(1, 100), RATE)
     for name in ("cover.jpg", "back.JPG", "notes"): (tmp_path / "in" / name).write_text("")
     done = shares.separate_files([tmp_path / "in"], tmp_path / "out")
-    assert len(done["songs"]) == 1 and done["passed_over"] == [f"{tmp_path / 'in'}: not taken: 2 .jpg, 1 without an ending"]
+    assert len(done["songs"]) == 1 and done["passed_over"] == [
+        f"{tmp_path / 'in'}: not taken: 2 .jpg, 1 without an ending"
+    ]
 
 
 def test_skip_existing(shares, tmp_path):
-    for i, name in enumerate(("a/song.wav", "b/song.wav", "b/other.wav")): write(tmp_path / name, noise(1, 8000 * (i + 1)), RATE)
+    for i, name in enumerate(("a/song.wav", "b/song.wav", "b/other.wav")):
+        write(tmp_path / name, noise(1, 8000 * (i + 1)), RATE)
     folders, seen = [tmp_path / "a", tmp_path / "b"], shares.network.seen
     first = shares.separate_files(folders, tmp_path / "out", skip_existing=True)
     before = {x: (tmp_path / "out" / x).stat().st_mtime_ns for x in files_in(tmp_path / "out")}
     seen.clear()
     again = shares.separate_files(folders, tmp_path / "out", skip_existing=True)
-    assert seen == [] and [x["folder"] for x in again["songs"]] == [x["folder"] for x in first["songs"]] and all(x["skipped"] for x in again["songs"])
+    assert (seen == [] and [x["folder"] for x in again["songs"]] == [x["folder"] for x in first["songs"]]
+            and all(x["skipped"] for x in again["songs"]))
     assert {x: (tmp_path / "out" / x).stat().st_mtime_ns for x in files_in(tmp_path / "out")} == before
     (tmp_path / "out" / "other" / "bass.wav").unlink()
     third = shares.separate_files(folders, tmp_path / "out", skip_existing=True)
@@ -954,22 +1080,41 @@ def test_skip_existing(shares, tmp_path):
     write(tmp_path / "aa" / "song.wav", noise(1, 40000), RATE)
     new = shares.separate_files([tmp_path / "aa"], tmp_path / "out", skip_existing=True)
     assert Path(new["songs"][0]["folder"]).name == "song-3", "a longer song of the same name is another"
-    assert shares.separate_files([tmp_path / "a"], tmp_path / "out", skip_existing=True, format="flac")["songs"][0].get("skipped") is None
-    with pytest.raises(UserError, match="choose one"): shares.separate_files(folders, tmp_path / "out", skip_existing=True, overwrite=True)
+    assert (
+        shares.separate_files([tmp_path / "a"], tmp_path / "out", skip_existing=True, format="flac")["songs"][
+            0
+        ].get("skipped")
+        is None
+    )
+    with pytest.raises(UserError, match="choose one"):
+        shares.separate_files(folders, tmp_path / "out", skip_existing=True, overwrite=True)
 
 
 # Before the work, and after it
 
-@pytest.mark.parametrize("options", [dict(subtype="99bit"), dict(subtype="ADPCM"), dict(subtype="IMA_ADPCM"), dict(format="flac", subtype="float"), dict(format="mp3", subtype="24"), dict(format="opus")])
+@pytest.mark.parametrize(
+    "options",
+    [dict(subtype="99bit"), dict(subtype="ADPCM"), dict(subtype="IMA_ADPCM"),
+     dict(format="flac", subtype="float"), dict(format="mp3", subtype="24"), dict(format="opus")],
+)
 def test_what_cannot_be_written_leaves_no_folder(shares, tmp_path, options):
     write(tmp_path / "song.wav", noise(2, 1000), 44100)
-    with pytest.raises(UserError) as error: shares.separate_file(tmp_path / "song.wav", tmp_path / "new" / "out", **options)
+    with pytest.raises(UserError) as error:
+        shares.separate_file(tmp_path / "song.wav", tmp_path / "new" / "out", **options)
     assert "ADPCM," not in str(error.value) and [x.name for x in tmp_path.iterdir()] == ["song.wav"]
 
 
 def test_depths_by_any_name(shares, song):
-    for subtype, codec in (("24bit", "pcm_s24le"), ("24-bit", "pcm_s24le"), ("PCM_24", "pcm_s24le"), ("16 bits", "pcm_s16le"), ("FLOAT", "pcm_f32le"), (64, "pcm_f64le")):
-        assert probe(shares.separate_file(song, song.parent / "out", subtype=subtype, stems="bass")["outputs"]["bass"]).codec == codec
+    for subtype, codec in (("24bit", "pcm_s24le"), ("24-bit", "pcm_s24le"), ("PCM_24", "pcm_s24le"),
+                           ("16 bits", "pcm_s16le"), ("FLOAT", "pcm_f32le"), (64, "pcm_f64le")):
+        assert (
+            probe(
+                shares.separate_file(song, song.parent / "out", subtype=subtype, stems="bass")["outputs"][
+                    "bass"
+                ]
+            ).codec
+            == codec
+        )
 
 
 def test_an_output_that_is_a_file_is_refused_once(shares, song):
@@ -984,4 +1129,6 @@ def test_a_model_by_one_of_its_files(tmp_path, song):
     whole = Separator.from_pretrained(tmp_path / "run")
     for name in ("model.safetensors", "recipe.json"):
         separator = Separator.from_pretrained(tmp_path / "run" / name)
-        assert separator.name == "run" and torch.equal(separator.separate(song)["bass"], whole.separate(song)["bass"])
+        assert separator.name == "run" and torch.equal(
+            separator.separate(song)["bass"], whole.separate(song)["bass"]
+        )

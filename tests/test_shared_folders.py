@@ -4,20 +4,17 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-
-from deepdemix.foundations.files import hidden_name
-from deepdemix.foundations.encoding import write
-from deepdemix.foundations.store import Store
-from deepdemix.data import prepare_stems
-from deepdemix.separation import Separator
-from deepdemix.foundations.stem_folders import sweep
 from test_data import make_song, prepared
 from test_separation import RATE, Shares, noise
+
+from deepdemix.foundations.encoding import write
+from deepdemix.foundations.files import hidden_name
+from deepdemix.foundations.stem_folders import sweep
+from deepdemix.foundations.store import Store
+from deepdemix.separation import Separator
 
 HOLD = """
 import fcntl, sys
@@ -40,7 +37,8 @@ def no_locks(monkeypatch):
 @pytest.fixture
 def other(tmp_path):
     "Another process that is separating a song into `out`: the process and its hidden folder."
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
     yield process, tmp_path / "out" / process.stdout.readline().strip()
     process.communicate("\n")
 
@@ -85,7 +83,8 @@ def test_folders_and_files_get_the_permissions_that_the_user_gives(tmp_path, mas
     finally: os.umask(before)
     for folder in (Path(made["folder"]), tmp_path / "out", store.path, store.path / "songs"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask, folder
-    for file in (*Path(made["folder"]).iterdir(), store.path / "store.json", *(store.path / "songs").iterdir()):
+    for file in (*Path(made["folder"]).iterdir(), store.path / "store.json",
+                 *(store.path / "songs").iterdir()):
         assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask, file
 
 
@@ -100,7 +99,8 @@ def test_preparing_a_store_leaves_what_others_are_writing(tmp_path, no_locks):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     mine = hidden_name(suffix=".part.npy")
-    dead, theirs = mine.replace(f"-{os.getpid()}-", f"-{ended.pid}-"), ".elsewhere-123456-1-0123456789ab.part.npy"
+    dead = mine.replace(f"-{os.getpid()}-", f"-{ended.pid}-")
+    theirs = ".elsewhere-123456-1-0123456789ab.part.npy"
     for name in (mine, dead, theirs): (tmp_path / "out" / "songs" / name).touch()
     assert prepared(tmp_path / "in", tmp_path / "out").verify() == []
     assert parts(tmp_path / "out") == {mine, theirs}
@@ -115,7 +115,11 @@ print(prepare_toy(5, sys.argv[1], duration=1., workers=1, progress=False).digest
 
 
 def test_two_processes_without_locks_make_one_whole_store(tmp_path):
-    both = [subprocess.Popen([sys.executable, "-c", PREPARE, str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", PREPARE, str(tmp_path / "store")], stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [p.communicate(timeout=180) for p in both]
     store = Store.open(tmp_path / "store")
     assert {out for out, _ in said} == {store.digest + "\n"}, said

@@ -19,7 +19,8 @@ def test_paired_intervals_hold_the_truth(runs, spread, average):
     def once(k):
         rng = np.random.default_rng([k, runs])
         shared = rng.normal(0, 3, (1, 50, 1)) + rng.normal(0, .3, (runs, 1, 1))
-        change = .4 + rng.normal(0, spread, (runs, 1, 1)) + rng.normal(0, .3, (1, 50, 1)) + rng.normal(0, .3, (runs, 50, 1))
+        change = (0.4 + rng.normal(0, spread, (runs, 1, 1)) + rng.normal(0, 0.3, (1, 50, 1))
+                  + rng.normal(0, 0.3, (runs, 50, 1)))
         found = S.paired(shared, shared + change, average, draws=80, seed=k)
         return found["low"], found["high"]
     assert .92 <= covered(once, .4) <= .98
@@ -30,7 +31,9 @@ def test_unpaired_runs_hold_the_truth(runs):
     def once(k):
         rng = np.random.default_rng([k, runs])
         songs = rng.normal(0, 3, (1, 50, 1))
-        def model(gain): return songs + gain + rng.normal(0, .2, (runs, 1, 1)) + rng.normal(0, .3, (1, 50, 1)) + rng.normal(0, .3, (runs, 50, 1))
+        def model(gain):
+            return (songs + gain + rng.normal(0, 0.2, (runs, 1, 1)) + rng.normal(0, 0.3, (1, 50, 1))
+                    + rng.normal(0, 0.3, (runs, 50, 1)))
         found = S.paired(model(0), model(.4), same_seeds=False, draws=80, seed=k)
         return found["low"], found["high"]
     assert .92 <= covered(once, .4) <= .98
@@ -38,7 +41,9 @@ def test_unpaired_runs_hold_the_truth(runs):
 
 def test_one_run_covers_other_songs():
     def once(k):
-        songs = np.random.default_rng(k).gumbel(size=(50, 1)) + np.random.default_rng([k, 1]).normal(size=(50, 4))
+        songs = np.random.default_rng(k).gumbel(size=(50, 1)) + np.random.default_rng([k, 1]).normal(
+            size=(50, 4)
+        )
         return S.overall_interval(songs, draws=200, seed=k)
     many = np.random.default_rng(10 ** 6)
     truth = np.median(many.gumbel(size=10 ** 6) + many.normal(size=10 ** 6))

@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..audio import STFT
-from ..foundations.files import UserError
 from ..augmentation import Mixer
 from .losses import Contrast
 from .probing import cloud, neighbour_accuracy
-from ..tasks import VALID_SEED, Task, build_task, register_task, register_term
+from ..foundations.files import UserError
 from ..foundations.randomness import seeded
+from ..tasks import VALID_SEED, Task, build_task, register_task, register_term
 
 # %% ../../nbs/contrast/dense.ipynb #f2685163
 class Grid(nn.Module):

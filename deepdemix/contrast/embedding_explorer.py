@@ -24,7 +24,9 @@ class Explorer:
         self.excerpts = draw_excerpts(store, getattr(network, "duration", 5.), per_song)
         self.points = project(embed_excerpts(network, self.excerpts), seed)
         self.by = w.ToggleButtons(options=["instrument", "song"], description="colour")
-        self.point = w.Dropdown(options=[(self.title(i), i) for i in range(len(self.excerpts))], description="excerpt")
+        self.point = w.Dropdown(
+            options=[(self.title(i), i) for i in range(len(self.excerpts))], description="excerpt"
+        )
         self.text, self.sound = w.Label(), w.Audio(format="wav", autoplay=False, loop=False)
         figure, self.ax = plt.subplots(figsize=(5, 4), dpi=75)
         self.live = isinstance(figure.canvas, w.DOMWidget)
@@ -37,7 +39,8 @@ class Explorer:
 
     def title(self, i):
         "What the list calls excerpt `i`."
-        return f"{i}: {self.excerpts.instruments[self.excerpts.labels[i]]} of {self.excerpts.titles[self.excerpts.songs[i]]}"
+        return (f"{i}: {self.excerpts.instruments[self.excerpts.labels[i]]} of"
+                f" {self.excerpts.titles[self.excerpts.songs[i]]}")
 
     def _ipython_display_(self):
         from IPython.display import display
@@ -63,7 +66,8 @@ def clicked(self:Explorer,
             event, # of matplotlib, with xdata and ydata
            ):
     "Choose the excerpt nearest to the mouse."
-    if event.inaxes is self.ax: self.point.value = int(np.hypot(*(self.points - (event.xdata, event.ydata)).T).argmin())
+    if event.inaxes is self.ax:
+        self.point.value = int(np.hypot(*(self.points - (event.xdata, event.ydata)).T).argmin())
 
 # %% ../../nbs/contrast/embedding_explorer.ipynb #946d2bca
 def explore(
@@ -72,5 +76,6 @@ def explore(
     per_song:int=4, # places in each song
     seed:int=0, # of the projection
 ) -> Explorer: # shows itself at the end of a cell
-    "A map of excerpts to walk and listen through. The sound travels to the page: clear the output before sharing songs that may not be shared."
+    """A map of excerpts to walk and listen through. The sound travels to the page: clear the output before
+    sharing songs that may not be shared."""
     return Explorer(network, store, per_song, seed)

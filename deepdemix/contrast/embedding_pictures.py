@@ -17,7 +17,8 @@ from ..foundations.run_metrics import read_metrics
 def show_pretraining(
     run, # a run folder, or a dictionary of label: run folder
 ): # the figure
-    "Figure 3 of the paper and its companion: the contrastive loss with its collapse value, and nearest-neighbour accuracy on songs never trained on."
+    """Figure 3 of the paper and its companion: the contrastive loss with its collapse value, and
+    nearest-neighbour accuracy on songs never trained on."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     runs = run if isinstance(run, dict) else {"": run}
@@ -30,7 +31,10 @@ def show_pretraining(
         right.plot(table.epoch, table.valid_knn, color=f"C{i}", marker=".")
     left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="nearest-neighbour\naccuracy", ylim=(0, 1.02))
-    lines = [Line2D([], [], color="gray", ls=style, label=what) for what, style in (("training batches", "--"), ("validation songs", "-"), ("all one point", ":"))]
+    lines = [
+        Line2D([], [], color="gray", ls=style, label=what)
+        for what, style in (("training batches", "--"), ("validation songs", "-"), ("all one point", ":"))
+    ]
     names = [Line2D([], [], color=f"C{i}", marker=".", label=label) for i, label in enumerate(runs) if label]
     fig.legend(handles=names + lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return fig
@@ -45,7 +49,9 @@ def confusion(
     "Which instruments are taken for which."
     import pandas as pd
     from sklearn.metrics import confusion_matrix
-    known, asked = alike(*(draw_excerpts(s, getattr(network, "duration", 5.), per_song) for s in (store_train, store_test)))
+    known, asked = alike(
+        *(draw_excerpts(s, getattr(network, "duration", 5.0), per_song) for s in (store_train, store_test))
+    )
     said = linear_probe(embed_excerpts(network, known), known.labels, embed_excerpts(network, asked))
     names = list(asked.instruments)
     matrix = confusion_matrix(asked.labels, said, labels=range(len(names)), normalize="true")
@@ -61,7 +67,10 @@ def show_confusion(
     ax = ax or plt.subplots(figsize=(3.2, 2.8), dpi=75)[1]
     ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(table.values):
-        for j, v in enumerate(row): ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=9, color="white" if v > 0.5 else "black")
+        for j, v in enumerate(row):
+            ax.text(
+                j, i, f"{v:.2f}", ha="center", va="center", fontsize=9, color="white" if v > 0.5 else "black"
+            )
     ax.set_xticks(range(len(table.columns)), table.columns, rotation=90)
     ax.set_yticks(range(len(table)), table.index)
     ax.set(xlabel="said", ylabel="true")
@@ -74,7 +83,10 @@ def project(
 ) -> np.ndarray: # (n, 2)
     "t-SNE: neighbours stay neighbours, distances between groups mean little."
     z = np.asarray(z)
-    if len(z) < 3: raise UserError(f"a map needs 3 excerpts or more, not {len(z)}: take more songs, or more places in each")
+    if len(z) < 3:
+        raise UserError(
+            f"a map needs 3 excerpts or more, not {len(z)}: take more songs, or more places in each"
+        )
     from sklearn.manifold import TSNE
     return TSNE(perplexity=min(30, max(2, (len(z) - 1) // 3)), init="pca", random_state=seed).fit_transform(z)
 
@@ -91,7 +103,8 @@ def show_embedding(
     ax = ax or plt.subplots(figsize=(3.2, 3), dpi=75)[1]
     for k, name in enumerate(excerpts.instruments):
         here = excerpts.labels == k
-        color = SOURCE_COLORS.get(name, f"C{k}") if by == "instrument" else plt.get_cmap("turbo")(excerpts.songs[here] / max(1, excerpts.songs.max()))
+        color = (SOURCE_COLORS.get(name, f"C{k}") if by == "instrument"
+                 else plt.get_cmap("turbo")(excerpts.songs[here] / max(1, excerpts.songs.max())))
         ax.scatter(*points[here].T, c=color, s=22, marker="osX^Dv"[k % 6], label=name, linewidths=0)
     ax.set(xticks=[], yticks=[], title=title)
     return ax
@@ -102,9 +115,11 @@ def show_maps(
     store, # with a train and a valid split
     per_song:int=4, # places in each song
 ): # the figure
-    "For every encoder a map of the validation songs, by instrument and by song, beside its confusion of instruments; a row each."
+    """For every encoder a map of the validation songs, by instrument and by song, beside its confusion of
+    instruments; a row each."""
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(networks), 3, figsize=(4.9, 0.6 + 1.9 * len(networks)), dpi=75, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(networks), 3, figsize=(4.9, 0.6 + 1.9 * len(networks)), dpi=75,
+                             squeeze=False, layout="constrained")
     for (left, middle, right), (name, network) in zip(axes, networks.items()):
         held = draw_excerpts(store.split("valid"), getattr(network, "duration", 5.), per_song)
         points = project(embed_excerpts(network, held))

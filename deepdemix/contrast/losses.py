@@ -32,11 +32,14 @@ def metric_loss(
     "A contrastive loss by name; an unknown name raises a `UserError`."
     from pytorch_metric_learning import losses, reducers
     t = temperature or TEMPERATURES.get(name)
-    if name == "triplet": return losses.TripletMarginLoss(margin=margin, distance=euclidean(), reducer=reducers.MeanReducer())
+    if name == "triplet":
+        return losses.TripletMarginLoss(margin=margin, distance=euclidean(), reducer=reducers.MeanReducer())
     if name == "supcon": return losses.SupConLoss(temperature=t)
     if name == "ntxent": return losses.NTXentLoss(temperature=t)
     if name == "multi_similarity": return losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)
-    raise UserError(f"no contrastive loss is called '{name}'; known: triplet, supcon, ntxent, multi_similarity")
+    raise UserError(
+        f"no contrastive loss is called '{name}'; known: triplet, supcon, ntxent, multi_similarity"
+    )
 
 # %% ../../nbs/contrast/losses.ipynb #23347df1
 def triplet_indices(
@@ -53,7 +56,8 @@ def collapse_value(
     labels, # (n,) of a batch, each with a positive and a negative
     margin:float=1., # of the triplet loss
 ) -> float:
-    "The loss when all embeddings are equal: triplet: the margin; SupCon: ln(n - 1); NT-Xent: ln(1 + negatives); multi-similarity: its closed form."
+    """The loss when all embeddings are equal: triplet: the margin; SupCon: ln(n - 1); NT-Xent: ln(1 +
+    negatives); multi-similarity: its closed form."""
     if name == "triplet": return float(margin)
     labels = torch.as_tensor(labels)
     pos = (labels == labels[:, None]).sum(1).double() - 1
@@ -67,9 +71,11 @@ def metric_miner(
     name:str, # "semihard" or "batch_hard"
     margin:float, # of the triplet loss
 ):
-    "A miner of pytorch-metric-learning by name; semi-hard negatives lie beyond the positive but within the margin."
+    """A miner of pytorch-metric-learning by name; semi-hard negatives lie beyond the positive but within the
+    margin."""
     from pytorch_metric_learning import miners
-    if name == "semihard": return miners.TripletMarginMiner(margin=margin, type_of_triplets="semihard", distance=euclidean())
+    if name == "semihard":
+        return miners.TripletMarginMiner(margin=margin, type_of_triplets="semihard", distance=euclidean())
     if name == "batch_hard": return miners.BatchHardMiner(distance=euclidean())
     raise UserError(f"no miner is called '{name}'; known: semihard, batch_hard")
 
@@ -86,8 +92,12 @@ class Contrast(nn.Module):
                  memory:int=0): # embeddings of earlier batches to compare with; 0: none
         super().__init__()
         self.name, self.margin, self.temperature, self.size = loss, margin, temperature, memory
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, head)) if head else nn.Identity()
-        self.loss, self.miner, self.memory = metric_loss(loss, margin, temperature), metric_miner(miner, margin) if miner else None, None
+        self.head = (
+            nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, head)) if head else nn.Identity()
+        )
+        self.loss = metric_loss(loss, margin, temperature)
+        self.miner = metric_miner(miner, margin) if miner else None
+        self.memory = None
         if memory: self.memory = _memory(self.loss, head or dim, memory, self.miner)
         self.register_buffer("queue", torch.zeros(2, dtype=torch.long))
 
@@ -105,7 +115,9 @@ def together(
     if world == 1: return part
     from pytorch_metric_learning.miners import BaseMiner
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
-    return (DistributedMinerWrapper if isinstance(part, BaseMiner) else DistributedLossWrapper)(part, efficient=False)
+    return (DistributedMinerWrapper if isinstance(part, BaseMiner) else DistributedLossWrapper)(
+        part, efficient=False
+    )
 
 @patch
 def forward(self:Contrast,
@@ -114,13 +126,17 @@ def forward(self:Contrast,
             triplets:bool=False, # rows are anchor, positive, negative, anchor, …
             remember:bool=True, # use the memory and add to it
             world:int=1, # processes whose embeddings are compared; of triplets each stands for itself
-           ): # a scalar, `world` times the loss of all but for triplets; 0 where the batch holds no pair to learn from
+           # a scalar, `world` times the loss of all but for triplets; 0 where the batch holds no pair to
+           # learn from
+           ):
     "The loss of one batch; never NaN. It is computed in single precision, whatever the network computes in."
     with torch.autocast(z.device.type, enabled=False):
         z = self.head(z.float())
         if triplets: return self.loss(z, labels, triplet_indices(len(z) // 3, z.device))
         if self.memory is not None and remember: return self._with_memory(z, labels, world)
-        return together(self.loss, world)(z, labels, together(self.miner, world)(z, labels) if self.miner else None)
+        return together(self.loss, world)(
+            z, labels, together(self.miner, world)(z, labels) if self.miner else None
+        )
 
 @patch
 def _with_memory(self:Contrast, z, labels, world=1):

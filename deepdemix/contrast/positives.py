@@ -19,13 +19,15 @@ def random_view(
     tilt:float=6., # dB, largest boost or cut of the equaliser
     bands:int=6, # places where the equaliser is set, evenly on the Mel scale
 ): # (n, channels, time)
-    "Another view of each excerpt: a random smooth equaliser, gain and polarity, the same for all its channels."
+    """Another view of each excerpt: a random smooth equaliser, gain and polarity, the same for all its
+    channels."""
     n, time = waveforms.shape[0], waveforms.shape[-1]
     db = rng.uniform(-tilt, tilt, (n, bands)) + rng.uniform(-gain, gain, (n, 1))
     place = np.log1p(np.linspace(0, 30, time // 2 + 1)) / math.log(31) * (bands - 1)
     curves = np.stack([np.interp(place, np.arange(bands), d) for d in db])
     factor = 10 ** (curves / 20) * rng.choice([-1, 1], (n, 1))
-    spectrum = torch.fft.rfft(waveforms) * torch.as_tensor(factor, dtype=waveforms.dtype, device=waveforms.device)[:, None]
+    spectrum = (torch.fft.rfft(waveforms)
+                * torch.as_tensor(factor, dtype=waveforms.dtype, device=waveforms.device)[:, None])
     return torch.fft.irfft(spectrum, n=time)
 
 # %% ../../nbs/contrast/positives.ipynb #6211eccd

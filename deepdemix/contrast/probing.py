@@ -23,7 +23,8 @@ from ..foundations.waveforms import SAMPLE_RATE, to_mono
 # %% ../../nbs/contrast/probing.ipynb #b912c94d
 @dataclass
 class Excerpts:
-    "Excerpts of single instruments: waveforms (n, channels, time), labels (n,), songs (n,), and the names behind the numbers."
+    """Excerpts of single instruments: waveforms (n, channels, time), labels (n,), songs (n,), and the names
+    behind the numbers."""
     waveforms:torch.Tensor # (n, channels, time)
     labels:np.ndarray # (n,) numbers of instruments
     songs:np.ndarray # (n,) numbers of songs
@@ -57,7 +58,8 @@ def draw_excerpts(
             found += [(x, k, i) for k, x in enumerate(stems) if audible(x)]
     if not found: raise UserError("no instrument sounds in these songs: nothing to embed")
     waves, labels, songs = zip(*found)
-    return Excerpts(torch.stack(waves), np.array(labels), np.array(songs), tuple(store.sources), [s.title for s in store.songs], store.sample_rate)
+    return Excerpts(torch.stack(waves), np.array(labels), np.array(songs), tuple(store.sources),
+                    [s.title for s in store.songs], store.sample_rate)
 
 # %% ../../nbs/contrast/probing.ipynb #1f859b02
 @torch.no_grad()
@@ -68,7 +70,8 @@ def embed_excerpts(
 ) -> np.ndarray: # (n, dim)
     "Embeddings in eval mode, on the network's device; training mode comes back afterwards."
     is_network = isinstance(network, nn.Module)
-    was, device = is_network and network.training, next(network.parameters(), torch.empty(0)).device if is_network else "cpu"
+    was = is_network and network.training
+    device = next(network.parameters(), torch.empty(0)).device if is_network else "cpu"
     if is_network: network.eval()
     fn = getattr(network, "embed", network)
     z = [fn(x.to(device)).float().cpu() for x in excerpts.waveforms.split(batch)]
@@ -81,7 +84,12 @@ def alike(
 ) -> tuple: # the same, with one list of instruments
     "Number the instruments of several `Excerpts` in one way."
     names = tuple(dict.fromkeys(name for e in parts for name in e.instruments))
-    return tuple(replace(e, labels=np.array([names.index(name) for name in e.instruments])[e.labels], instruments=names) for e in parts)
+    return tuple(
+        replace(
+            e, labels=np.array([names.index(name) for name in e.instruments])[e.labels], instruments=names
+        )
+        for e in parts
+    )
 
 # %% ../../nbs/contrast/probing.ipynb #e66abf89
 def mel_statistics(
@@ -130,7 +138,8 @@ def linear_probe(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train, train_labels).predict(test)
+    return (make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)) .fit(train, train_labels)
+            .predict(test))
 
 # %% ../../nbs/contrast/probing.ipynb #71586a7d
 def retrieval(
@@ -143,9 +152,16 @@ def retrieval(
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
     names = {"precision_at_1": "precision@1", "mean_average_precision_at_r": "map@r"}
-    calculator = AccuracyCalculator(include=tuple(names), k="max_bin_count", device=torch.device("cpu"), knn_func=CustomKNN(euclidean()))
+    calculator = AccuracyCalculator(
+        include=tuple(names), k="max_bin_count", device=torch.device("cpu"), knn_func=CustomKNN(euclidean())
+    )
     z, labels = torch.as_tensor(np.asarray(z), dtype=torch.float32), torch.as_tensor(np.asarray(labels))
-    other = () if reference is None else (torch.as_tensor(np.asarray(reference), dtype=torch.float32), torch.as_tensor(np.asarray(reference_labels)), False)
+    other = (
+        ()
+        if reference is None
+        else (torch.as_tensor(np.asarray(reference), dtype=torch.float32),
+              torch.as_tensor(np.asarray(reference_labels)), False)
+    )
     return {names[k]: v for k, v in calculator.get_accuracy(z, labels, *other).items()}
 
 # %% ../../nbs/contrast/probing.ipynb #fe5f4bd2
@@ -161,21 +177,28 @@ def cloud(
     middle = z - z.mean(0)
     p = torch.linalg.svdvals(middle)
     p = p / p.sum().clamp(min=1e-12)
-    return dict(alignment=float(square[pairs].mean()), uniformity=float((-2 * square[other]).exp().mean().log()),
-                effective_rank=float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum())), spread=float((middle.square().sum() / z.square().sum().clamp(min=1e-12)).sqrt()))
+    return dict(alignment=float(square[pairs].mean()),
+                uniformity=float((-2 * square[other]).exp().mean().log()),
+                effective_rank=float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum())),
+                spread=float((middle.square().sum() / z.square().sum().clamp(min=1e-12)).sqrt()))
 
 # %% ../../nbs/contrast/probing.ipynb #8feab766
 def random_twin(
-    network, # an `EncoderNetwork`, or any network; `args` rebuild it exactly, without them its layers are reset
+    # an `EncoderNetwork`, or any network; `args` rebuild it exactly, without them its layers are reset
+    network,
     seed:int=0, # of the weights
 ): # the same network before it learnt anything
     "A network of the same shape with fresh weights, in eval mode."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if hasattr(network, "args"): twin = type(network)(**network.args)
-        else: twin = copy.deepcopy(network).apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        else:
+            twin = copy.deepcopy(network).apply(
+                lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None
+            )
     twin.to(next(network.parameters(), torch.empty(0)).device)
-    twin.load_state_dict(dict(network.named_buffers()), strict=False) # what was measured on the data, such as means, is no weight
+    # what was measured on the data, such as means, is no weight
+    twin.load_state_dict(dict(network.named_buffers()), strict=False)
     for m in twin.modules():
         if hasattr(m, "reset_running_stats"): m.reset_running_stats()
     return twin.eval()
@@ -187,7 +210,8 @@ def _scores(fn, known, asked, k):
     knn = KNeighborsClassifier(min(k, len(a))).fit(a, known.labels).predict(b)
     linear = linear_probe(a, known.labels, b)
     shape = {name: v for name, v in cloud(b, asked.labels).items() if name in ("effective_rank", "spread")}
-    return dict(knn=(knn == asked.labels).mean(), linear=(linear == asked.labels).mean(), **retrieval(b, asked.labels, a, known.labels), **shape)
+    return dict(knn=(knn == asked.labels).mean(), linear=(linear == asked.labels).mean(),
+                **retrieval(b, asked.labels, a, known.labels), **shape)
 
 # %% ../../nbs/contrast/probing.ipynb #8540042e
 def probe(
@@ -199,14 +223,18 @@ def probe(
     seed:int=0, # of the first random encoder
     randoms:int=5, # random encoders, whose scores are averaged: one alone is a matter of luck
 ): # a data frame: a row for each network, random encoders of the first one's shape and the Mel statistics
-    "k-nearest neighbours, linear probe, precision@1 and MAP@R of instruments (shares in [0, 1]), beside the two references."
+    """k-nearest neighbours, linear probe, precision@1 and MAP@R of instruments (shares in [0, 1]), beside
+    the two references."""
     import pandas as pd
     networks = dict(network) if isinstance(network, dict) else {"encoder": network}
     first = next(iter(networks.values()))
     both = {s.title for s in store_train.songs} & {s.title for s in store_test.songs}
     if both: raise UserError(f"{len(both)} songs are on both sides of the probe, such as {sorted(both)[0]}")
-    known, asked = alike(*(draw_excerpts(s, getattr(first, "duration", 5.), per_song) for s in (store_train, store_test)))
+    known, asked = alike(
+        *(draw_excerpts(s, getattr(first, "duration", 5.0), per_song) for s in (store_train, store_test))
+    )
     rows = {name: _scores(fn, known, asked, k) for name, fn in networks.items()}
     twins = pd.DataFrame([_scores(random_twin(first, seed + i), known, asked, k) for i in range(randoms)])
-    rows |= {"random encoder": twins.mean().to_dict(), "mel statistics": _scores(lambda x: mel_statistics(x, asked.sample_rate), known, asked, k)}
+    rows |= {"random encoder": twins.mean().to_dict(),
+             "mel statistics": _scores(lambda x: mel_statistics(x, asked.sample_rate), known, asked, k)}
     return pd.DataFrame(rows).T.astype(float)

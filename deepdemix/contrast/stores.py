@@ -7,7 +7,8 @@ __all__ = ['Stores', 'plain_title', 'join_stores', 'weighted_order', 'ByWeight',
            'open_stores']
 
 # %% ../../nbs/contrast/stores.ipynb #2133bb4e
-import hashlib, math
+import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from ..foundations.store import stem_minutes
 
 # %% ../../nbs/contrast/stores.ipynb #a27fd669
 class Stores:
-    "Several stores as one: all songs of the first, those given of the others; only the first has valid and test."
+    """Several stores as one: all songs of the first, those given of the others; only the first has valid and
+    test."""
     def __init__(self,
                  stores, # `Store`s; the first decides what is held out
                  weights=None): # one for each store; None: every song counts the same
@@ -39,11 +41,16 @@ class Stores:
 
     @property
     def parts(self):
-        about = lambda s: dict(name=Path(s.path).name, digest=s.digest, songs=len(s), minutes=stem_minutes(s.songs))
+        about = lambda s: dict(
+            name=Path(s.path).name, digest=s.digest, songs=len(s), minutes=stem_minutes(s.songs)
+        )
         return {"stores": [about(s) | dict(weight=w) for s, w in zip(self.stores, self.weights)]}
 
     @property
-    def digest(self): return hashlib.sha256("\n".join(f"{s.digest}\t{w:g}" for s, w in zip(self.stores, self.weights)).encode()).hexdigest()
+    def digest(self):
+        return hashlib.sha256(
+            "\n".join(f"{s.digest}\t{w:g}" for s, w in zip(self.stores, self.weights)).encode()
+        ).hexdigest()
 
 # %% ../../nbs/contrast/stores.ipynb #b2be095e
 @patch
@@ -80,19 +87,29 @@ def join_stores(
     stores, # `Store`s, the first with validation songs
     weights=None, # one for each store; None: 1
 ): # `Stores`
-    "Several stores as one; a `UserError` for rates that differ, for weights that are not one number above 0 each, and for a store that adds no song."
+    """Several stores as one; a `UserError` for rates that differ, for weights that are not one number above
+    0 each, and for a store that adds no song."""
     if not stores: raise UserError("no store is given: name one or more")
     first, *others = stores
     weights, kept = [1.] * len(stores) if weights is None else list(weights), [first]
-    if len(weights) != len(stores): raise UserError(f"{len(stores)} stores have {len(weights)} weights: give one for each")
+    if len(weights) != len(stores):
+        raise UserError(f"{len(stores)} stores have {len(weights)} weights: give one for each")
     for w in weights:
-        if not (_fits(w, 1.) and math.isfinite(w) and w > 0): raise UserError(f"the weight of a store is a number above 0, not {w!r}")
+        if not (_fits(w, 1.) and math.isfinite(w) and w > 0):
+            raise UserError(f"the weight of a store is a number above 0, not {w!r}")
     known = {x for s in first.songs for x in (plain_title(s.title), s.digest)}
     for other in others:
-        if other.sample_rate != first.sample_rate: raise UserError(f"{other.path} has {other.sample_rate} Hz and {first.path} {first.sample_rate} Hz: prepare both with one rate")
+        if other.sample_rate != first.sample_rate:
+            raise UserError(
+                f"{other.path} has {other.sample_rate} Hz and {first.path} {first.sample_rate} Hz: prepare"
+                " both with one rate"
+            )
         train = other.split("train")
         new = [i for i, s in enumerate(train.songs) if not {plain_title(s.title), s.digest} & known]
-        if not new: raise UserError(f"{other.path}: every training song is in the stores before it too, so it adds nothing")
+        if not new:
+            raise UserError(
+                f"{other.path}: every training song is in the stores before it too, so it adds nothing"
+            )
         kept.append(train.select(new))
         known |= {x for s in other.songs for x in (plain_title(s.title), s.digest)}
     return Stores(kept, weights)
@@ -130,13 +147,18 @@ def _weighted(
 def _open(path, first):
     "Open one of several stores."
     from deepdemix.data import is_musdb, open_data
-    return open_data(path) if first or path is None or is_musdb(path) else open_data(path, valid=0, test=0, allow_missing=True)
+    return (open_data(path) if first or path is None or is_musdb(path)
+            else open_data(path, valid=0, test=0, allow_missing=True))
 
 def open_stores(
-    data, # a `Store`, a path that `open_data` takes, "path=weight", or a list of those and of pairs (store or path, weight)
+    # a `Store`, a path that `open_data` takes, "path=weight", or a list of those and of pairs (store or path,
+    # weight)
+    data,
 ): # a `Store`, or `Stores`
-    "What training learns from. The first of a list is validated on; of a further folder of stems every song is for training."
+    """What training learns from. The first of a list is validated on; of a further folder of stems every
+    song is for training."""
     pairs = [_weighted(x) for x in (data if isinstance(data, list) else [data])]
-    stores = [_open(x, first=not k) if x is None or isinstance(x, (str, Path)) else x for k, (x, _) in enumerate(pairs)]
+    stores = [_open(x, first=not k) if x is None or isinstance(x, (str, Path)) else x
+              for k, (x, _) in enumerate(pairs)]
     both = join_stores(stores, [w for _, w in pairs])
     return both if len(stores) > 1 else stores[0]

@@ -6,7 +6,10 @@
 __all__ = ['Variant', 'Bank']
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #ecfac06f
-import hashlib, json, math, multiprocessing
+import hashlib
+import json
+import math
+import multiprocessing
 from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -35,7 +38,8 @@ class Variant:
     start: int = 0 # where in the song it begins, in samples
     frames: int = 0 # how much of the song it holds, in samples
     read: object = None # (start, frames) -> (sources, channels, time)
-    held: dict = field(default_factory=dict) # copies on devices; where the store is read each time, the last excerpt of all of its songs
+    # copies on devices; where the store is read each time, the last excerpt of all of its songs
+    held: dict = field(default_factory=dict)
 
     def cut(self, sources, start, frames, device=None) -> Tensor: # (…, channels, frames)
         "An excerpt of one source (a number) or of several (a slice)."
@@ -49,13 +53,15 @@ class Variant:
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #1c399104
 class Bank:
-    "Shifted copies of the songs of a store, each rendered when it is first asked for; two generations at most are kept, as far as `memory` goes."
+    """Shifted copies of the songs of a store, each rendered when it is first asked for; two generations at
+    most are kept, as far as `memory` goes."""
     def __init__(self,
         store, # a `Store`
         channels: int | None = None, # None: the store's; 1: mono
         pitch: tuple | None = (-2, 2), # range in semitones
         stretch: tuple | None = (0.8, 1.2), # range of new length / old length
-        shift: str | None = "bank", # "bank": pitch and tempo on their own; "tied": as a tape; None: songs as they are
+        # "bank": pitch and tempo on their own; "tied": as a tape; None: songs as they are
+        shift: str | None = "bank",
         variants: int = 1, # copies of a song at a time
         refresh: int = 6000, # examples after which a copy is replaced
         excerpt: float = 15.0, # seconds of a song at most in one copy
@@ -66,33 +72,47 @@ class Bank:
     ):
         self.store, self.pitch, self.stretch, self.shift, self.seed = store, pitch, stretch, shift, seed
         self.channels = channels or max((s.channels for s in store.songs), default=1)
-        self.variants, self.refresh, self.excerpt, self.memory, self.cache, self.workers = variants, refresh, excerpt, memory, cache, workers
+        self.variants = variants
+        self.refresh = refresh
+        self.excerpt = excerpt
+        self.memory = memory
+        self.cache = cache
+        self.workers = workers
         self.kept, self.coming, self.last, self.pool = OrderedDict(), {}, {}, None
         self._check()
 
-    def __getstate__(self): return {**self.__dict__, "kept": OrderedDict(), "coming": {}, "last": {}, "pool": None}
+    def __getstate__(self):
+        return {**self.__dict__, "kept": OrderedDict(), "coming": {}, "last": {}, "pool": None}
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #0cf5bf51
 @patch
 def need(self: Bank) -> float:
     "GiB that one copy of every song takes, times `variants`."
     longest = max(self.stretch or (1, 1)) if self.shift else 1
-    frames = [min(s.frames, self.excerpt * self.store.sample_rate) if self.shift else s.frames for s in self.store.songs]
+    frames = [min(s.frames, self.excerpt * self.store.sample_rate) if self.shift else s.frames
+              for s in self.store.songs]
     return sum(frames) * longest * len(self.store.sources) * self.channels * self.variants * 4 / 2**30
 
 @patch
 def _check(self: Bank):
-    if len(self.store) == 0: raise UserError("There are no songs here: the store, or this split of it, is empty.")
+    if len(self.store) == 0:
+        raise UserError("There are no songs here: the store, or this split of it, is empty.")
     if self.seed < 0: raise UserError(f"seed={self.seed}: use 0 or more.")
     for name in ("variants", "refresh"):
         if getattr(self, name) < 1: raise UserError(f"{name}={getattr(self, name)}: use 1 or more.")
     for name, bounds in (("pitch", self.pitch), ("stretch", self.stretch)):
-        fits = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(x, (int, float)) for x in bounds) and bounds[0] <= bounds[1]
-        if bounds is not None and not fits: raise UserError(f"{name}={bounds}: give (lowest, highest) or None.")
-    if self.stretch and self.stretch[0] <= 0: raise UserError(f"stretch={self.stretch}: lengths are more than 0.")
+        fits = (isinstance(bounds, (tuple, list)) and len(bounds) == 2
+                and all(isinstance(x, (int, float)) for x in bounds) and bounds[0] <= bounds[1])
+        if bounds is not None and not fits:
+            raise UserError(f"{name}={bounds}: give (lowest, highest) or None.")
+    if self.stretch and self.stretch[0] <= 0:
+        raise UserError(f"stretch={self.stretch}: lengths are more than 0.")
     if self.shift == "tied": self._tied(0.0)
     if self.shift and self.need() > self.memory and not self.cache:
-        raise UserError(f"Shifted copies of these songs take {self.need():.3g} GiB and memory={self.memory:g} GiB is allowed: allow more, use a shorter excerpt, or give a cache folder.")
+        raise UserError(
+            f"Shifted copies of these songs take {self.need():.3g} GiB and memory={self.memory:g} GiB is"
+            " allowed: allow more, use a shorter excerpt, or give a cache folder."
+        )
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #00fd41d0
 def _between(rng, bounds, neutral):
@@ -102,7 +122,10 @@ def _between(rng, bounds, neutral):
 def _tied(self: Bank, share):
     low, high = self.stretch or (0.0, math.inf)
     if self.pitch: low, high = max(low, 2 ** (-self.pitch[1] / 12)), min(high, 2 ** (-self.pitch[0] / 12))
-    if low > high: raise UserError(f"pitch={self.pitch} and stretch={self.stretch} have no tape speed in common: widen one of them.")
+    if low > high:
+        raise UserError(
+            f"pitch={self.pitch} and stretch={self.stretch} have no tape speed in common: widen one of them."
+        )
     return low + share * (high - low)
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #98e51aee
@@ -114,15 +137,20 @@ def parameters(self: Bank, song: int, variant: int, generation: int) -> tuple[fl
     rng = generator(self.seed, COPY, song, variant, generation)
     frames = min(total, round(self.excerpt * self.store.sample_rate))
     start = int(rng.random() * (total - frames + 1))
-    if self.shift == "tied": stretch = self._tied(rng.random()); return -12 * math.log2(stretch), stretch, start, frames
+    if self.shift == "tied":
+        stretch = self._tied(rng.random())
+        return -12 * math.log2(stretch), stretch, start, frames
     return _between(rng, self.pitch, 0.0), _between(rng, self.stretch, 1.0), start, frames
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #cbf0e5b5
 @patch
 def render(self: Bank, song: int, pitch: float, stretch: float, start: int, frames: int) -> Variant:
-    "Read a part of a song and shift it. A whole store that is not shifted and does not fit into `memory` is read excerpt by excerpt instead."
-    rate, read = self.store.sample_rate, lambda at, n: to_channels(self.store.stems(song, start + at, n), self.channels)
-    if self.shift is None and self.need() > self.memory: return Variant(None, Loudness(read, rate, frames), frames, frames=frames, read=read, held=self.last)
+    """Read a part of a song and shift it. A whole store that is not shifted and does not fit into `memory`
+    is read excerpt by excerpt instead."""
+    rate = self.store.sample_rate
+    read = lambda at, n: to_channels(self.store.stems(song, start + at, n), self.channels)
+    if self.shift is None and self.need() > self.memory:
+        return Variant(None, Loudness(read, rate, frames), frames, frames=frames, read=read, held=self.last)
     stems = read(0, frames)
     if self.shift == "tied": stems = torch.stack([shift_tied(s, rate, stretch) for s in stems])
     elif (pitch, stretch) != (0.0, 1.0): stems = torch.stack([shift(s, rate, pitch, stretch) for s in stems])
@@ -157,13 +185,16 @@ def _forget(self: Bank, new):
     total = sum(sizes.values())
     for key in list(self.kept)[:-1]:
         if total <= self.memory * 2**30: break
-        total -= sizes[key]; del self.kept[key]
+        total -= sizes[key]
+        del self.kept[key]
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #d66b73e7
 @patch
 def _path(self: Bank, key) -> Path:
     song = self.store.songs[key[0]]
-    name = json.dumps([1, song.title, getattr(song, "digest", ""), self.channels, self.shift, self.parameters(*key)])
+    name = json.dumps(
+        [1, song.title, getattr(song, "digest", ""), self.channels, self.shift, self.parameters(*key)]
+    )
     return Path(self.cache) / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
 
 @patch
@@ -177,7 +208,8 @@ def _make(self: Bank, key) -> Variant:
         with atomic_path(energy) as part: np.save(part, made.loudness.total)
         with atomic_path(path) as part: np.save(part, made.stems.numpy())
         if key[2] > 1:
-            for old in (old := self._path((*key[:2], key[2] - 2)), old.with_suffix(".energy.npy")): old.unlink(missing_ok=True)
+            for old in (old := self._path((*key[:2], key[2] - 2)), old.with_suffix(".energy.npy")):
+                old.unlink(missing_ok=True)
     stems = torch.from_numpy(np.load(path, mmap_mode="c"))
     return Variant(stems, Loudness.load(energy, self.store.sample_rate), stems.shape[-1], *parameters)
 

@@ -23,9 +23,14 @@ def _cut(decoder, first, count):
     for _, x in decoder:
         at = decoder.count[0] - x.shape[1]
         parts.append(x[:, max(0, first - at):None if end == math.inf else max(0, end - at)])
-        if decoder.count[0] >= end: decoder.warn(); break
+        if decoder.count[0] >= end:
+            decoder.warn()
+            break
     if first and decoder.count[0] <= first:
-        raise UserError(f"{decoder.path} ends at {decoder.count[0] / decoder.sample_rate:.2f} s; there is nothing after {first / decoder.sample_rate:.2f} s")
+        raise UserError(
+            f"{decoder.path} ends at {decoder.count[0] / decoder.sample_rate:.2f} s; there is nothing after"
+            f" {first / decoder.sample_rate:.2f} s"
+        )
     return _join(parts, decoder.channels[0])
 
 def _join(parts, channels):
@@ -43,7 +48,8 @@ def read(
     strict=True, # raise for a damaged file, or warn with `DamagedAudio` and return what decodes
     report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
 ):
-    "Decode one audio stream: (float32 tensor (channels, time), sample rate in Hz). `UserError` that names the file if it cannot be read."
+    """Decode one audio stream: (float32 tensor (channels, time), sample rate in Hz). `UserError` that names
+    the file if it cannot be read."""
     for name, x in (("start", start), ("duration", duration)):
         if x is not None and not (0 <= x < math.inf):
             raise UserError(f"{name} is in seconds from 0 on, not {x!r}")
@@ -58,7 +64,8 @@ def read_streams(
     path, # a stem file; any file with one or more audio streams
     strict=True, # raise for a damaged file, or warn with `DamagedAudio` and return what decodes
 ):
-    "Decode every audio stream in one pass: (list of float32 tensors (channels, time), sample rate in Hz). `UserError` for unreadable files."
+    """Decode every audio stream in one pass: (list of float32 tensors (channels, time), sample rate in Hz).
+    `UserError` for unreadable files."""
     with Decoder(path, None, strict) as decoder:
         parts = [[] for _ in decoder.streams]
         for i, x in decoder: parts[i].append(x)
@@ -66,7 +73,8 @@ def read_streams(
 
 # %% ../../nbs/foundations/codecs.ipynb #f89bdf3b
 def _reblock(parts, block):
-    "Cut a stream of (channels, time) tensors into blocks of exactly `block` samples; the last may be shorter."
+    """Cut a stream of (channels, time) tensors into blocks of exactly `block` samples; the last may be
+    shorter."""
     held, count = [], 0
     for x in parts:
         held.append(x)
@@ -86,10 +94,12 @@ def read_blocks(
     strict=True, # raise for a damaged file, or warn with `DamagedAudio` after the last block that decodes
     report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
 ):
-    "Yield the file as float32 tensors (channels, block), the last one shorter, in bounded memory. `UserError` for unreadable files."
+    """Yield the file as float32 tensors (channels, block), the last one shorter, in bounded memory.
+    `UserError` for unreadable files."""
     if sample_rate is not None: check_rate(sample_rate)
     if block < 1: raise UserError(f"a block has at least one sample, not {block}")
     with Decoder(path, (stream,), strict, report) as decoder:
         parts = (torch.from_numpy(x) for _, x in decoder)
-        if sample_rate not in (None, decoder.sample_rate): parts = resample_blocks(parts, decoder.sample_rate, sample_rate)
+        if sample_rate not in (None, decoder.sample_rate):
+            parts = resample_blocks(parts, decoder.sample_rate, sample_rate)
         yield from _reblock(parts, block)

@@ -6,7 +6,16 @@
 __all__ = ['STDIN', 'Terminated']
 
 # %% ../../nbs/foundations/command_line.ipynb #ca7b7be4
-import argparse, contextlib, os, re, select, shutil, signal, sys, tempfile, threading
+import argparse
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import threading
 
 # %% ../../nbs/foundations/command_line.ipynb #c0de1a05
 STDIN = "standard input"
@@ -17,7 +26,9 @@ def _with_stdin(
 ):
     "(The files, with a path in place of `-`; a function that puts the name back into what is said of it.)"
     from deepdemix.foundations.files import UserError
-    if "-" not in files: yield files, lambda found: found; return
+    if "-" not in files:
+        yield files, lambda found: found
+        return
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("`-` is a song from standard input, such as: deepdemix separate - < song.mp3")
     with tempfile.TemporaryDirectory(prefix="deepdemix-") as folder:
@@ -45,18 +56,25 @@ def _data_option(
 ):
     "Add `--data`."
     where = "a store, a MUSDB18 folder or a folder of stems (default: MUSDB_PATH)"
-    if several: parser.add_argument("--data", metavar="STORE[=WEIGHT]", action="append", help=f"{where}; may be repeated, the first is validated on, a weight says how often a song is drawn")
+    if several:
+        parser.add_argument(
+            "--data", metavar="STORE[=WEIGHT]", action="append",
+            help=(f"{where}; may be repeated, the first is validated on, a weight says how often a song is"
+                  " drawn"),
+        )
     else: parser.add_argument("--data", metavar="STORE", help=where)
 
 # %% ../../nbs/foundations/command_line.ipynb #e3d545fd
 def _seed(text):
     "A seed on the command line."
-    if not 0 <= int(text) < 2**63: raise argparse.ArgumentTypeError(f"{text} is no seed: 0 or more, and below 2**63")
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: 0 or more, and below 2**63")
     return int(text)
 
 def _devices(text):
     "A number of devices on the command line, or auto."
-    if text != "auto" and int(text) < 1: raise argparse.ArgumentTypeError(f"{text} is no number of devices: 1 or more, or auto")
+    if text != "auto" and int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of devices: 1 or more, or auto")
     return text if text == "auto" else int(text)
 
 def _positive(text):
@@ -119,7 +137,8 @@ def _stopped(error):
 
 def _reason(error):
     "One line: of the system's errors the file and what is wrong with it."
-    plain = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
+    plain = (f"{error.filename}: {error.strerror}"
+             if isinstance(error, OSError) and error.filename and error.strerror else str(error))
     return " ".join(plain.split())
 
 class Terminated(KeyboardInterrupt):

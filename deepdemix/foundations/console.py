@@ -6,7 +6,12 @@
 __all__ = ['PLAIN', 'plain', 'on_terminal', 'say', 'progress_bar', 'plain_warnings', 'streams']
 
 # %% ../../nbs/foundations/console.ipynb #c0500003
-import codecs, contextlib, os, sys, unicodedata, warnings
+import codecs
+import contextlib
+import os
+import sys
+import unicodedata
+import warnings
 
 # %% ../../nbs/foundations/console.ipynb #c0500012
 PLAIN = dict(zip("–—−±×→·“”’…", "- - - +/- x -> . \" \" ' ...".split()))
@@ -55,7 +60,8 @@ def progress_bar(
 # %% ../../nbs/foundations/console.ipynb #c0500018
 @contextlib.contextmanager
 def plain_warnings():
-    "A block in which the warnings of this package are one line each, as its errors are; those of others are as ever."
+    """A block in which the warnings of this package are one line each, as its errors are; those of others
+    are as ever."""
     before = warnings.formatwarning
     def one_line(message, category, *args, **kwargs):
         if category.__module__.split(".")[0] != "deepdemix": return before(message, category, *args, **kwargs)

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/foundations/containers.ipynb #04a1d3a1
-import os, re
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ class _Unreadable(UserError):
     "A file that PyAV cannot read; libsndfile may."
 
 def _open(path):
-    "An open PyAV container with at least one audio stream, or a `UserError` that says what is wrong with the file."
+    """An open PyAV container with at least one audio stream, or a `UserError` that says what is wrong with
+    the file."""
     import av
     path = Path(path)
     if path.is_dir(): raise UserError(f"{path} is a folder, not an audio file")
@@ -47,7 +49,10 @@ def _reason(error): return getattr(error, "strerror", None) or str(error)
 def _stream(container, path, index):
     "The audio stream number `index`; `UserError` if there are not that many, or it cannot be decoded."
     streams = container.streams.audio
-    if not 0 <= index < len(streams): raise UserError(f"{path} has {len(streams)} audio stream(s), counted from 0; there is no stream {index}")
+    if not 0 <= index < len(streams):
+        raise UserError(
+            f"{path} has {len(streams)} audio stream(s), counted from 0; there is no stream {index}"
+        )
     context = streams[index].codec_context
     if context is None or not context.sample_rate:
         raise _Unreadable(f"{path}: audio stream {index} is damaged, or of a kind that cannot be decoded")
@@ -76,11 +81,13 @@ def _to_float(frame):
     x, kind = frame.to_ndarray(), frame.format.name.rstrip("p")
     if not frame.format.is_planar: x = x.reshape(-1, frame.layout.nb_channels).T
     if kind == "u8": x = x.astype(np.float32) - _FULL_SCALE[kind]
-    return x.astype(np.float32) / np.float32(_FULL_SCALE[kind]) if kind in _FULL_SCALE else x.astype(np.float32, copy=False)
+    return (x.astype(np.float32) / np.float32(_FULL_SCALE[kind]) if kind in _FULL_SCALE
+            else x.astype(np.float32, copy=False))
 
 # %% ../../nbs/foundations/containers.ipynb #eb9f8668
 def _chunks(f, size, order, wide):
-    "The chunks of a wav, down to its samples, by their headers: name -> (first byte, length); `wide` for W64."
+    """The chunks of a wav, down to its samples, by their headers: name -> (first byte, length); `wide` for
+    W64."""
     at, found = 40 if wide else 12, {}
     while at < size and len(found) < 1000 and not found.keys() & {b"data", b"ssnd"}:
         f.seek(at)
@@ -91,12 +98,14 @@ def _chunks(f, size, order, wide):
     return found
 
 def _open_ended(length):
-    "Whether a length is what programs write that cannot know it: 0, right at 2 or 4 GiB, or beyond all files."
+    """Whether a length is what programs write that cannot know it: 0, right at 2 or 4 GiB, or beyond all
+    files."""
     return length <= 0 or length > 2**62 or length > 2**30 and min(length % 2**31, -length % 2**31) < 2**16
 
 # %% ../../nbs/foundations/containers.ipynb #b1c0a020
 def _missing_bytes(path):
-    "How many bytes of sound the header of a wav, RF64, W64 or AIFF file promises beyond the file's end, or 0."
+    """How many bytes of sound the header of a wav, RF64, W64 or AIFF file promises beyond the file's end, or
+    0."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         head = f.read(40)
@@ -138,7 +147,8 @@ def _past_tags(path, at):
     return at
 
 def _counts_frames(path):
-    "Whether an mp3 says how many frames it has (a Xing, Info or VBRI header), and is not much longer than that header says."
+    """Whether an mp3 says how many frames it has (a Xing, Info or VBRI header), and is not much longer than
+    that header says."""
     with open(path, "rb") as f:
         f.seek(start := _past_tags(path, 0))
         first = f.read(4096)

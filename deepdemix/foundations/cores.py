@@ -74,9 +74,12 @@ def available_memory(
 ) -> float: # bytes; infinity where the system doesn't say
     "Memory that this process can still take."
     words = _text(Path(root) / "proc/meminfo")
-    found = [_number(words, words.index("MemAvailable:") + 1) * 1024] if "MemAvailable:" in words else [math.inf]
+    found = (
+        [_number(words, words.index("MemAvailable:") + 1) * 1024] if "MemAvailable:" in words else [math.inf]
+    )
     for folder in cgroup_folders("memory", root):
-        for limit, usage in ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"):
+        for limit, usage in ("memory.max", "memory.current"), ("memory.limit_in_bytes",
+                                                               "memory.usage_in_bytes"):
             most, used = _number(_text(folder / limit)), _number(_text(folder / usage))
             if math.inf in (most, used): continue
             stat = _text(folder / "memory.stat")

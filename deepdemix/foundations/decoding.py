@@ -6,7 +6,9 @@
 __all__ = ['Decoder', 'AudioInfo', 'probe']
 
 # %% ../../nbs/foundations/decoding.ipynb #2c4ef73d
-import itertools, math, warnings
+import itertools
+import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +17,18 @@ import numpy as np
 from fastcore.basics import patch
 
 from deepdemix.foundations.containers import (
-    _Unreadable, _counts_frames, _declared, _ends_open, _missing_bytes, _open, _past_tags, _reason, _sound,
-    _stream, _to_float)
+    _counts_frames,
+    _declared,
+    _ends_open,
+    _missing_bytes,
+    _open,
+    _past_tags,
+    _reason,
+    _sound,
+    _stream,
+    _to_float,
+    _Unreadable,
+)
 from .encoding import _plain
 from .files import ChangedAudio, DamagedAudio, UserError
 
@@ -29,7 +41,8 @@ class _Piece(NamedTuple):
     layout: str # the channels by name
 
 def _rechannel(piece, layout, channels):
-    "The samples of a piece with other channels: repeated, averaged, or mixed by ffmpeg's rules where it has some."
+    """The samples of a piece with other channels: repeated, averaged, or mixed by ffmpeg's rules where it
+    has some."""
     x = piece.samples
     if len(x) == channels: return x
     if 1 in (len(x), channels): return np.repeat(x if len(x) == 1 else x.mean(0, keepdims=True), channels, 0)
@@ -70,11 +83,13 @@ class _Bridge:
 
 # %% ../../nbs/foundations/decoding.ipynb #9794ce22
 class Decoder:
-    "An open audio file: iterate over it for (position in `streams`, float32 array (channels, time)); `problems` says what was wrong with it."
+    """An open audio file: iterate over it for (position in `streams`, float32 array (channels, time));
+    `problems` says what was wrong with it."""
     def __init__(self,
         path, # any audio or video file
         streams=(0,), # the audio streams to decode, or None for all of them
-        strict=True, # raise `UserError` when the file is damaged; otherwise warn with `DamagedAudio` and keep what decodes
+        # raise `UserError` when the file is damaged; otherwise warn with `DamagedAudio` and keep what decodes
+        strict=True,
         report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
     ):
         self.path, self.strict, self.report, self.problems, self.count = Path(path), False, report, [], []
@@ -83,7 +98,9 @@ class Decoder:
             self._begin(streams)
             self.strict = strict
             if strict and self.problems: self.note(self.problems.pop())
-        except BaseException: self.close(); raise
+        except BaseException:
+            self.close()
+            raise
     def close(self):
         for file in (self.container, self.sound):
             if file is not None: file.close()
@@ -199,7 +216,9 @@ def _pick(self: Decoder, first):
     found = [(p.rate, len(p.samples)) if p else s for p, s in zip(first, said)]
     if len(rates := {rate for rate, _ in found}) > 1:
         found = ", ".join(map(str, sorted(rates)))
-        raise UserError(f"{self.path}: its audio streams have different sample rates ({found} Hz); read them one by one")
+        raise UserError(
+            f"{self.path}: its audio streams have different sample rates ({found} Hz); read them one by one"
+        )
     self.sample_rate, self.channels = rates.pop(), [channels for _, channels in found]
     self.ticks = [float(s.time_base * self.sample_rate) if s else 1.0 for s in self.streams]
     none = lambda channels: _Piece(np.zeros((channels, 0)), self.sample_rate, None, "")
@@ -244,7 +263,8 @@ def _compare(self: Decoder, i, piece):
 # %% ../../nbs/foundations/decoding.ipynb #b1c0a032
 @patch
 def _trim(self: Decoder, i, x):
-    "Hold back what goes beyond the declared length: padding of the codec, if it is short; else the declaration is wrong and all counts."
+    """Hold back what goes beyond the declared length: padding of the codec, if it is short; else the
+    declaration is wrong and all counts."""
     if self.tails[i] is not None: x = np.concatenate([self.tails[i], x], 1)
     keep = min(x.shape[1], max(0, self.trim[i] - self.count[i]))
     if x.shape[1] - keep > self.sample_rate // 10: keep, self.trim[i] = x.shape[1], math.inf
@@ -272,9 +292,11 @@ def finish(self: Decoder):
     seconds = lambda n: f"{n / self.sample_rate:.2f} s"
     slack = 0 if self.formats & {"wav", "flac", "aiff"} else self.sample_rate // 10
     short = [(n, d) for n, d in zip(self.count, self.declared) if n < d - slack and not self._counts_bytes()]
-    if n := _missing_bytes(self.path): self.note(f"its last {n:,} bytes are missing, and {seconds(self.count[0])} can be read")
+    if n := _missing_bytes(self.path):
+        self.note(f"its last {n:,} bytes are missing, and {seconds(self.count[0])} can be read")
     elif short: self.note(f"it should last {seconds(short[0][1])}, and {seconds(short[0][0])} can be read")
-    elif "ogg" in self.formats and _ends_open(self.path): self.note(f"its end is missing, and {seconds(self.count[0])} can be read")
+    elif "ogg" in self.formats and _ends_open(self.path):
+        self.note(f"its end is missing, and {seconds(self.count[0])} can be read")
     if not max(self.count): raise UserError(f"{self.path} has no sound in it that can be decoded")
     self.warn()
 
@@ -288,7 +310,8 @@ def _counts_bytes(self: Decoder):
 def warn(self: Decoder):
     "Say once what was wrong, if anything was, and that the stream has changed, if it has."
     found = []
-    if self.problems: found.append(DamagedAudio(f"{self.path} is damaged or cut off: {'; '.join(self.problems)}"))
+    if self.problems:
+        found.append(DamagedAudio(f"{self.path} is damaged or cut off: {'; '.join(self.problems)}"))
     if self.changes: found.append(ChangedAudio(f"{self.path} {self.change()}"))
     for warning in found: self.report(warning) if self.report else warnings.warn(warning, stacklevel=4)
 
@@ -309,7 +332,9 @@ class AudioInfo:
     path: Path # the file
     sample_rate: int # Hz
     channels: int # of the stream asked about
-    frames_estimate: int # samples per channel; exact for wav and flac and as a rule for mp3; an mp4 may decode to up to a frame of 1,024 more; 0 if unknown
+    # samples per channel; exact for wav and flac and as a rule for mp3; an mp4 may decode to up to a frame of
+    # 1,024 more; 0 if unknown
+    frames_estimate: int
     duration: float # seconds, from `frames_estimate`
     streams: int # audio streams in the file: 5 in a stem file, as a rule 1
     codec: str # e.g. pcm_s16le, mp3, aac, flac; "libsndfile" for what only that can read
@@ -327,21 +352,29 @@ def probe(
     path, # any audio or video file
     stream=0, # which of its audio streams
 ) -> AudioInfo:
-    "Sample rate, channels, length, codec and tags; only a first frame is decoded. `UserError` for other files."
+    """Sample rate, channels, length, codec and tags; only a first frame is decoded. `UserError` for other
+    files."""
     with Decoder(path, (stream,), strict=False) as d:
         frames, count, codec, tags = d.declared[0], 1, "libsndfile", {}
         if not d.sound:
             (s,), container = d.streams, d.container
-            frames, count, codec = _declared(container, s, d.sample_rate)[0], len(container.streams.audio), s.codec_context.name
+            frames = _declared(container, s, d.sample_rate)[0]
+            count = len(container.streams.audio)
+            codec = s.codec_context.name
             tags = {_tag(k).lower(): _tag(v) for k, v in {**container.metadata, **s.metadata}.items()}
-        return AudioInfo(d.path, d.sample_rate, d.channels[0], frames, frames / d.sample_rate, count, codec, tags)
+        return AudioInfo(
+            d.path, d.sample_rate, d.channels[0], frames, frames / d.sample_rate, count, codec, tags
+        )
 
 # %% ../../nbs/foundations/decoding.ipynb #a7412f28
 @patch
 def seek(self: Decoder, first):
-    "Jump to a second before sample `first`, if it lies far off and the file's time stamps are exact (PCM and FLAC)."
+    """Jump to a second before sample `first`, if it lies far off and the file's time stamps are exact (PCM
+    and FLAC)."""
     stream, near = self.streams[0], first < 4 * self.sample_rate or first >= self.declared[0]
     codec = stream.codec_context.name if stream else ""
-    if near or not self.formats & {"wav", "w64", "aiff", "flac"} or not (codec == "flac" or codec.startswith("pcm_")): return
+    if (near or not self.formats & {"wav", "w64", "aiff", "flac"}
+        or not (codec == "flac" or codec.startswith("pcm_"))):
+        return
     self.container.seek(int((first / self.sample_rate - 1) / stream.time_base), stream=stream)
     self.jumped, self.queue, self.source = True, [], self._decoded()

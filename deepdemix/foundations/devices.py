@@ -13,7 +13,13 @@ from .files import UserError
 # %% ../../nbs/foundations/devices.ipynb #3cbadbce
 def pick_device(device): # "auto", "cpu", "cuda", "cuda:1", "mps" or a torch.device
     "The device to run on; `auto` takes a GPU if there is one. `UserError` for one that is missing."
-    if str(device) == "auto": device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if str(device) == "auto":
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try: torch.zeros(1, device=device)
-    except Exception as e: raise UserError(f"the device {device!r} can't be used here ({str(e).splitlines()[0]}): choose cpu or auto") from None
+    except Exception as e:
+        raise UserError(
+            f"the device {device!r} can't be used here ({str(e).splitlines()[0]}): choose cpu or auto"
+        ) from None
     return torch.device(device)

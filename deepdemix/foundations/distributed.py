@@ -6,7 +6,10 @@
 __all__ = ['own_rows', 'Ranks', 'is_first']
 
 # %% ../../nbs/foundations/distributed.ipynb #1326df01
-import logging, os, platform, sys
+import logging
+import os
+import platform
+import sys
 
 import torch
 from fastcore.basics import patch
@@ -21,9 +24,14 @@ def own_rows(
     n:int, # examples in a whole batch
     share:tuple, # number of this process, and of all
 ) -> range:
-    "The rows of a batch that one of several processes computes. Raises a `UserError` where they can't all have the same number."
+    """The rows of a batch that one of several processes computes. Raises a `UserError` where they can't all
+    have the same number."""
     rank, world = share
-    if n % world: raise UserError(f"a batch of {n} can't be split evenly over {world} processes: batch_size and per_class count the whole batch")
+    if n % world:
+        raise UserError(
+            f"a batch of {n} can't be split evenly over {world} processes: batch_size and per_class count the"
+            " whole batch"
+        )
     return range(n // world * rank, n // world * (rank + 1))
 
 # %% ../../nbs/foundations/distributed.ipynb #6174cb51
@@ -71,13 +79,15 @@ def first(self:Ranks,
 
 def is_first() -> bool:
     "Whether this process is the one that speaks for all; a lone one is."
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+    return (not (torch.distributed.is_available() and torch.distributed.is_initialized())
+            or torch.distributed.get_rank() == 0)
 
 # %% ../../nbs/foundations/distributed.ipynb #517be2f5
 def _introduce(recipe, store) -> dict:
     "What all processes must have in common, and where this one is."
     settings = {k: v for k, v in recipe.to_dict().items() if k not in MAY_CHANGE}
-    return dict(where=f"process on {platform.node()}", versions=_versions(), recipe=settings, data={"digest": getattr(store, "digest", None)})
+    return dict(where=f"process on {platform.node()}", versions=_versions(), recipe=settings,
+                data={"digest": getattr(store, "digest", None)})
 
 def _compare(
     notes:list, # of `_introduce`, by rank
@@ -87,21 +97,30 @@ def _compare(
         for part in ("versions", "recipe", "data"):
             for name in notes[0][part] | note[part]:
                 a, b = notes[0][part].get(name), note[part].get(name)
-                if a != b: raise UserError(f"the processes differ in their {part}: {name} is {a} for process 0 ({notes[0]['where']}) and {b} for process {k} ({note['where']}); make them alike")
+                if a != b:
+                    raise UserError(
+                        f"the processes differ in their {part}: {name} is {a} for process 0"
+                        f" ({notes[0]['where']}) and {b} for process {k} ({note['where']}); make them alike"
+                    )
 
 # %% ../../nbs/foundations/distributed.ipynb #21ebbb28
 def _started() -> tuple|None:
     "Processes on this machine and machines that torchrun or SLURM has started; None if neither has."
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     e = os.environ
-    if TorchElasticEnvironment.detect(): return int(e["LOCAL_WORLD_SIZE"]), int(e["WORLD_SIZE"]) // int(e["LOCAL_WORLD_SIZE"])
+    if TorchElasticEnvironment.detect():
+        return int(e["LOCAL_WORLD_SIZE"]), int(e["WORLD_SIZE"]) // int(e["LOCAL_WORLD_SIZE"])
     if not ("SLURM_NTASKS" in e and SLURMEnvironment.detect()): return None
     nodes = int(e.get("SLURM_NNODES", 1))
     return int(e["SLURM_NTASKS"]) // nodes, nodes
 
 def _agree(name, asked, started):
     "Raise a `UserError` where a number that was asked for is not the one that was started."
-    if asked not in (None, "auto", started): raise UserError(f"{name} is {asked}, but {started} were started: leave {name} out under torchrun and SLURM, or make them equal")
+    if asked not in (None, "auto", started):
+        raise UserError(
+            f"{name} is {asked}, but {started} were started: leave {name} out under torchrun and SLURM, or"
+            " make them equal"
+        )
 
 def _places(
     kind:str, # "cpu", "cuda" or "mps"
@@ -113,12 +132,20 @@ def _places(
     if started:
         for name, asked, n in zip(("devices", "nodes"), (devices, nodes), started): _agree(name, asked, n)
         devices, nodes = started
-    devices, nodes = there if devices == "auto" else 1 if devices is None else devices, 1 if nodes is None else nodes
+    devices, nodes = there if devices == "auto" else 1 if devices is None else devices, (
+        1 if nodes is None else nodes
+    )
     if min(devices, nodes) < 1: raise UserError(f"devices and nodes are 1 or more, not {devices} and {nodes}")
-    if kind != "cpu" and devices > there: raise UserError(f"{devices} {kind} devices are wanted, this machine has {there}")
+    if kind != "cpu" and devices > there:
+        raise UserError(f"{devices} {kind} devices are wanted, this machine has {there}")
     missing = [v for v in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if v not in os.environ]
-    if nodes > 1 and not started and missing: raise UserError(f"nodes is {nodes}, and nothing says where the other machines are: start with torchrun or srun, or set {', '.join(missing)}")
-    if devices * nodes > 1 and not started and hasattr(sys, "ps1"): raise UserError("a notebook trains with one process: start several from the command line or a script")
+    if nodes > 1 and not started and missing:
+        raise UserError(
+            f"nodes is {nodes}, and nothing says where the other machines are: start with torchrun or srun,"
+            f" or set {', '.join(missing)}"
+        )
+    if devices * nodes > 1 and not started and hasattr(sys, "ps1"):
+        raise UserError("a notebook trains with one process: start several from the command line or a script")
     return devices, nodes
 
 # %% ../../nbs/foundations/distributed.ipynb #a82b94ab
@@ -127,10 +154,20 @@ def _lost(
 ) -> str|None: # what to say; None: it has nothing to do with the others
     "Why the processes can't talk to each other."
     text = str(error)
-    if "EADDRINUSE" in text or "already in use" in text: return f"port {os.environ.get('MASTER_PORT')} is taken: set MASTER_PORT to a free one"
-    if "clients joined" in text or "client socket has timed out" in text: return "not all processes of this training came; are all machines started, with the same MASTER_ADDR and MASTER_PORT?"
-    words = ("connection closed", "connection reset", "connection was likely closed", "broken pipe", "gloo", "nccl", "timed out", "socket")
-    known = isinstance(error, getattr(torch.distributed, "DistError", ())) or (isinstance(error, RuntimeError) and any(w in text.lower() for w in words))
+    if "EADDRINUSE" in text or "already in use" in text:
+        return f"port {os.environ.get('MASTER_PORT')} is taken: set MASTER_PORT to a free one"
+    if "clients joined" in text or "client socket has timed out" in text:
+        return (
+            "not all processes of this training came; are all machines started, with the same MASTER_ADDR and"
+            " MASTER_PORT?"
+        )
+    words = (
+        "connection closed", "connection reset", "connection was likely closed", "broken pipe", "gloo",
+        "nccl", "timed out", "socket",
+    )
+    known = isinstance(error, getattr(torch.distributed, "DistError", ())) or (
+        isinstance(error, RuntimeError) and any(w in text.lower() for w in words)
+    )
     return "another process of this training has ended or can't be reached" if known else None
 
 class _Watch(logging.Handler):

@@ -29,7 +29,9 @@ def shift_tied(
     "Pitch and tempo tied together, as a tape at another speed: one resampling by soxr."
     import soxr
     if stretch == 1: return waveform
-    played = soxr.resample(np.ascontiguousarray(waveform.numpy().T), sample_rate, sample_rate * stretch, quality="HQ")
+    played = soxr.resample(
+        np.ascontiguousarray(waveform.numpy().T), sample_rate, sample_rate * stretch, quality="HQ"
+    )
     return fit_length(torch.from_numpy(np.ascontiguousarray(played.T)), round(waveform.shape[-1] * stretch))
 
 # %% ../../nbs/foundations/effects.ipynb #8bbd8f0b
@@ -39,7 +41,8 @@ def shift(
     pitch: float = 0.0, # semitones upwards
     stretch: float = 1.0, # new length / old length
 ) -> Tensor: # (channels, round(time * stretch))
-    "Pitch and tempo, each on its own: resampling by soxr for the pitch, then Signalsmith Stretch for the tempo. Channels keep their phase relations."
+    """Pitch and tempo, each on its own: resampling by soxr for the pitch, then Signalsmith Stretch for the
+    tempo. Channels keep their phase relations."""
     from python_stretch.Signalsmith import Stretch
     speed = 2 ** (pitch / 12)
     tuned = shift_tied(waveform, sample_rate, 1 / speed)
@@ -63,15 +66,20 @@ def shelf_sections(
         c, root = side * math.cos(w), math.sqrt(2 * a) * math.sin(w)
         rise, fall = (a + 1) + (a - 1) * c, (a + 1) - (a - 1) * c
         over = a * (fall + root), side * 2 * a * ((a - 1) - (a + 1) * c), a * (fall - root)
-        sections.append(np.array((*over, rise + root, side * -2 * ((a - 1) + (a + 1) * c), rise - root)) / (rise + root))
+        sections.append(
+            np.array((*over, rise + root, side * -2 * ((a - 1) + (a + 1) * c), rise - root)) / (rise + root)
+        )
     return np.stack(sections)
 
 # %% ../../nbs/foundations/effects.ipynb #7490602c
 def _by_spectrum(waveform, sections):
     frames = waveform.shape[-1]
     size = 1 << (frames + 8192).bit_length()
-    z = torch.exp(-2j * math.pi * torch.arange(size // 2 + 1, dtype=torch.float64, device=waveform.device) / size)
-    response = math.prod((b0 + b1 * z + b2 * z * z) / (a0 + a1 * z + a2 * z * z) for b0, b1, b2, a0, a1, a2 in sections.tolist())
+    z = torch.exp(
+        -2j * math.pi * torch.arange(size // 2 + 1, dtype=torch.float64, device=waveform.device) / size
+    )
+    response = math.prod((b0 + b1 * z + b2 * z * z) / (a0 + a1 * z + a2 * z * z)
+                         for b0, b1, b2, a0, a1, a2 in sections.tolist())
     return torch.fft.irfft(torch.fft.rfft(waveform, size) * response.to(torch.complex64), size)[..., :frames]
 
 def shelf(

@@ -16,24 +16,39 @@ from .files import UserError, atomic_path, check_finite
 from .waveforms import as_waveform, check_rate
 
 # %% ../../nbs/foundations/encoding.ipynb #0fda7621
-_FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", "MPEG_LAYER_III")}
-_SUBTYPES = {"float32": "FLOAT", "float": "FLOAT", "float64": "DOUBLE", "pcm16": "PCM_16", "pcm24": "PCM_24", "pcm32": "PCM_32", "16": "PCM_16", "24": "PCM_24"}
+_FORMATS = {
+    ".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
+    ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", "MPEG_LAYER_III"),
+}
+_SUBTYPES = {
+    "float32": "FLOAT", "float": "FLOAT", "float64": "DOUBLE", "pcm16": "PCM_16", "pcm24": "PCM_24",
+    "pcm32": "PCM_32", "16": "PCM_16", "24": "PCM_24",
+}
 
 def _format(path, sample_rate, channels, subtype):
     "The (format, subtype) of soundfile for a file name, or a `UserError` that says what to choose instead."
     import soundfile
     suffix = Path(path).suffix.lower()
-    if suffix not in _FORMATS: raise UserError(f"{path}: cannot write {suffix or 'a file without a suffix'}; choose one of {', '.join(_FORMATS)}")
+    if suffix not in _FORMATS:
+        raise UserError(
+            f"{path}: cannot write {suffix or 'a file without a suffix'}; choose one of {', '.join(_FORMATS)}"
+        )
     kind, default = _FORMATS[suffix]
     subtype = _SUBTYPES.get(str(subtype).lower(), subtype) or default
     if suffix == ".mp3" and (sample_rate > 48000 or channels > 2):
-        raise UserError(f"{path}: mp3 holds at most 48,000 Hz and 2 channels, not {sample_rate:,} Hz and {channels}; write wav instead")
-    if not soundfile.check_format(kind, subtype): raise UserError(f"{path}: a {suffix} file cannot hold {subtype}; choose one of {', '.join(soundfile.available_subtypes(kind))}")
+        raise UserError(
+            f"{path}: mp3 holds at most 48,000 Hz and 2 channels, not {sample_rate:,} Hz and {channels};"
+            " write wav instead"
+        )
+    if not soundfile.check_format(kind, subtype):
+        raise UserError(f"{path}: a {suffix} file cannot hold {subtype}; choose one of"
+                        f" {', '.join(soundfile.available_subtypes(kind))}")
     return kind, subtype
 
 # %% ../../nbs/foundations/encoding.ipynb #1d914090
 class Writer:
-    "Write a sound file block by block, as a context manager; it appears under its name only when all is written."
+    """Write a sound file block by block, as a context manager; it appears under its name only when all is
+    written."""
     limit = 2**32 - 2**20
     def __init__(self,
         path, # .wav, .flac, .ogg, .opus or .mp3
@@ -58,11 +73,18 @@ _ADD_PEAK_CHUNK = 0x1050
 
 @patch
 def _start(self: Writer, path):
-    "Open a sound file for writing; float wav without the optional chunk that holds the time of day, so that the same sound makes the same bytes."
+    """Open a sound file for writing; float wav without the optional chunk that holds the time of day, so
+    that the same sound makes the same bytes."""
     import soundfile
-    try: file = soundfile.SoundFile(path, "w", self.sample_rate, self.channels, self.subtype, format=self.format)
+    try:
+        file = soundfile.SoundFile(
+            path, "w", self.sample_rate, self.channels, self.subtype, format=self.format
+        )
     except soundfile.SoundFileError as e:
-        raise UserError(f"{self.path}: cannot write {self.sample_rate:,} Hz and {self.channels} channel(s) here ({_plain(e)}); wav holds any rate") from e
+        raise UserError(
+            f"{self.path}: cannot write {self.sample_rate:,} Hz and {self.channels} channel(s) here"
+            f" ({_plain(e)}); wav holds any rate"
+        ) from e
     soundfile._snd.sf_command(file._file, _ADD_PEAK_CHUNK, soundfile._ffi.NULL, 0)
     return file
 
@@ -93,9 +115,14 @@ def write(self: Writer,
 def _append(self: Writer, x):
     "Hand one slice to libsndfile; too large a one would crash its Vorbis encoder."
     import soundfile
-    if self.format == "WAV" and (self.frames + len(x)) * self.channels * _BYTES.get(self.subtype, 4) > self.limit: self._grow()
+    if (self.format == "WAV"
+        and (self.frames + len(x)) * self.channels * _BYTES.get(self.subtype, 4) > self.limit):
+        self._grow()
     try: self.file.write(_integers(x, _BITS[self.subtype]) if self.subtype in _BITS else x)
-    except (soundfile.SoundFileError, AssertionError) as e: raise UserError(f"{self.path}: cannot write it: the disk is full, or the file too large for it") from e
+    except (soundfile.SoundFileError, AssertionError) as e:
+        raise UserError(
+            f"{self.path}: cannot write it: the disk is full, or the file too large for it"
+        ) from e
     self.frames += len(x)
 
 # %% ../../nbs/foundations/encoding.ipynb #dc12fd2e
@@ -131,6 +158,7 @@ def write(
     sample_rate, # Hz
     subtype=None, # wav and flac: PCM_16 (default) or PCM_24; wav also FLOAT ("float32")
 ):
-    "Write a file in the format of its suffix, whole or not at all. `UserError` for what it cannot hold, and integers."
+    """Write a file in the format of its suffix, whole or not at all. `UserError` for what it cannot hold,
+    and integers."""
     waveform = as_waveform(waveform, f"{path}: a waveform")
     with Writer(path, sample_rate, len(waveform), subtype) as writer: writer.write(waveform)

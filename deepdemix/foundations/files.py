@@ -7,7 +7,12 @@ __all__ = ['UserError', 'DamagedAudio', 'ChangedAudio', 'check_finite', 'hidden_
            'check_writable']
 
 # %% ../../nbs/foundations/files.ipynb #ec39c784
-import hashlib, json, os, re, socket, uuid
+import hashlib
+import json
+import os
+import re
+import socket
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,12 +34,19 @@ def check_finite(
 ):
     "The same tensor, or a `UserError` that names the file if a sample is NaN or infinite."
     bad = ~torch.isfinite(waveform)
-    if bad.any(): raise UserError(f"{name}: {int(bad.sum())} sample(s) are not numbers (NaN or infinite); repair or leave out this file")
+    if bad.any():
+        raise UserError(
+            f"{name}: {int(bad.sum())} sample(s) are not numbers (NaN or infinite); repair or leave out this"
+            " file"
+        )
     return waveform
 
 # %% ../../nbs/foundations/files.ipynb #4b2950d4
-_DISK = {"ENOSPC": "the disk is full", "EDQUOT": "the disk quota is used up", "EFBIG": "the file system takes no file this large",
-         "EROFS": "the file system is read-only", "EACCES": "permission denied", "EPERM": "permission denied", "ENAMETOOLONG": "the name is too long"}
+_DISK = {
+    "ENOSPC": "the disk is full", "EDQUOT": "the disk quota is used up",
+    "EFBIG": "the file system takes no file this large", "EROFS": "the file system is read-only",
+    "EACCES": "permission denied", "EPERM": "permission denied", "ENAMETOOLONG": "the name is too long",
+}
 
 def _disk_reason(error):
     "A plain reason for an OSError that a user can put right, else None."
@@ -44,9 +56,11 @@ def _disk_reason(error):
 def _new_folder(path):
     "Make the folder that `path` goes into, or say why not."
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"{path.parent}: cannot make this folder ({_disk_reason(e) or e.strerror})") from e
+    except OSError as e:
+        raise UserError(f"{path.parent}: cannot make this folder ({_disk_reason(e) or e.strerror})") from e
     if path.is_dir(): raise UserError(f"{path} is a folder: give the name of a file in it")
-    if not os.access(path.parent, os.W_OK): raise UserError(f"{path.parent}: cannot write in this folder (permission denied)")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: cannot write in this folder (permission denied)")
 
 # %% ../../nbs/foundations/files.ipynb #b1c0a008
 def _machine():
@@ -81,7 +95,8 @@ def abandoned(
 def atomic_path(
     path, # where the finished file shall be; its folder is made if need be
 ):
-    "Yield a temporary path in the same folder; rename it to `path` on success, remove it on any error. Full or unwritable disks raise `UserError`."
+    """Yield a temporary path in the same folder; rename it to `path` on success, remove it on any error.
+    Full or unwritable disks raise `UserError`."""
     path = Path(path)
     _new_folder(path)
     part = path.with_name(hidden_name(suffix=f".part{path.suffix}"))
@@ -101,11 +116,13 @@ def check_writable(
     "`UserError` if the file or folder can't be written, as far as can be seen without trying."
     path = Path(path)
     if not folder and path.is_dir(): raise UserError(f"{path} is a folder: give the name of a file in it")
-    if folder and path.exists() and not path.is_dir(): raise UserError(f"{path} is a file: give the name of a folder")
+    if folder and path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: give the name of a folder")
     above = path.absolute() if folder else path.absolute().parent
     found = next(x for x in (above, *above.parents) if os.path.lexists(x))
     if not found.is_dir(): raise UserError(f"{path}: cannot make this, for {found} is no folder")
-    if not os.access(found, os.W_OK | os.X_OK): raise UserError(f"{found}: cannot write in this folder (permission denied)")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"{found}: cannot write in this folder (permission denied)")
 
 # %% ../../nbs/foundations/files.ipynb #7574e356
 def _read_json(

@@ -16,7 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .cores import available_memory, default_threads, resident_memory, single_threaded_pool
+from deepdemix.foundations.cores import (
+    available_memory,
+    default_threads,
+    resident_memory,
+    single_threaded_pool,
+)
 from .files import UserError
 from .triangle import run_chunks
 from .waveforms import SAMPLE_RATE
@@ -32,12 +37,16 @@ def channel_groups(found, # channels of the song
 def by_groups(network, # waveform (b, c, time) -> stems (b, s, c, time) for the c that it takes
               waveform, # (b, channels, time), any number of channels
               channels): # c
-    "The stems `(b, s, channels, time)`; a channel that went through twice comes back as its mean. No more than two groups go through at once."
+    """The stems `(b, s, channels, time)`; a channel that went through twice comes back as its mean. No more
+    than two groups go through at once."""
     groups = torch.tensor(channel_groups(waveform.shape[1], channels), device=waveform.device)
-    stems = [network(waveform[:, pair].flatten(0, 1)).unflatten(0, (len(waveform), len(pair))) for pair in groups.split(2)]
+    stems = [network(waveform[:, pair].flatten(0, 1)).unflatten(0, (len(waveform), len(pair)))
+             for pair in groups.split(2)]
     stems = torch.cat(stems, 1).transpose(1, 2).flatten(2, 3)
     if groups.numel() == waveform.shape[1]: return stems
-    total = stems.new_zeros(*stems.shape[:2], waveform.shape[1], stems.shape[-1]).index_add_(2, groups.flatten(), stems)
+    total = stems.new_zeros(*stems.shape[:2], waveform.shape[1], stems.shape[-1]).index_add_(
+        2, groups.flatten(), stems
+    )
     return total / groups.flatten().bincount().to(total)[:, None]
 
 # %% ../../nbs/foundations/inference.ipynb #418e330e
@@ -53,18 +62,23 @@ def segment_of(network):
 # %% ../../nbs/foundations/inference.ipynb #1582e0f9
 def plan_chunks(network, # waveform -> stems
                 chunk=None, # seconds; None: what the network was made for, or 20
-                overlap=None, # part of a chunk that is shared; None: 1/4 for networks made for one length, else 1/8
+                # part of a chunk that is shared; None: 1/4 for networks made for one length, else 1/8
+                overlap=None,
                 context=None): # seconds on each side that are seen and not used; None: 2/5 of what is shared
     "The settings of `run_chunks` for a network. `UserError` for what can't be."
     hop = getattr(network, "hop", None) or getattr(getattr(network, "stft", None), "hop_length", 1)
-    segment, rate = segment_of(network) if chunk is None else None, getattr(network, "sample_rate", SAMPLE_RATE)
+    segment = segment_of(network) if chunk is None else None
+    rate = getattr(network, "sample_rate", SAMPLE_RATE)
     samples = segment or round((CHUNK if chunk is None else chunk) * rate / hop) * hop
     overlap = (0.25 if segment else 0.125) if overlap is None else overlap
     if not 0 <= overlap <= 0.9: raise UserError(f"overlap is a part of a chunk from 0 to 0.9, not {overlap}")
     if segment and context is None and getattr(network, "cut", "fade") == "triangle":
         return dict(chunk=segment, overlap=overlap, cut="triangle", window=network.window)
     context = samples * overlap * 0.4 if context is None else context * rate
-    if samples <= 0 or not 0 <= context * 2 < samples: raise UserError(f"a chunk of {samples / rate:g} s has no room for a context of {context / rate:g} s on each side")
+    if samples <= 0 or not 0 <= context * 2 < samples:
+        raise UserError(
+            f"a chunk of {samples / rate:g} s has no room for a context of {context / rate:g} s on each side"
+        )
     return dict(chunk=samples, overlap=overlap, context=int(context), align=hop, pad=bool(segment))
 
 # %% ../../nbs/foundations/inference.ipynb #b7940939
@@ -100,7 +114,8 @@ class ChunkPool:
         self.fit = self._fitting(CAUTION * size)
         self.turn = threading.Semaphore(self.fit) if self.fit == threads else None
 
-    def _fitting(self, need): return max(1, min(self.threads, int(min(available_memory() / 2 / max(need, 1), 2**20))))
+    def _fitting(self, need):
+        return max(1, min(self.threads, int(min(available_memory() / 2 / max(need, 1), 2**20))))
 
     def submit(self,
         call, # what to run
@@ -160,7 +175,8 @@ def stems_of_song(
     device=None, # where the network is; None: where its weights are
     threads:int|None=None, # chunks in work at once on a processor; None: `default_threads`
 ) -> Tensor: # (s, channels, time), float32 on the processor
-    "The stems of a whole song; the network is in evaluation mode meanwhile. `UserError` for an empty waveform."
+    """The stems of a whole song; the network is in evaluation mode meanwhile. `UserError` for an empty
+    waveform."""
     if not waveform.shape[-1]: raise UserError("there is nothing to separate: the waveform is empty")
     plan, device = plan or plan_chunks(network), device or device_of(network)
     blocks = waveform.detach().float().cpu().split(plan["chunk"], -1)

@@ -6,7 +6,8 @@
 __all__ = ['SILENCE', 'k_weighting', 'Loudness']
 
 # %% ../../nbs/foundations/loudness.ipynb #3471e238
-import functools, math
+import functools
+import math
 
 import numpy as np
 from fastcore.basics import patch
@@ -17,9 +18,12 @@ from torch import Tensor
 def k_weighting(
     sample_rate: int, # in Hz
 ) -> np.ndarray: # second-order sections (2, 6)
-    "The two filters of ITU-R BS.1770 as pyloudnorm designs them: a high shelf for the head and a high pass for the ear."
+    """The two filters of ITU-R BS.1770 as pyloudnorm designs them: a high shelf for the head and a high pass
+    for the ear."""
     from pyloudnorm import IIRfilter
-    filters = IIRfilter(4.0, 1 / math.sqrt(2), 1500.0, sample_rate, "high_shelf"), IIRfilter(0.0, 0.5, 38.0, sample_rate, "high_pass")
+    filters = IIRfilter(4.0, 1 / math.sqrt(2), 1500.0, sample_rate, "high_shelf"), IIRfilter(
+        0.0, 0.5, 38.0, sample_rate, "high_pass"
+    )
     return np.stack([np.concatenate([f.b, f.a]) for f in filters])
 
 # %% ../../nbs/foundations/loudness.ipynb #58df0ee3
@@ -47,7 +51,8 @@ class Loudness:
         state = np.zeros((2, *stems.shape[:2], 2)) if state is None else state
         weighted, state = sosfilt(k_weighting(self.sample_rate), stems, zi=state)
         energy = np.square(weighted).sum(1)
-        return np.pad(energy, ((0, 0), (0, -energy.shape[-1] % self.hop))).reshape(len(energy), -1, self.hop).sum(-1), state
+        return (np.pad(energy, ((0, 0), (0, -energy.shape[-1] % self.hop)))
+                .reshape(len(energy), -1, self.hop) .sum(-1), state)
 
 # %% ../../nbs/foundations/loudness.ipynb #2d018bf6
 @patch
@@ -55,7 +60,8 @@ def energy(self: Loudness,
     start, # first sample of each window, a number or an array
     stop, # one past the last sample of each
 ) -> np.ndarray: # (sources, windows)
-    "K-weighted energy between samples, summed over channels; between the points of the 5 ms grid it is taken as even."
+    """K-weighted energy between samples, summed over channels; between the points of the 5 ms grid it is
+    taken as even."""
     def upto(position):
         position = np.where(np.atleast_1d(position) >= self.frames, np.inf, position)
         place = np.clip(position / self.hop, 0, self.total.shape[1] - 1)
@@ -69,7 +75,8 @@ def __call__(self: Loudness,
     start: int = 0, # first sample of the window
     frames: int | None = None, # its length; None: to the end
 ) -> np.ndarray: # LUFS (sources,), never below -70, the absolute gate
-    "Gated loudness of every source in one window: blocks of 400 ms every 100 ms, gates at -70 LUFS and 10 LU below the mean (BS.1770-4)."
+    """Gated loudness of every source in one window: blocks of 400 ms every 100 ms, gates at -70 LUFS and 10
+    LU below the mean (BS.1770-4)."""
     frames = frames or self.frames - start
     block, step = min(0.4 * self.sample_rate, frames), 0.1 * self.sample_rate
     starts = start + step * np.arange(max(1, round((frames / self.sample_rate - 0.4) / (0.4 * 0.25)) + 1))

@@ -6,13 +6,17 @@
 __all__ = ['ASKED', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'SETTLED', 'ALLOWED', 'LEAST', 'keep_memory']
 
 # %% ../../nbs/foundations/memory.ipynb #5f60ea99
-import contextlib, ctypes, os, threading
+import contextlib
+import ctypes
+import os
+import threading
 from pathlib import Path
 
 # %% ../../nbs/foundations/memory.ipynb #2383a10b
 ASKED = "DEEPDEMIX_KEEP_MEMORY" # set to 1: memory is kept
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-SETTLED, ALLOWED, LEAST = 3, 1.25, 2**28 # calls of `tidy` until a step takes what it will take; how many times that may be held; bytes that always may
+# calls of `tidy` until a step takes what it will take; how many times that may be held; bytes that always may
+SETTLED, ALLOWED, LEAST = 3, 1.25, 2**28
 _memory = dict(lock=threading.Lock(), keepers=0)
 
 def _glibc():
@@ -29,7 +33,8 @@ def _resident():
     except OSError: return 0
 
 def _tidier(libc):
-    "Give back what is free once the process holds more than `ALLOWED` times what a step takes; call it after each."
+    """Give back what is free once the process holds more than `ALLOWED` times what a step takes; call it
+    after each."""
     calls, step, most = 0, None, 0
     def tidy():
         nonlocal calls, step, most
@@ -45,17 +50,23 @@ def _tidier(libc):
 def keep_memory(
     wanted:bool|None=None, # None: if the environment asks for it
 ):
-    "Keep freed memory for what comes next, and give it back at the end; `with keep_memory() as tidy:` and `tidy()` after each step. Does nothing unless it is wanted, or where the C library is not glibc."
+    """Keep freed memory for what comes next, and give it back at the end; `with keep_memory() as tidy:` and
+    `tidy()` after each step. Does nothing unless it is wanted, or where the C library is not glibc."""
     if wanted is None: wanted = os.environ.get(ASKED) == "1"
     libc = _glibc() if wanted else None
-    if libc is None: yield lambda: None; return
+    if libc is None:
+        yield lambda: None
+        return
     with _memory["lock"]:
         _memory["keepers"] += 1
-        libc.mallopt(M_MMAP_MAX, 0); libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
     try: yield _tidier(libc)
     finally:
         with _memory["lock"]:
             _memory["keepers"] -= 1
             if not _memory["keepers"]:
-                for option, value in (M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26): libc.mallopt(option, value)
+                for option, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2**25),
+                                      (M_TRIM_THRESHOLD, 2**26)):
+                    libc.mallopt(option, value)
                 libc.malloc_trim(0)

@@ -15,7 +15,9 @@ from .runs import WEIGHTS, load_network
 # %% ../../nbs/foundations/model_names.ipynb #f5de1ea5
 def pretrained_names():
     "The names of the models that came with the package."
-    return sorted(p.parent.name for p in WEIGHTS.glob("*/model.safetensors") if (p.parent / "recipe.json").is_file())
+    return sorted(
+        p.parent.name for p in WEIGHTS.glob("*/model.safetensors") if (p.parent / "recipe.json").is_file()
+    )
 
 def describe_pretrained():
     "`{name: what it is}`, the first line of text of each model card."
@@ -38,14 +40,21 @@ def find_model(name, # a bundled model, a run folder or a file in it, "hf:owner/
     if str(name).startswith("hf:"): return fetch_from_hub(str(name)[3:])
     if str(name) in peer_names():
         if peers: return Path(str(name))
-        raise UserError(f"{name} is another project's model, which separate, evaluate and listen run as it is; this needs a run folder or a bundled model")
+        raise UserError(
+            f"{name} is another project's model, which separate, evaluate and listen run as it is; this needs"
+            " a run folder or a bundled model"
+        )
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         path = Path(str(name)).expanduser()
         inside = path.is_file() and path.name in MODEL_FILES
         if inside and (path.parent / "recipe.json").is_file(): return path.parent
         if path.is_dir() or path.is_file(): return path
     known = ", ".join(pretrained_names()) or "none is installed"
-    raise UserError(f"there is no model {str(name)[:200]!r}: name a bundled one ({known}), a run folder (it holds recipe.json and model.safetensors), hf:owner/name, or another project's ({', '.join(peer_names())})")
+    raise UserError(
+        f"there is no model {str(name)[:200]!r}: name a bundled one ({known}), a run folder (it holds"
+        " recipe.json and model.safetensors), hf:owner/name, or another project's"
+        f" ({', '.join(peer_names())})"
+    )
 
 def peer_names():
     "The names of other projects' models."
@@ -55,8 +64,12 @@ def peer_names():
 # %% ../../nbs/foundations/model_names.ipynb #57cc76dc
 def _hub():
     "huggingface_hub, or a `UserError` on how to get it."
-    try: import huggingface_hub
-    except ImportError: raise UserError("models on the Hugging Face Hub need huggingface_hub: pip install 'deepdemix[hub]'") from None
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            "models on the Hugging Face Hub need huggingface_hub: pip install 'deepdemix[hub]'"
+        ) from None
     return huggingface_hub
 
 
@@ -65,7 +78,10 @@ def fetch_from_hub(repo): # "owner/name" or "owner/name@revision"
     repo, _, revision = repo.partition("@")
     hub = _hub()
     try: return Path(hub.snapshot_download(repo, revision=revision or None, allow_patterns=MODEL_FILES))
-    except Exception as e: raise UserError(f"hf:{repo} can't be fetched: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    except Exception as e:
+        raise UserError(
+            f"hf:{repo} can't be fetched: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+        ) from e
 
 
 def push_to_hub(run, # a run folder, or the name of a bundled model

@@ -6,7 +6,9 @@
 __all__ = ['lr_factor', 'build_optimizer', 'Average', 'measuring', 'measure', 'thawed', 'thaw']
 
 # %% ../../nbs/foundations/optimisation.ipynb #7d69d33e
-import contextlib, functools, math
+import contextlib
+import functools
+import math
 
 import torch
 from torch import nn
@@ -41,9 +43,13 @@ def _groups(
 ) -> list: # of dictionaries for the optimiser, each with its `scale`
     "Parameters with the encoder apart, so that it can learn at its own rate."
     encoder = getattr(task.network, "encoder", None)
-    inner = list(encoder.parameters()) if isinstance(encoder, nn.Module) and encoder is not task.network else []
+    inner = (
+        list(encoder.parameters()) if isinstance(encoder, nn.Module) and encoder is not task.network else []
+    )
     ids = {id(p) for p in inner}
-    rest = [p for p in task.network.parameters() if id(p) not in ids] + (list(task.heads.parameters()) if task.heads else [])
+    rest = [p for p in task.network.parameters() if id(p) not in ids] + (
+        list(task.heads.parameters()) if task.heads else []
+    )
     groups = [dict(params=rest, scale=1.), dict(params=inner, scale=recipe.encoder_lr_scale)]
     return [{**g, "lr": recipe.lr * g["scale"]} for g in groups if g["params"]]
 
@@ -69,9 +75,11 @@ class Average:
 
     @contextlib.contextmanager
     def applied(self, inputs=()): # batches of what the network is called with
-        "Have the network carry the mean within a block, with statistics of its normalisations measured on `inputs`."
+        """Have the network carry the mean within a block, with statistics of its normalisations measured on
+        `inputs`."""
         norms = measuring(self.network)
-        now, buffers = [p.detach().clone() for p in self.params], [b.clone() for m in norms for b in m.buffers()]
+        now = [p.detach().clone() for p in self.params]
+        buffers = [b.clone() for m in norms for b in m.buffers()]
         self._set(self.params, self.mean)
         try:
             measure(self.network, norms, inputs)
@@ -89,7 +97,8 @@ def measuring(
     network, # any
 ) -> list: # of its batch normalisations
     "The normalisations that keep statistics of what they see; a frozen layer keeps its own."
-    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None]
+    return [m for m in network.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None]
 
 @torch.no_grad()
 def measure(
@@ -114,13 +123,15 @@ def thawed(
 ) -> float: # layers, counted from the last; infinity: all
     "How many layers of the encoder are trained."
     if recipe.freeze_encoder is True or epoch < recipe.freeze_encoder: return 0
-    return 1 + (epoch - int(recipe.freeze_encoder)) // recipe.unfreeze_every if recipe.unfreeze_every else math.inf
+    return (1 + (epoch - int(recipe.freeze_encoder)) // recipe.unfreeze_every if recipe.unfreeze_every
+            else math.inf)
 
 def thaw(
     encoder:nn.Module, # its layers in the order from input to output
     count:float, # layers, counted from the last, that are trained
 ):
-    "Let the last layers learn. The others get no gradient, and their statistics stay; dropout is off while all are frozen."
+    """Let the last layers learn. The others get no gradient, and their statistics stay; dropout is off while
+    all are frozen."""
     encoder.train(count > 0)
     layers = [m for m in encoder.modules() if m._parameters]
     for k, layer in enumerate(reversed(layers)):

@@ -74,7 +74,8 @@ def import_from_environment():
 def needed() -> list: # of {"name": …, "digest": …}
     "What was imported in this process, for the record of a run."
     digest = lambda key: hashlib.sha256(Path(key).read_bytes()).hexdigest()
-    return [dict(name=Path(key).name, digest=digest(key)) if key.endswith(".py") else dict(name=key) for key in IMPORTED]
+    return [dict(name=Path(key).name, digest=digest(key)) if key.endswith(".py") else dict(name=key)
+            for key in IMPORTED]
 
 def missing_line(
     record:dict, # of a run
@@ -96,7 +97,8 @@ def packaged_networks(
     found = {}
     for point in importlib.metadata.entry_points(group=GROUP):
         try: loaded = point.load()
-        except Exception as e: report(f"the network '{point.name}' ({point.value}) can't be imported: {type(e).__name__}: {e}")
+        except Exception as e:
+            report(f"the network '{point.name}' ({point.value}) can't be imported: {type(e).__name__}: {e}")
         else:
             if callable(loaded): found[point.name] = loaded
     return found

@@ -6,7 +6,9 @@
 __all__ = ['mp3', 'players']
 
 # %% ../../nbs/foundations/players.ipynb #6c935769
-import base64, html, io
+import base64
+import html
+import io
 
 import torch
 
@@ -24,7 +26,8 @@ def mp3(
     x = torch.as_tensor(waveform).detach().cpu().float()
     x = to_mono(x if seconds is None else x[..., :round(seconds * sample_rate)])
     file = io.BytesIO()
-    soundfile.write(file, resample(x, sample_rate, rate)[0].clamp(-1, 1).numpy(), rate, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
+    soundfile.write(file, resample(x, sample_rate, rate)[0].clamp(-1, 1).numpy(), rate, format="MP3",
+                    bitrate_mode="CONSTANT", compression_level=0.9)
     return file.getvalue()
 
 # %% ../../nbs/foundations/players.ipynb #e46bfe1d
@@ -37,5 +40,6 @@ def players(
     from IPython.display import HTML
     def one(name, waveform):
         name, sound = html.escape(name), base64.b64encode(mp3(waveform, sample_rate, seconds)).decode()
-        return f'<label>{name}<audio controls preload="metadata" aria-label="{name}" src="data:audio/mpeg;base64,{sound}"></audio></label>'
+        return (f'<label>{name}<audio controls preload="metadata" aria-label="{name}"'
+                f' src="data:audio/mpeg;base64,{sound}"></audio></label>')
     return HTML(f'<div class="players">{"".join(one(*x) for x in sounds.items())}</div>')

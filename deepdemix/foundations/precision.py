@@ -6,7 +6,9 @@
 __all__ = ['TRIAL', 'WORTH', 'pass_seconds', 'choose_precision']
 
 # %% ../../nbs/foundations/precision.ipynb #dbcdc0ab
-import copy, math, time
+import copy
+import math
+import time
 
 import torch
 

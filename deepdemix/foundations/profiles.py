@@ -17,23 +17,29 @@ from .registry import NETWORKS, _no_such, known_networks
 PAPER_MIXER = dict(coherent=1.0, level=["lufs", -20, [-5, 5]], pitch=[-2, 2], stretch=[0.8, 1.2])
 PAPER_EPOCHS = dict(baseline=30, pretraining=40, ddm=45, ddm_skip=45, recurrent=45)
 QUARTER = {name: dict(conv_channels=[4, 8, 16, 32]) for name in ("pretraining", "ddm", "ddm_skip")}
-TINY = dict(duration=1.0, window_length=2048, hop_length=1024, conv_channels=[4, 4, 8, 8], kernels=[[3, 5]] * 4, pools=[[4, 8], [8, 8]], linears=[16, 8], latent=4, dropout=0.0)
+TINY = dict(duration=1.0, window_length=2048, hop_length=1024, conv_channels=[4, 4, 8, 8],
+            kernels=[[3, 5]] * 4, pools=[[4, 8], [8, 8]], linears=[16, 8], latent=4, dropout=0.0)
 HALF = {name: dict(precision="bf16-mixed") for name in QUARTER}
 SMALL = {name: TINY for name in ("pretraining", "ddm", "ddm_skip")}
 FEW_EPOCHS = dict(baseline=8, pretraining=4, ddm=6, ddm_skip=6, recurrent=4)
 
 PROFILES = {
-    "demo":   dict(epochs=FEW_EPOCHS,   examples_per_epoch=320,  valid_examples=64,  batch_size=8,  duration=1.0, network_args=SMALL,
-                   models=dict(baseline=dict(batch_size=4), pretraining=dict(lr=3e-3))),
-    "laptop": dict(epochs=PAPER_EPOCHS, examples_per_epoch=48,   valid_examples=16,  batch_size=16, duration=5.0, network_args=QUARTER, models=HALF),
-    "author": dict(epochs=PAPER_EPOCHS, examples_per_epoch=160,  valid_examples=300, batch_size=16, duration=5.0, network_args={}),
-    "paper":  dict(epochs=PAPER_EPOCHS, examples_per_epoch=6000, valid_examples=300, batch_size=16, duration=5.0, network_args={}),
+    "demo": dict(epochs=FEW_EPOCHS, examples_per_epoch=320, valid_examples=64, batch_size=8, duration=1.0,
+                 network_args=SMALL, models=dict(baseline=dict(batch_size=4), pretraining=dict(lr=3e-3))),
+    "laptop": dict(epochs=PAPER_EPOCHS, examples_per_epoch=48, valid_examples=16, batch_size=16, duration=5.0,
+                   network_args=QUARTER, models=HALF),
+    "author": dict(epochs=PAPER_EPOCHS, examples_per_epoch=160, valid_examples=300, batch_size=16,
+                   duration=5.0, network_args={}),
+    "paper": dict(epochs=PAPER_EPOCHS, examples_per_epoch=6000, valid_examples=300, batch_size=16,
+                  duration=5.0, network_args={}),
 }
 PROFILES["workstation"] = PROFILES["laptop"] | dict(examples_per_epoch=160, valid_examples=64)
 
 # %% ../../nbs/foundations/profiles.ipynb #7e503974
-ACROSS_SONGS = dict(loss="l1_phase_sensitive", validation="songs", ema=0.99, grad_clip=1.0,
-                    mixer=dict(coherent=0.5, level=["gain", [-6, 6]], pitch=[-2, 2], stretch=[0.8, 1.2], swap=0.5))
+ACROSS_SONGS = dict(
+    loss="l1_phase_sensitive", validation="songs", ema=0.99, grad_clip=1.0,
+    mixer=dict(coherent=0.5, level=["gain", [-6, 6]], pitch=[-2, 2], stretch=[0.8, 1.2], swap=0.5),
+)
 
 @dataclass(frozen=True)
 class Defaults:
@@ -72,13 +78,17 @@ def recipe_for(
     if profile not in PROFILES: raise _no_such("profile", profile, PROFILES)
     for network in (name, overrides.get("network", name)):
         if network not in PAPER_EPOCHS and network not in known_networks():
-            raise UserError(f"{_no_such('network', network, NETWORKS)}; one of your own comes with --import FILE.py")
+            raise UserError(
+                f"{_no_such('network', network, NETWORKS)}; one of your own comes with --import FILE.py"
+            )
     p = dict(PROFILES[profile])
     duration, _ = dict(duration=p.pop("duration")), p.pop("models", {})
     epochs = dict(epochs=p["epochs"].get(name, PAPER_EPOCHS["ddm"]))
-    settings = dict(network=name, mixer=PAPER_MIXER) | p | epochs | _own(profile, name) | DEFAULTS.get(name, Defaults()).recipe
+    settings = (dict(network=name, mixer=PAPER_MIXER) | p | epochs | _own(profile, name)
+                | DEFAULTS.get(name, Defaults()).recipe)
     settings["mixer"] = settings["mixer"] | duration
-    if overrides.get("network", settings["network"]) != settings["network"]: settings["network_args"] = _own(profile, overrides["network"])["network_args"]
+    if overrides.get("network", settings["network"]) != settings["network"]:
+        settings["network_args"] = _own(profile, overrides["network"])["network_args"]
     return Recipe.from_dict({**settings, **overrides}).check()
 
 # %% ../../nbs/foundations/profiles.ipynb #74dc6156

@@ -6,7 +6,8 @@
 __all__ = ['MIX', 'PLACE', 'COLOUR', 'COPY', 'TRIPLET', 'BALANCED', 'generator', 'random_state', 'set_random_state', 'seeded']
 
 # %% ../../nbs/foundations/randomness.ipynb #cef419cf
-import contextlib, random
+import contextlib
+import random
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ def generator(
 def random_state() -> dict:
     "The states of the global random generators of python, numpy and torch (CPU, CUDA and MPS)."
     numpy = np.random.get_state()
-    state = dict(python=random.getstate(), numpy=[numpy[0], numpy[1].tolist(), *numpy[2:]], torch=torch.get_rng_state())
+    state = dict(
+        python=random.getstate(), numpy=[numpy[0], numpy[1].tolist(), *numpy[2:]], torch=torch.get_rng_state()
+    )
     if torch.cuda.is_initialized(): state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available(): state["mps"] = torch.mps.get_rng_state()
     return state
@@ -38,7 +41,8 @@ def set_random_state(
     random.setstate((version, tuple(inner), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
     if "mps" in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state["mps"])
 
 # %% ../../nbs/foundations/randomness.ipynb #7fc0e1da
@@ -48,6 +52,8 @@ def seeded(
 ):
     "Run a block from a seed and leave the caller's random states as they were."
     before = random_state()
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     try: yield
     finally: set_random_state(before)

@@ -7,7 +7,8 @@ __all__ = ['FORMAT', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'MAY_CHANGE', 'Recip
            'kept_settings', 'read_settings']
 
 # %% ../../nbs/foundations/recipe.ipynb #a4371a3d
-import json, math
+import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -42,26 +43,31 @@ class Recipe:
     precision: str = "32" # "32", "bf16-mixed" or "16-mixed"
     loss: str = "l1_magnitude" # a name of `LOSSES`, or one of the task's own
     mixer: dict = field(default_factory=dict) # settings of the examples: see `Mixer`
-    task_args: dict = field(default_factory=dict) # what a task needs besides: for separation, terms that are added to its loss
+    # what a task needs besides: for separation, terms that are added to its loss
+    task_args: dict = field(default_factory=dict)
     valid_examples: int = 300 # fixed validation mixes
     validation: str = "mixes" # "mixes": the loss on them; "songs": also SDR on whole songs
     monitor: str = "" # the figure that decides which weights are best; "": the task's own
     patience: int = 0 # epochs without gain before the run ends; 0: never
     max_minutes: float = 0. # training time after which the run stops, resumable; 0: none
-    clock: str = "wall" # what counts as training time: "wall", or "processor" for the time that this process computes on all its cores
+    # what counts as training time: "wall", or "processor" for the time that this process computes on all its
+    # cores
+    clock: str = "wall"
     save_minutes: float = 5. # how often the state is saved within an epoch
     encoder: str|None = None # run folder, or name of bundled weights, whose encoder to start from
     start: str|None = None # run folder, or name of bundled weights, of a whole network to train further
     encoder_lr_scale: float = 1. # the encoder's step size, as a share of `lr`
     freeze_encoder: bool|int = False # true: never trained; a number: not for that many epochs
-    unfreeze_every: int = 0 # epochs after which the next of a thawing encoder's layers is trained, the last first; 0: all at once
+    # epochs after which the next of a thawing encoder's layers is trained, the last first; 0: all at once
+    unfreeze_every: int = 0
     device: str = "auto" # "auto", "cpu", "cuda" or "mps"
     num_workers: int = 0 # processes that make batches; 0: the training process does
 
     def __post_init__(self):
         "Bring nested settings to the form that they have when read from JSON."
         if isinstance(self.betas, list): self.betas = tuple(self.betas)
-        for f in ("network_args", "mixer", "task_args"): setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
+        for f in ("network_args", "mixer", "task_args"):
+            setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
 
 # %% ../../nbs/foundations/recipe.ipynb #a63aba70
 @patch
@@ -94,7 +100,11 @@ def read_record(
     record = _read_json(path)
     if "recipe" not in record: raise UserError(f"{path} is not the recipe of a run")
     found = record.get("format")
-    if found != FORMAT: raise UserError(f"{path} has format {found}, this version of deepdemix reads format {FORMAT}: train it again, or use the version that made it")
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has format {found}, this version of deepdemix reads format {FORMAT}: train it again, or"
+            " use the version that made it"
+        )
     return record
 
 # %% ../../nbs/foundations/recipe.ipynb #49287ea5
@@ -183,8 +193,11 @@ def _fits(
 ) -> bool:
     "Whether `value` is of the kind that a field with this default takes."
     if isinstance(default, bool): return isinstance(value, (bool, int))
-    if isinstance(default, (int, float)): return isinstance(value, (int, type(default))) and not isinstance(value, bool)
-    if isinstance(default, tuple): return isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_fits, value, default))
+    if isinstance(default, (int, float)):
+        return isinstance(value, (int, type(default))) and not isinstance(value, bool)
+    if isinstance(default, tuple):
+        return (isinstance(value, (list, tuple)) and len(value) == len(default)
+                and all(map(_fits, value, default)))
     if default is None: return value is None or isinstance(value, str)
     return isinstance(value, type(default))
 
@@ -215,28 +228,51 @@ def override(
     return Recipe.from_dict(new).check()
 
 # %% ../../nbs/foundations/recipe.ipynb #07d6e140
-CHOICES = dict(lr_schedule=("none", "cosine", "warmup_cosine", "plateau"), precision=("32", "bf16-mixed", "16-mixed"),
-               validation=("mixes", "songs"), device=("auto", "cpu", "cuda", "mps"), clock=("wall", "processor"))
-POSITIVE = ("epochs", "examples_per_epoch", "batch_size", "accumulate", "lr", "valid_examples", "encoder_lr_scale")
-NOT_NEGATIVE = ("seed", "weight_decay", "grad_clip", "ema", "patience", "max_minutes", "save_minutes", "num_workers", "warmup", "lr_patience", "unfreeze_every")
+CHOICES = dict(lr_schedule=("none", "cosine", "warmup_cosine", "plateau"),
+               precision=("32", "bf16-mixed", "16-mixed"), validation=("mixes", "songs"),
+               device=("auto", "cpu", "cuda", "mps"), clock=("wall", "processor"))
+POSITIVE = (
+    "epochs", "examples_per_epoch", "batch_size", "accumulate", "lr", "valid_examples", "encoder_lr_scale",
+)
+NOT_NEGATIVE = (
+    "seed", "weight_decay", "grad_clip", "ema", "patience", "max_minutes", "save_minutes", "num_workers",
+    "warmup", "lr_patience", "unfreeze_every",
+)
 
 @patch
 def check(self:Recipe): # itself
     "Raise a `UserError` that names the first field whose value makes no sense."
     for f in fields(self):
         value = getattr(self, f.name)
-        if not _fits(value, _default(f)): raise UserError(f"the recipe field '{f.name}' can't be {value!r}; its default is {_default(f)!r}")
+        if not _fits(value, _default(f)):
+            raise UserError(f"the recipe field '{f.name}' can't be {value!r}; its default is {_default(f)!r}")
     for name, known in CHOICES.items():
-        if getattr(self, name) not in known: raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)!r}; it is one of {', '.join(known)}")
+        if getattr(self, name) not in known:
+            raise UserError(
+                f"the recipe field '{name}' can't be {getattr(self, name)!r}; it is one of {', '.join(known)}"
+            )
     for name in POSITIVE + NOT_NEGATIVE:
         value = getattr(self, name)
-        if not math.isfinite(value) or value < 0 or (value == 0 and name in POSITIVE): raise UserError(f"the recipe field '{name}' can't be {value}")
+        if not math.isfinite(value) or value < 0 or (value == 0 and name in POSITIVE):
+            raise UserError(f"the recipe field '{name}' can't be {value}")
     if self.seed >= 2**63: raise UserError(f"the recipe field 'seed' can't be {self.seed}: it is below 2**63")
     for name, values in dict(ema=[self.ema], warmup=[self.warmup], betas=self.betas).items():
-        if not all(0 <= v < 1 for v in values): raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
-    if self.encoder and self.start: raise UserError("the recipe fields 'encoder' and 'start' exclude each other: a whole network has its encoder")
-    if self.freeze_encoder < 0: raise UserError(f"the recipe field 'freeze_encoder' can't be {self.freeze_encoder}: it is true, false or a number of epochs")
-    if self.unfreeze_every and self.freeze_encoder is True: raise UserError("unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of epochs, or false")
+        if not all(0 <= v < 1 for v in values):
+            raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
+    if self.encoder and self.start:
+        raise UserError(
+            "the recipe fields 'encoder' and 'start' exclude each other: a whole network has its encoder"
+        )
+    if self.freeze_encoder < 0:
+        raise UserError(
+            f"the recipe field 'freeze_encoder' can't be {self.freeze_encoder}: it is true, false or a number"
+            " of epochs"
+        )
+    if self.unfreeze_every and self.freeze_encoder is True:
+        raise UserError(
+            "unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of"
+            " epochs, or false"
+        )
     return self
 
 # %% ../../nbs/foundations/recipe.ipynb #4c8058bf
@@ -286,4 +322,6 @@ def steps(self:Recipe) -> int:
     return self.epochs * self.steps_per_epoch
 
 # %% ../../nbs/foundations/recipe.ipynb #affa7765
-MAY_CHANGE = ("data", "epochs", "max_minutes", "save_minutes", "patience", "num_workers", "device", "encoder", "start")
+MAY_CHANGE = (
+    "data", "epochs", "max_minutes", "save_minutes", "patience", "num_workers", "device", "encoder", "start",
+)

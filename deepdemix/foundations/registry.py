@@ -6,7 +6,9 @@
 __all__ = ['NETWORKS', 'own_rooms', 'report_once', 'register_network', 'known_networks', 'build_network']
 
 # %% ../../nbs/foundations/registry.ipynb #125c3d2a
-import difflib, functools, inspect
+import difflib
+import functools
+import inspect
 
 from torch import nn
 
@@ -18,11 +20,20 @@ from .outside import import_from_environment, packaged_networks
 NETWORKS = {}
 
 def own_rooms() -> tuple: # modules
-    "The rooms of this package that register networks, losses and tasks; they are imported when a name asks for them."
+    """The rooms of this package that register networks, losses and tasks; they are imported when a name asks
+    for them."""
     from deepdemix import baseline, deepdemix, pretraining
     from deepdemix.contrast import dense
-    from deepdemix.networks import compact, conv_tasnet, ensemble, hybrid_demucs
-    from deepdemix.networks import mm_dense_lstm, open_unmix, recurrent, tfc_tdf
+    from deepdemix.networks import (
+        compact,
+        conv_tasnet,
+        ensemble,
+        hybrid_demucs,
+        mm_dense_lstm,
+        open_unmix,
+        recurrent,
+        tfc_tdf,
+    )
     return (baseline, pretraining, deepdemix, recurrent, open_unmix, conv_tasnet, mm_dense_lstm, tfc_tdf,
             hybrid_demucs, compact, ensemble, dense)
 
@@ -89,7 +100,8 @@ def build_network(
     name:str, # a registered name
     **args, # the network's own settings
 ) -> nn.Module: # in single precision, with fresh weights, drawn from torch's generator
-    "Build a network by name. An unknown name or setting raises a `UserError`; an unknown name lists the known ones."
+    """Build a network by name. An unknown name or setting raises a `UserError`; an unknown name lists the
+    known ones."""
     if name not in NETWORKS: _import_rooms()
     if name not in NETWORKS:
         known = f"known: {', '.join(sorted(NETWORKS))}; one of your own comes with --import FILE.py"

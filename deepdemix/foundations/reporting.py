@@ -6,7 +6,9 @@
 __all__ = ['LOGGERS', 'open_logger', 'Reporter']
 
 # %% ../../nbs/foundations/reporting.ipynb #f58bb6e3
-import importlib.util, os, uuid
+import importlib.util
+import os
+import uuid
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -71,7 +73,8 @@ class Reporter:
                  out, # the run folder
                  logger:str="csv", # of `LOGGERS`
                  progress:bool=True, # show anything
-                 record:dict|None=None): # of recipe.json: how much music there is, and what the logs are called
+                 # of recipe.json: how much music there is, and what the logs are called
+                 record:dict|None=None):
         self.recipe, self.progress, self.bar, self.epoch = recipe, progress, None, 0
         self.record = record if record is not None else {}
         self.name, self.on_terminal = Path(out).name, progress and on_terminal()
@@ -111,4 +114,5 @@ def close(self:Reporter):
     if not self.board: return
     status = self.record.get("status")
     self.board.finalize({"finished": "success", "failed": "failed"}.get(status, "KILLED"))
-    if hasattr(self.board.experiment, "finish"): self.board.experiment.finish(exit_code=int(status == "failed"))
+    if hasattr(self.board.experiment, "finish"):
+        self.board.experiment.finish(exit_code=int(status == "failed"))

@@ -48,10 +48,12 @@ def show_metrics(
         keys_here = [k for k in keys if k in table]
         for j, key in enumerate(keys_here):
             name, marker = f"{label} {key.replace('_', ' ')}".strip(), "." if len(table) < 40 else None
-            line, = ax.plot(table[x], table[key], color=f"C{i if len(runs) > 1 else j}", ls=("--", "-", ":")[j % 3] if len(keys) > 1 else "-", marker=marker, label=name)
+            (line,) = ax.plot(table[x], table[key], color=f"C{i if len(runs) > 1 else j}",
+                              ls=("--", "-", ":")[j % 3] if len(keys) > 1 else "-", marker=marker, label=name)
         best = table[key].idxmin() if "loss" in key else table[key].idxmax()
         ax.plot(table[x][best], table[key][best], "o", mfc="none", color=line.get_color())
-    ax.set(xlabel=x, ylabel="loss" if all("loss" in k for k in keys) else ", ".join(k.replace("_", " ") for k in keys))
+    ax.set(xlabel=x,
+           ylabel="loss" if all("loss" in k for k in keys) else ", ".join(k.replace("_", " ") for k in keys))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False)
     return ax

@@ -7,7 +7,11 @@ __all__ = ['WEIGHTS', 'ORIGINS', 'load_network', 'file_digest', 'comes_along', '
            'save_network', 'load_encoder', 'load_start', 'recipe_from']
 
 # %% ../../nbs/foundations/runs.ipynb #25010df4
-import hashlib, importlib.util, platform, subprocess, threading
+import hashlib
+import importlib.util
+import platform
+import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +35,11 @@ def _stored_network(
     run, # its folder, for the error
     limit:int, # numbers in the file of weights
 ) -> nn.Module:
-    "The network that a record describes, unless it asks for more memory than its weights fill; one at a time."
+    """The network that a record describes, unless it asks for more memory than its weights fill; one at a
+    time."""
     try:
-        name, args = record.get("network") or (record["recipe"]["network"], record["recipe"].get("network_args", {}))
+        name, args = record.get("network") or (record["recipe"]["network"],
+                                               record["recipe"].get("network_args", {}))
         if name not in NETWORKS: _import_rooms()
         if name not in NETWORKS and (line := missing_line(record, run)): raise UserError(line)
         with _loading, torch.random.fork_rng(devices=[]), Budget(limit, run):
@@ -46,7 +52,8 @@ def load_network(
     run, # a run folder, or a folder of bundled weights
     last:bool=False, # as it was when the run stopped, not when it was best; for runs without averaged weights
 ) -> nn.Module: # in eval mode, on the CPU, float32
-    "Load the network of a run from recipe.json and model.safetensors; pickles, damaged files and weights that do not fit raise a `UserError`."
+    """Load the network of a run from recipe.json and model.safetensors; pickles, damaged files and weights
+    that do not fit raise a `UserError`."""
     run = Path(run)
     if run.is_file() and run.name == "model.safetensors": run = run.parent
     if run.suffix.lower() in PICKLES: read_weights(run)
@@ -54,13 +61,16 @@ def load_network(
     pickles = [p.name for p in sorted(run.iterdir()) if p.suffix.lower() in PICKLES]
     if pickles and not (run/"model.safetensors").exists(): read_weights(run/pickles[0])
     record, weights = read_record(run), _last_weights(run) if last else read_weights(run/"model.safetensors")
-    if not all(bool(torch.isfinite(v).all()) for v in weights.values()): raise UserError(f"{run}/model.safetensors holds numbers that are not finite")
-    return load_into(_stored_network(record, run, sum(v.numel() for v in weights.values())), weights, f"{run}/model.safetensors").eval()
+    if not all(bool(torch.isfinite(v).all()) for v in weights.values()):
+        raise UserError(f"{run}/model.safetensors holds numbers that are not finite")
+    return load_into(_stored_network(record, run, sum(v.numel() for v in weights.values())), weights,
+                     f"{run}/model.safetensors").eval()
 
 # %% ../../nbs/foundations/runs.ipynb #c11392f1
 def _last_weights(run):
     "The weights at the last stop of a run."
-    if not (run/"resume.safetensors").exists(): raise UserError(f"{run} has no resume.safetensors: only its best weights are kept")
+    if not (run/"resume.safetensors").exists():
+        raise UserError(f"{run} has no resume.safetensors: only its best weights are kept")
     state = read_state(run/"resume.safetensors")
     if state["average"]: raise UserError(f"{run} averaged its weights: only the best mean is kept")
     return state["network"]
@@ -93,13 +103,18 @@ ORIGINS = dict(encoder="an encoder", start="a start")
 
 def _origins(recipe):
     "The digests of the weights that a recipe begins with, by the field that names them."
-    return {k: file_digest(run_folder(run)/"model.safetensors") for k in ORIGINS if (run := getattr(recipe, k))}
+    return {
+        k: file_digest(run_folder(run) / "model.safetensors") for k in ORIGINS if (run := getattr(recipe, k))
+    }
 
 def _revision():
     "The git revision of the package's own checkout, or None."
     home = Path(deepdemix.__file__).resolve().parents[1]
     if not (home/".git").exists(): return None
-    try: return subprocess.run(["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
 def _versions():
@@ -115,12 +130,20 @@ def new_record(
 ) -> dict: # what recipe.json holds
     "The record of a run that begins."
     count = sum(p.numel() for p in network.parameters())
-    data = {} if store is None else {"digest": store.digest, "songs": len(store), **getattr(store, "parts", {})}
-    if hasattr(store, "minutes"): data["minutes"] = stem_minutes([s for s in store.songs if s.split == "train"])
+    data = (
+        {} if store is None else {"digest": store.digest, "songs": len(store), **getattr(store, "parts", {})}
+    )
+    if hasattr(store, "minutes"):
+        data["minutes"] = stem_minutes([s for s in store.songs if s.split == "train"])
     data |= _origins(recipe)
     imports = {"imports": found} if (found := needed()) else {}
-    return dict(format=FORMAT, status="running", finished=False, recipe=recipe.to_dict(), network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
-                parameters=count, versions=_versions(), revision=_revision(), step=0, epoch=0, examples=0, hours=0.) | imports
+    return (
+        dict(format=FORMAT, status="running", finished=False, recipe=recipe.to_dict(),
+             network=[recipe.network, getattr(network, "args", recipe.network_args)], data=data,
+             parameters=count, versions=_versions(), revision=_revision(), step=0, epoch=0, examples=0,
+             hours=0.0)
+        | imports
+    )
 
 def trained_on(
     run, # a run folder, or None
@@ -139,7 +162,8 @@ def save_network(
     "Write a network as a folder that `load_network` reads: how weights are bundled."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record = recipe if isinstance(recipe, dict) else new_record(recipe, network) | {"status": "finished", "finished": True}
+    record = (recipe if isinstance(recipe, dict)
+              else new_record(recipe, network) | {"status": "finished", "finished": True})
     state = {k: v.half() if half and v.is_floating_point() else v for k, v in network.state_dict().items()}
     write_weights(folder/"model.safetensors", state, {"format": "pt"})
     _write_json(folder/"recipe.json", record)
@@ -150,7 +174,8 @@ def load_encoder(
     run, # a run folder, of pretraining or of a network with an encoder
 ): # the network
     "Copy a trained encoder into `network`; layers that do not fit raise a `UserError` that names them."
-    if not isinstance(getattr(network, "encoder", None), nn.Module): raise UserError(f"{type(network).__name__} has no encoder to load")
+    if not isinstance(getattr(network, "encoder", None), nn.Module):
+        raise UserError(f"{type(network).__name__} has no encoder to load")
     read_record(run)
     tensors = read_weights(Path(run)/"model.safetensors")
     own = network.encoder.state_dict()
@@ -177,4 +202,9 @@ def recipe_from(
 ) -> Recipe:
     "The recipe of a run, to train its network further; the optimiser and the schedule begin anew."
     name, args = read_record(run_folder(run))["network"]
-    return replace(Recipe.load(run_folder(run)), **dict(start=str(run), encoder=None, freeze_encoder=False, unfreeze_every=0, data="", network=name, network_args=args) | overrides).check()
+    return replace(
+        Recipe.load(run_folder(run)),
+        **dict(start=str(run), encoder=None, freeze_encoder=False, unfreeze_every=0, data="", network=name,
+               network_args=args)
+        | overrides
+    ).check()

@@ -21,5 +21,6 @@ def sample_song(
     duration:float|None=None, # seconds from the beginning, or all eight
 ) -> torch.Tensor: # stems (4, 2, time) at 44,100 Hz, in the order of `SOURCES`
     "The stems of the funk band that comes with the package; they sum to the song, whose peak is 0.89."
-    drums, bass, other = (read(SONGS/"funk"/f"{name}.ogg", SAMPLE_RATE, 2, duration=duration)[0] for name in ("drums", "bass", "other"))
+    drums, bass, other = (read(SONGS / "funk" / f"{name}.ogg", SAMPLE_RATE, 2, duration=duration)[0]
+                          for name in ("drums", "bass", "other"))
     return torch.stack([drums, bass, other, torch.zeros_like(drums)])

@@ -6,7 +6,8 @@
 __all__ = ['AUDIO', 'SYSTEM', 'folder_name', 'left_stems', 'find_songs']
 
 # %% ../../nbs/foundations/song_files.ipynb #ff0d5c4d
-import os, re
+import os
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 

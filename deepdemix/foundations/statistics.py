@@ -54,7 +54,8 @@ def resample_songs(
 def variance_of_runs(
     scores: np.ndarray,  # (runs,) in dB
     alone: np.ndarray,   # (runs, draws): the same with songs resampled
-) -> tuple:              # variance of the mean over runs, and the part of it that resampled songs show as well
+# variance of the mean over runs, and the part of it that resampled songs show as well
+) -> tuple:
     "Estimate what training brings into a mean over runs; zeros for a single run."
     runs = len(scores)
     if runs < 2: return 0., 0.
@@ -126,7 +127,8 @@ def rank_test(x: np.ndarray) -> float:
 
 
 def of_songs(kind: str) -> Callable:
-    "The statistic of paired differences: mean over runs and sources, then `kind` (\"median\" or \"mean\") over songs."
+    """The statistic of paired differences: mean over runs and sources, then `kind` ("median" or "mean") over
+    songs."""
     return lambda x: nan_average(nan_average(x.mean(-3)), kind)
 
 # %% ../../nbs/foundations/statistics.ipynb #f41c98be
@@ -156,7 +158,8 @@ def paired(
     seed: int=0,            # of the draws
     level: float=0.95,      # of the interval
 ) -> dict:                  # difference, low, high, p, improved, songs
-    "Difference B - A over paired songs, with an interval over songs and, from two runs of both on, over runs."
+    """Difference B - A over paired songs, with an interval over songs and, from two runs of both on, over
+    runs."""
     statistic = of_songs(average)
     matched = same_seeds and len(a) == len(b)
     d = b - a if matched else (b.mean(0) - a.mean(0))[None]
@@ -164,7 +167,9 @@ def paired(
     low, high = interval(d, statistic, level, draws, seed)
     if not matched and min(len(a), len(b)) > 1:
         whole = resample_songs(d, statistic, draws, seed)[0]
-        half = half_width(variance(whole), scored_songs(d), *unpaired_runs(a, b, statistic, draws, seed), level)
+        half = half_width(
+            variance(whole), scored_songs(d), *unpaired_runs(a, b, statistic, draws, seed), level
+        )
         low, high = (low + high) / 2 - half, (low + high) / 2 + half
     return {"difference": float(statistic(d)), "low": low, "high": high, "p": rank_test(of_song),
             "improved": int((of_song > 0).sum()), "songs": int(np.isfinite(of_song).sum())}
@@ -180,5 +185,6 @@ def detectable(
     low: float,  # dB, of a 95 % interval
     high: float, # dB
 ) -> float:      # dB
-    "The smallest true change that an interval of this width would leave out zero for in about 80 of 100 repetitions."
+    """The smallest true change that an interval of this width would leave out zero for in about 80 of 100
+    repetitions."""
     return (high - low) / 2 * (1 + .8416 / 1.96)

@@ -6,7 +6,12 @@
 __all__ = ['Spool', 'free_folder', 'sweep']
 
 # %% ../../nbs/foundations/stem_folders.ipynb #29a50549
-import contextlib, math, os, shutil, tempfile, time
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +32,8 @@ class Spool:
 
     def __iter__(self):
         self.file.seek(0)
-        for shape in self.shapes: yield torch.from_numpy(np.fromfile(self.file, np.float32, math.prod(shape)).reshape(shape))
+        for shape in self.shapes:
+            yield torch.from_numpy(np.fromfile(self.file, np.float32, math.prod(shape)).reshape(shape))
 
     def __enter__(self): return self
     def __exit__(self, *_): self.file.close()
@@ -59,7 +65,9 @@ def free_folder(folder, # the wished one
                 taken=()): # folders that must not be used either
     "The folder itself, or with the first number that makes it new: song, song-2, song-3, …"
     folder, n, name = Path(folder), 1, Path(folder).name
-    while folder.exists() or folder in taken: n += 1; folder = folder.with_name(f"{name}-{n}")
+    while folder.exists() or folder in taken:
+        n += 1
+        folder = folder.with_name(f"{name}-{n}")
     return folder
 
 

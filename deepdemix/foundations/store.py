@@ -6,7 +6,11 @@
 __all__ = ['FORMAT', 'Song', 'stem_minutes', 'say_minutes', 'Store', 'cache_folder']
 
 # %% ../../nbs/foundations/store.ipynb #107d4b20
-import hashlib, json, os, re, threading
+import hashlib
+import json
+import os
+import re
+import threading
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +34,9 @@ class Song:
     channels: int # 1 or 2, as a rule
     sample_rate: int # Hz
     present: tuple # the sources that it came with; the others are zeros
-    flags: tuple # what is unusual: "mixture differs", "vocals silent", "vocals missing", "drums resampled from 48000 Hz", …
+    # what is unusual: "mixture differs", "vocals silent", "vocals missing", "drums resampled from 48000 Hz",
+    # …
+    flags: tuple
     mixture: str # "stream": it has a mixture of its own; "sum": its mixture is the sum of its stems
     mixture_snr: float # dB of the stream over what the sum of stems leaves of it; None without a stream
     rms: tuple # level of each source in dB; silence is -200
@@ -49,7 +55,9 @@ class Song:
 # %% ../../nbs/foundations/store.ipynb #7f27059c
 def _song(entry):
     "A `Song` from its JSON."
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in Song.__dataclass_fields__}
+    known = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in Song.__dataclass_fields__
+    }
     song = Song(**known)
     for name in (song.file, song.part or "part"):
         if not re.fullmatch(r"[\w-][\w.-]*", name):
@@ -74,13 +82,20 @@ def say_minutes(
 ) -> str:
     "The same in words."
     pseudo = f"{minutes['pseudo']:.1f} of pseudo-stems ({', '.join(minutes['teachers'])})"
-    return f"{minutes['true']:.1f} minutes of true stems, " + (pseudo if minutes["teachers"] else "none of pseudo-stems")
+    return f"{minutes['true']:.1f} minutes of true stems, " + (
+        pseudo if minutes["teachers"] else "none of pseudo-stems"
+    )
 
 # %% ../../nbs/foundations/store.ipynb #b64ee282
 class _Maps:
-    "Memory maps by path, the least recently used closed when they are too many or too large together. Pickles to an empty one."
+    """Memory maps by path, the least recently used closed when they are too many or too large together.
+    Pickles to an empty one."""
     def __init__(self, count=256, size=2**31):
-        self.count, self.size, self.open, self.bytes, self.lock = count, size, OrderedDict(), 0, threading.Lock()
+        self.count = count
+        self.size = size
+        self.open = OrderedDict()
+        self.bytes = 0
+        self.lock = threading.Lock()
     def __reduce__(self): return _Maps, (self.count, self.size)
     def get(self, path):
         "The array in the file at `path`."
@@ -95,7 +110,8 @@ class _Maps:
 
 # %% ../../nbs/foundations/store.ipynb #c4fa7e37
 class Store:
-    "Songs, decoded once. `Store.open(path)` opens one; `split` and `select` give views of it, which are stores too."
+    """Songs, decoded once. `Store.open(path)` opens one; `split` and `select` give views of it, which are
+    stores too."""
     song_weights = None # how often each song is drawn; None: all alike
     def __init__(self, path, index, songs, maps):
         self.path, self.index, self.songs, self.maps = Path(path), index, list(songs), maps
@@ -104,7 +120,9 @@ class Store:
     def __repr__(self):
         teachers = self.minutes["teachers"]
         pseudo = f", pseudo-stems of {', '.join(teachers)}" if teachers else ""
-        return f"Store of {len(self)} songs, {self.duration / 60:.1f} minutes ({_counts(self.splits)}){pseudo}"
+        return (
+            f"Store of {len(self)} songs, {self.duration / 60:.1f} minutes ({_counts(self.splits)}){pseudo}"
+        )
     @property
     def minutes(self): return stem_minutes(self.songs)
     @property
@@ -114,11 +132,15 @@ class Store:
     @property
     def digest(self): return _digest(self.songs)
     @property
-    def splits(self): return {name: n for name in ("train", "valid", "test") if (n := sum(s.split == name for s in self.songs))}
+    def splits(self):
+        return {
+            name: n for name in ("train", "valid", "test") if (n := sum(s.split == name for s in self.songs))
+        }
 
 _SPLITS = {
-    "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
-    "test": "test", "testing": "test"}
+    "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
+    "dev": "valid", "test": "test", "testing": "test",
+}
 _HOW_TO_SPLIT = (". Put songs into folders train, valid and test to split them yourself; "
                  "three songs or more are split without that")
 
@@ -130,15 +152,21 @@ def open(cls: Store,
     path, # the folder of a store, or its address: s3://…, gs://…, whatever fsspec opens
     mapped=2**31, # bytes of arrays that a process keeps mapped at most
 ):
-    "Open a store; nothing is read but its index. `UserError` if there is none, or if another version wrote it."
+    """Open a store; nothing is read but its index. `UserError` if there is none, or if another version wrote
+    it."""
     path = Path(_local(path) if "://" in str(path) else path)
-    if not (path / "store.json").is_file(): raise UserError(f"{path}: there is no store here (no store.json); make one with `deepdemix prepare`")
+    if not (path / "store.json").is_file():
+        raise UserError(f"{path}: there is no store here (no store.json); make one with `deepdemix prepare`")
     try: index = json.loads((path / "store.json").read_text())
-    except (OSError, ValueError) as e: raise UserError(f"{path / 'store.json'} cannot be read ({e}); prepare the store again") from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path / 'store.json'} cannot be read ({e}); prepare the store again") from e
     if not isinstance(index, dict):
         raise UserError(f"{path / 'store.json'} is no index of a store; prepare the store again")
     if index.get("format") != FORMAT:
-        raise UserError(f"{path}: this store has format {index.get('format')} and this version reads format {FORMAT}; prepare it again")
+        raise UserError(
+            f"{path}: this store has format {index.get('format')} and this version reads format {FORMAT};"
+            " prepare it again"
+        )
     try: return cls(path.resolve(), index, map(_song, index["songs"]), _Maps(size=mapped))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         what = f"is no index of a store ({type(e).__name__}: {e}); prepare the store again"
@@ -165,7 +193,8 @@ def select(self: Store,
     "A view of some songs, in the order given. `UserError` names a title that is not there."
     by_title = {}
     for k, s in enumerate(self.songs): by_title.setdefault(s.title, k)
-    if missing := [t for t in songs if isinstance(t, str) and t not in by_title]: raise UserError(f"{self.path}: no song called {missing[0]!r}")
+    if missing := [t for t in songs if isinstance(t, str) and t not in by_title]:
+        raise UserError(f"{self.path}: no song called {missing[0]!r}")
     return self._view([self.songs[by_title[k] if isinstance(k, str) else k] for k in songs])
 
 # %% ../../nbs/foundations/store.ipynb #69211f7e
@@ -173,7 +202,8 @@ def select(self: Store,
 def _read(self: Store, song, name, scales, start, frames):
     "Samples `start` … `start + frames` of one array of a song, as float32; a copy."
     stop = song.frames if frames is None else start + frames
-    if not 0 <= start <= stop <= song.frames: raise ValueError(f"{song.title}: samples {start} to {stop} asked for, it has {song.frames}")
+    if not 0 <= start <= stop <= song.frames:
+        raise ValueError(f"{song.title}: samples {start} to {stop} asked for, it has {song.frames}")
     path = self.path / song.part / "songs" / name
     if "elsewhere" in self.index and not path.is_file(): self._fetch(song)
     try: whole = self.maps.get(path)
@@ -201,7 +231,8 @@ def mixture(self: Store,
     i, # position of the song
     start=0, # first sample
     frames=None, # how many, or all that follow
-    kind="sum", # "sum" of the stems; "stream": the mixture that the song came with, or the sum if it came without
+    # "sum" of the stems; "stream": the mixture that the song came with, or the sum if it came without
+    kind="sum",
 ):
     "Mixture of song `i`: float32 (channels, frames)."
     song = self.songs[i]
@@ -212,10 +243,15 @@ def mixture(self: Store,
 # %% ../../nbs/foundations/store.ipynb #99e7431f
 @patch
 def table(self: Store):
-    "A pandas table of the songs: title, split, seconds, level of each source in dB, SNR of the mixture over the sum of stems, flags."
+    """A pandas table of the songs: title, split, seconds, level of each source in dB, SNR of the mixture
+    over the sum of stems, flags."""
     import pandas as pd
-    rows = [dict(title=s.title, split=s.split, seconds=round(s.duration, 2), **{n: round(x, 1) for n, x in zip(self.sources, s.rms)},
-                 mixture_snr=s.mixture_snr, flags=", ".join(s.flags)) for s in self.songs]
+    rows = [
+        dict(title=s.title, split=s.split, seconds=round(s.duration, 2),
+             **{n: round(x, 1) for n, x in zip(self.sources, s.rms)}, mixture_snr=s.mixture_snr,
+             flags=", ".join(s.flags))
+        for s in self.songs
+    ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/foundations/store.ipynb #6cb4bdb5
@@ -240,7 +276,8 @@ def _write_json(path, data):
 # %% ../../nbs/foundations/store.ipynb #543d6462
 @contextmanager
 def _alone(out):
-    "Only one process at a time prepares a folder, where the disk has locks. What killed ones left is removed."
+    """Only one process at a time prepares a folder, where the disk has locks. What killed ones left is
+    removed."""
     _new_folder(out / "songs")
     with (out / ".lock").open("w") as lock:
         try:
@@ -255,18 +292,23 @@ def _new_folder(folder):
     "Make a folder that can be written in, or say why not."
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"{folder}: cannot make this folder ({e.strerror})") from e
-    if not os.access(folder, os.W_OK): raise UserError(f"{folder}: cannot write in this folder (permission denied)")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot write in this folder (permission denied)")
 
 # %% ../../nbs/foundations/store.ipynb #01dfaf0b
 def _arrays(store, song):
     "The files of a song with their digests."
-    files = [(f"{song.file}.npy", song.digest)] + ([(f"{song.file}.mixture.npy", song.mixture_digest)] if song.mixture == "stream" else [])
+    files = [(f"{song.file}.npy", song.digest)] + (
+        [(f"{song.file}.mixture.npy", song.mixture_digest)] if song.mixture == "stream" else []
+    )
     return [(Path(store) / song.part / "songs" / name, digest) for name, digest in files]
 
 @patch
 def verify(self: Store):
-    "Titles of songs whose arrays are gone or no longer fit their digests: reads everything. `prepare` with `repair=True` decodes those anew."
-    return [s.title for s in self.songs if not all(_intact(path, s.dtype, digest) for path, digest in _arrays(self.path, s))]
+    """Titles of songs whose arrays are gone or no longer fit their digests: reads everything. `prepare` with
+    `repair=True` decodes those anew."""
+    return [s.title for s in self.songs
+            if not all(_intact(path, s.dtype, digest) for path, digest in _arrays(self.path, s))]
 
 # %% ../../nbs/foundations/store.ipynb #c423369f
 def cache_folder() -> Path:
@@ -276,10 +318,13 @@ def cache_folder() -> Path:
 # %% ../../nbs/foundations/store.ipynb #a75f17a7
 def _elsewhere(url):
     "The file system of an address, and the path in it."
-    try: import fsspec
-    except ImportError: raise UserError(f"{url}: addresses need fsspec: pip install 'deepdemix[ray]'") from None
+    try:
+        import fsspec
+    except ImportError:
+        raise UserError(f"{url}: addresses need fsspec: pip install 'deepdemix[ray]'") from None
     try: return fsspec.core.url_to_fs(str(url).rstrip("/"))
-    except (ImportError, ValueError) as e: raise UserError(f"{url}: this kind of address can't be opened here ({e})") from None
+    except (ImportError, ValueError) as e:
+        raise UserError(f"{url}: this kind of address can't be opened here ({e})") from None
 
 def _local(path):
     "The folder of a store with an address: one in the cache, with its index in it."
@@ -289,7 +334,10 @@ def _local(path):
     except FileNotFoundError: raise UserError(f"{path}: there is no store here (no store.json)") from None
     except Exception as e: raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e})") from e
     if not isinstance(index, dict): raise UserError(f"{path}: store.json is no index of a store")
-    out = cache_folder() / f"{_plain(root.rsplit('/', 1)[-1])}-{hashlib.sha256(f'{path} {index}'.encode()).hexdigest()[:12]}"
+    out = (
+        cache_folder()
+        / f"{_plain(root.rsplit('/', 1)[-1])}-{hashlib.sha256(f'{path} {index}'.encode()).hexdigest()[:12]}"
+    )
     _new_folder(out)
     _write_json(out / "store.json", dict(index, elsewhere=str(path).rstrip("/")))
     return out
@@ -304,7 +352,12 @@ def _fetch(self: Store, song):
         for path, dtype, digest in (x for x in arrays if not x[0].is_file()):
             with atomic_path(path) as part:
                 try: fs.get_file(f"{root}/{path.relative_to(self.path).as_posix()}", str(part))
-                except FileNotFoundError as e: raise UserError(f"{self.index['elsewhere']}: {path.name} is gone; prepare the store again") from e
+                except FileNotFoundError as e:
+                    raise UserError(
+                        f"{self.index['elsewhere']}: {path.name} is gone; prepare the store again"
+                    ) from e
                 if not _intact(part, dtype, digest):
                     what = f"{path.name} is not what the index of the store says"
-                    raise UserError(f"{self.index['elsewhere']}: {what}; try again, or prepare the store again")
+                    raise UserError(
+                        f"{self.index['elsewhere']}: {what}; try again, or prepare the store again"
+                    )

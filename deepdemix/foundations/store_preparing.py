@@ -6,7 +6,8 @@
 __all__ = ['threads', 'DataNote', 'prepare']
 
 # %% ../../nbs/foundations/store_preparing.ipynb #361ac455
-import json, warnings
+import json
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -17,8 +18,17 @@ from ..audio import SOURCES
 from .console import progress_bar
 from .cores import available_cores
 from .files import UserError
-from .store import (
-    FORMAT, Store, _alone, _arrays, _digest, _intact, _new_folder, _song, _write_json)
+from deepdemix.foundations.store import (
+    FORMAT,
+    Store,
+    _alone,
+    _arrays,
+    _digest,
+    _intact,
+    _new_folder,
+    _song,
+    _write_json,
+)
 from .store_songs import _Settings, _write_song
 from .waveforms import SAMPLE_RATE, check_rate
 
@@ -29,7 +39,12 @@ def _finished(take, out, settings, repair):
         receipt = json.loads((out / "songs" / f"{take.file}.json").read_text())
         entry = receipt.pop("song")
         if take.problem or receipt != settings.receipt(take): return None
-        return entry if all(_intact(path, entry["dtype"], digest if repair else None) for path, digest in _arrays(out, _song(entry))) else None
+        return (
+            entry
+            if all(_intact(path, entry["dtype"], digest if repair else None)
+                   for path, digest in _arrays(out, _song(entry)))
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError): return None
 
 # %% ../../nbs/foundations/store_preparing.ipynb #c44071c6
@@ -40,7 +55,8 @@ def threads(
     inputs=(), # files that whoever works on the jobs must see
     workers=None, # threads; None: up to 4
 ):
-    "Yield (number of a job, its result, or the `UserError` or `OSError` it ended with), as they come. When closed, jobs in work are finished and those that wait are dropped."
+    """Yield (number of a job, its result, or the `UserError` or `OSError` it ended with), as they come. When
+    closed, jobs in work are finished and those that wait are dropped."""
     pool = ThreadPoolExecutor(workers or min(4, available_cores()))
     numbers = {pool.submit(call, job): k for k, job in enumerate(jobs)}
     try:
@@ -56,14 +72,17 @@ def _prepare_one(job, settings):
     return _finished(take, home, settings, False) or _write_song(take, home, settings)
 
 def _decode_all(takes, homes, out, settings, progress, repair, each):
-    "Prepare what is not finished: (entries by file, problems by title). On Ctrl-C songs in work are finished, those that wait are dropped."
+    """Prepare what is not finished: (entries by file, problems by title). On Ctrl-C songs in work are
+    finished, those that wait are dropped."""
     entries = {t.file: e for t in takes if (e := _finished(t, homes[t.file], settings, repair))}
     problems, waiting = {}, [t for t in takes if t.file not in entries]
     if _indexed(out) & {t.file for t in waiting}: (out / "store.json").unlink(missing_ok=True)
     for t in waiting: (homes[t.file] / "songs" / f"{t.file}.json").unlink(missing_ok=True)
     if not waiting: return entries, problems
     jobs = [(t, homes[t.file]) for t in waiting]
-    with closing(each(partial(_prepare_one, settings=settings), jobs, out / ".attempts", _some_inputs(waiting))) as work:
+    with closing(
+        each(partial(_prepare_one, settings=settings), jobs, out / ".attempts", _some_inputs(waiting))
+    ) as work:
         bar = progress_bar(work, "preparing", total=len(waiting), unit="song", progress=progress)
         for k, result in bar:
             if isinstance(result, Exception) and _no_space(result): raise result
@@ -73,7 +92,8 @@ def _decode_all(takes, homes, out, settings, progress, repair, each):
 
 def _some_inputs(takes):
     "One file of the first and of the last song: what every worker must be able to see."
-    return [str(min(p for p, _ in t.parts.values())) for t in takes[:1] + takes[1:][-1:] if t.parts and all(t.parts.values())]
+    return [str(min(p for p, _ in t.parts.values())) for t in takes[:1] + takes[1:][-1:]
+            if t.parts and all(t.parts.values())]
 
 def _no_space(error):
     "Whether an error is about the place that is written to: then no other song will fare better."
@@ -87,11 +107,14 @@ def _indexed(out):
 
 def _check_out(takes, out, dtype):
     "Errors that need no decoding: an unknown type, two songs of one name, a folder that holds other songs."
-    if dtype not in ("float32", "int16", "auto"): raise UserError(f"a store is float32, int16 or auto, not {dtype!r}")
+    if dtype not in ("float32", "int16", "auto"):
+        raise UserError(f"a store is float32, int16 or auto, not {dtype!r}")
     files = Counter(t.file for t in takes)
-    if twice := [t for t in takes if files[t.file] > 1]: raise UserError(f"two songs are called {twice[0].title!r}: rename one")
+    if twice := [t for t in takes if files[t.file] > 1]:
+        raise UserError(f"two songs are called {twice[0].title!r}: rename one")
     old = _indexed(out)
-    if old and not old & files.keys(): raise UserError(f"{out} is a store of other songs: choose another folder, or remove it")
+    if old and not old & files.keys():
+        raise UserError(f"{out} is a store of other songs: choose another folder, or remove it")
 
 # %% ../../nbs/foundations/store_preparing.ipynb #ee9ce2c3
 def _tidy(out, homes):
@@ -103,8 +126,11 @@ def _tidy(out, homes):
 
 def _complaint(problems, kept):
     "One line about the songs that could not be prepared."
-    some = "; ".join(list(problems.values())[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    advice = f"The other {kept} are kept: mend or remove what is wrong and run again, or pass skip_bad=True (--skip-bad)" if kept else "No song is left"
+    some = "; ".join(list(problems.values())[:3]) + (
+        f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    )
+    advice = (f"The other {kept} are kept: mend or remove what is wrong and run again, or pass skip_bad=True"
+              " (--skip-bad)" if kept else "No song is left")
     return f"{len(problems)} of {kept + len(problems)} songs cannot be prepared: {some}. {advice}"
 
 # %% ../../nbs/foundations/store_preparing.ipynb #d1c0a009
@@ -138,14 +164,17 @@ def prepare(
     each=None, # who does the work, instead of `threads`: a function with the same arguments
     teacher=None, # what the index shall know of the model that makes the stems: a dictionary
 ) -> Store:
-    "Decode songs into a store, go on where an earlier run stopped, and open it. `UserError` names the songs that cannot be prepared; the others are kept."
+    """Decode songs into a store, go on where an earlier run stopped, and open it. `UserError` names the
+    songs that cannot be prepared; the others are kept."""
     settings = _Settings(tuple(sources), check_rate(sample_rate), channels, dtype, allow_missing, trim)
     out = Path(out).expanduser()
     _check_out(takes, out, dtype)
     homes = {t.file: out / _part(t.file, parts) for t in takes}
     with _alone(out):
         for home in set(homes.values()): _new_folder(home / "songs")
-        entries, problems = _decode_all(takes, homes, out, settings, progress, repair, each or partial(threads, workers=workers))
+        entries, problems = _decode_all(
+            takes, homes, out, settings, progress, repair, each or partial(threads, workers=workers)
+        )
         if problems and not (skip_bad and entries): raise UserError(_complaint(problems, len(entries)))
         songs = [dict(entries[t.file], part=_part(t.file, parts)) for t in takes if t.file in entries]
         skipped = [dict(title=t, problem=p) for t, p in sorted(problems.items())]
@@ -156,7 +185,8 @@ def prepare(
 
 # %% ../../nbs/foundations/store_preparing.ipynb #a1b059fc
 def _part(file, parts):
-    "The part in which a song is kept, by the hash in its name, so that it stays there when others come and go; \"\" without parts."
+    """The part in which a song is kept, by the hash in its name, so that it stays there when others come and
+    go; "" without parts."""
     if parts is not None and not 1 <= parts <= 10000: raise UserError(f"parts={parts}: use 1 to 10000")
     return f"part-{int(file.rsplit('-', 1)[1], 16) % parts:04d}" if parts else ""
 
@@ -165,10 +195,12 @@ def _write_index(folder, songs, sample_rate, sources, skipped=(), teacher=None):
     seconds = round(sum(s["frames"] for s in songs) / sample_rate, 3)
     made = dict(teacher=dict(teacher, seconds=seconds)) if teacher else {}
     about = dict(format=FORMAT, sample_rate=sample_rate, sources=sources, **made)
-    _write_json(folder / "store.json", dict(about, digest=_digest(map(_song, songs)), skipped=list(skipped), songs=songs))
+    _write_json(folder / "store.json",
+                dict(about, digest=_digest(map(_song, songs)), skipped=list(skipped), songs=songs))
 
 def _write_parts(out, songs, sample_rate, sources, skipped, teacher=None):
     "Write the index of each part, and last the one of the whole."
     for part in sorted({s["part"] for s in songs} - {""}):
-        _write_index(out / part, [dict(s, part="") for s in songs if s["part"] == part], sample_rate, sources, (), teacher)
+        _write_index(out / part, [dict(s, part="") for s in songs if s["part"] == part], sample_rate, sources,
+                     (), teacher)
     _write_index(out, songs, sample_rate, sources, skipped, teacher)

@@ -6,7 +6,10 @@
 __all__ = ['GATED', 'Take']
 
 # %% ../../nbs/foundations/store_songs.ipynb #8ec23d53
-import hashlib, json, math, os
+import hashlib
+import json
+import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +25,8 @@ from .waveforms import SAMPLE_RATE, as_waveform, resample
 
 # %% ../../nbs/foundations/store_songs.ipynb #59043a91
 class _Again(Exception):
-    "A song must be written anew: with another length than its first stem's, or because 16 bits do not hold it."
+    """A song must be written anew: with another length than its first stem's, or because 16 bits do not hold
+    it."""
 
 _TOLERANCE = 0.1
 _SILENT = 1e-4
@@ -47,7 +51,9 @@ class _Array:
     def __init__(self, path, shape, dtype):
         self.file, self.hash = Path(path).open("wb"), hashlib.sha256(f"{dtype} {tuple(shape)}".encode())
         kind = {"float32": "<f4", "int16": "<i2"}[dtype]
-        np.lib.format.write_array_header_1_0(self.file, dict(descr=kind, fortran_order=False, shape=tuple(shape)))
+        np.lib.format.write_array_header_1_0(
+            self.file, dict(descr=kind, fortran_order=False, shape=tuple(shape))
+        )
     def add(self, x):
         data = memoryview(np.ascontiguousarray(x)).cast("B")
         self.file.write(data)
@@ -71,7 +77,9 @@ class Take:
     extra: tuple = () # names of sound files beside its stems, which are not used
 
     @property
-    def file(self): return f"{_plain(self.title)[:48]}-{hashlib.sha256(f'{self.split}/{self.title}'.encode()).hexdigest()[:8]}"
+    def file(self):
+        digest = hashlib.sha256(f"{self.split}/{self.title}".encode()).hexdigest()
+        return f"{_plain(self.title)[:48]}-{digest[:8]}"
     @property
     def parts(self): return {**self.stems, **({"mixture": self.mixture} if self.mixture else {})}
     @property
@@ -81,13 +89,15 @@ class Take:
     def name(self, part): return self.parts[part][0] if self.parts.get(part) else f"{self.title}: {part}"
     def fingerprint(self):
         "What tells a changed song from one that is as it was: sizes and times of its files."
-        return [[f, os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in sorted({str(p) for p, _ in self.parts.values()})]
+        return [[f, os.stat(f).st_size, os.stat(f).st_mtime_ns]
+                for f in sorted({str(p) for p, _ in self.parts.values()})]
 
 # %% ../../nbs/foundations/store_songs.ipynb #43a9f752
 _AT_ONCE = 2**24
 
 def _decode(path, streams, whole=True):
-    "Streams of a file: [(array (channels, time), rate, what changed …), …]; `whole` keeps what its header cuts off."
+    """Streams of a file: [(array (channels, time), rate, what changed …), …]; `whole` keeps what its header
+    cuts off."""
     with Decoder(path, streams) as decoder:
         if whole: decoder.trim = [math.inf] * len(decoder.streams)
         parts, rate = [[np.zeros((c, 0), np.float32)] for c in decoder.channels], decoder.sample_rate
@@ -98,7 +108,8 @@ def _decode(path, streams, whole=True):
 # %% ../../nbs/foundations/store_songs.ipynb #8eb058c1
 @patch
 def reader(self: Take):
-    "(the channels of each stem, a function from a name to its array, its sample rate, and what changed on the way)."
+    """(the channels of each stem, a function from a name to its array, its sample rate, and what changed on
+    the way)."""
     files = {p for p, _ in self.parts.values()}
     path, names = min(files), sorted(self.parts, key=lambda n: self.parts[n][1])
     if len(files) == 1 and path.stat().st_size < _AT_ONCE:
@@ -131,13 +142,18 @@ def _fit(take, name, sound, settings, channels, frames):
         x = resample(check_finite(torch.as_tensor(x), take.name(name)), rate, settings.sample_rate).numpy()
         flags.append(f"{name} resampled from {rate} Hz")
     if len(x) != channels:
-        if len(x) != 1 and channels != 1: raise UserError(f"{take.title}: {name} has {len(x)} channels and the song {channels}; only a mono stem can join others")
+        if len(x) != 1 and channels != 1:
+            raise UserError(
+                f"{take.title}: {name} has {len(x)} channels and the song {channels}; only a mono stem can"
+                " join others"
+            )
         flags.append(f"{name} is mono" if len(x) == 1 else f"{name} mixed to mono")
         x = np.repeat(x, channels, 0) if len(x) == 1 else x.mean(0, keepdims=True)
     return _lengthen(take, name, x, frames, settings, flags)
 
 def _lengthen(take, name, x, frames, settings, flags):
-    "Pad or cut a stem to the song's length; `_Again` if another is right for the song, `UserError` above 0.1 s."
+    """Pad or cut a stem to the song's length; `_Again` if another is right for the song, `UserError` above
+    0.1 s."""
     n, seconds = x.shape[1], lambda n: f"{n / settings.sample_rate:.2f} s"
     if frames is None or n == frames: return x, flags
     if settings.trim and n:
@@ -155,9 +171,13 @@ def _missing(take, settings):
     "The stems that are missing; `UserError` if the song cannot be prepared as it is."
     if take.problem: raise UserError(f"{take.title}: {take.problem}")
     missing = [s for s in settings.sources if s not in take.stems]
-    if len(missing) == len(settings.sources): raise UserError(f"{take.title}: none of its stems is there ({', '.join(settings.sources)})")
+    if len(missing) == len(settings.sources):
+        raise UserError(f"{take.title}: none of its stems is there ({', '.join(settings.sources)})")
     if missing and not settings.allow_missing:
-        raise UserError(f"{take.title}: no {' and no '.join(missing)} (allow_missing=True, or --allow-missing, makes it silence)")
+        raise UserError(
+            f"{take.title}: no {' and no '.join(missing)} (allow_missing=True, or --allow-missing, makes it"
+            " silence)"
+        )
     return missing
 
 def _parts(take, settings, frames, channels, read):
@@ -169,7 +189,9 @@ def _parts(take, settings, frames, channels, read):
     frames = held[0].shape[1]
     if not frames: raise UserError(f"{take.title}: {first} is empty (0 samples)")
     for name in settings.sources:
-        if name == first: yield name, *held; held = None
+        if name == first:
+            yield name, *held
+            held = None
         elif name in missing: yield name, np.zeros((channels, frames), np.float32), [f"{name} missing"]
         else: yield name, *_fit(take, name, read(name), settings, channels, frames)
 
@@ -195,7 +217,8 @@ def _write_stems(take, path, settings, dtype, exact, frames, channels, read):
             scales, rms, peak = [*scales, scale], [*rms, level], max(peak, loud)
     finally:
         if array: array.file.close()
-    return dict(frames=shape[1], channels=shape[0], present=present, flags=flags, rms=rms, peak=peak, digest=array.digest, scales=scales)
+    return dict(frames=shape[1], channels=shape[0], present=present, flags=flags, rms=rms, peak=peak,
+                digest=array.digest, scales=scales)
 
 # %% ../../nbs/foundations/store_songs.ipynb #ff727f0b
 _MIXTURE_SNR = 15.0
@@ -206,19 +229,24 @@ def _sum_snr(mixture, stems, scales, block=2**18):
     for k in range(0, mixture.shape[1], block):
         x = mixture[:, k:k + block]
         rest = x - sum(stem[:, k:k + block] * scale for stem, scale in zip(stems, scales))
-        signal, error = signal + sum(np.dot(row, row) for row in np.ascontiguousarray(x)), error + sum(np.dot(row, row) for row in rest)
+        signal, error = signal + sum(np.dot(row, row) for row in np.ascontiguousarray(x)), error + sum(
+            np.dot(row, row) for row in rest
+        )
     return round(float(10 * np.log10((signal + 1e-20) / max(error, signal * 1e-12, 1e-20))), 3)
 
 # %% ../../nbs/foundations/store_songs.ipynb #6fe4b127
 def _write_mixture(take, path, settings, dtype, exact, info, stems, read):
-    "Write the mixture into the .npy at `path`; how far it is from the sum of the stems decides whether it is flagged."
+    """Write the mixture into the .npy at `path`; how far it is from the sum of the stems decides whether it
+    is flagged."""
     x, notes = _fit(take, "mixture", read("mixture"), settings, info["channels"], info["frames"])
     _levels(x, take.name("mixture"))
     q, scale = _quantise(x, dtype, exact)
     with _Array(path, x.shape, dtype) as array: array.add(q)
     snr = _sum_snr(x, np.load(stems, mmap_mode="r"), np.float32(info["scales"]))
     flags = info["flags"] + notes + (["mixture differs"] if snr < _MIXTURE_SNR else [])
-    return dict(info, flags=flags, mixture_digest=array.digest, mixture_snr=snr, scales=[*info["scales"], scale])
+    return dict(
+        info, flags=flags, mixture_digest=array.digest, mixture_snr=snr, scales=[*info["scales"], scale]
+    )
 
 def _write_arrays(take, base, settings, dtype, exact, frames):
     "Decode a song into its arrays, each whole or not at all: a dict of what the index shall know."
@@ -226,15 +254,19 @@ def _write_arrays(take, base, settings, dtype, exact, frames):
     channels, read = take.reader()
     with atomic_path(f"{base}.npy") as part:
         info = _write_stems(take, part, settings, dtype, exact, frames, channels, read)
-        if not take.mixture: return dict(info, mixture_digest=None, mixture_snr=None, scales=[*info["scales"], 1.0])
-        with atomic_path(f"{base}.mixture.npy") as mixture: return _write_mixture(take, mixture, settings, dtype, exact, info, part, read)
+        if not take.mixture:
+            return dict(info, mixture_digest=None, mixture_snr=None, scales=[*info["scales"], 1.0])
+        with atomic_path(f"{base}.mixture.npy") as mixture:
+            return _write_mixture(take, mixture, settings, dtype, exact, info, part, read)
 
 # %% ../../nbs/foundations/store_songs.ipynb #a8e1e113
 def _write_song(take, out, settings):
     "Prepare one song: its arrays, then its receipt. Returns the index entry."
     exact, frames = settings.dtype == "auto", None
     dtype = "int16" if settings.dtype == "int16" or exact and take.lossless else "float32"
-    base, receipt, info = Path(out) / "songs" / take.file, None if take.problem else settings.receipt(take), None
+    base = Path(out) / "songs" / take.file
+    receipt = None if take.problem else settings.receipt(take)
+    info = None
     while info is None:
         try: info = _write_arrays(take, base, settings, dtype, exact, frames)
         except _Again as e:
@@ -243,6 +275,8 @@ def _write_song(take, out, settings):
     info["flags"] = [*info["flags"], *(f"{name} not used" for name in take.extra)]
     mixture = dict(sample_rate=settings.sample_rate, mixture="stream" if take.mixture else "sum")
     teacher = dict(teacher=take.teacher) if take.teacher else {}
-    entry = dict(title=take.title, split=take.split, **mixture, dtype=dtype, file=take.file, **teacher, **info)
+    entry = dict(
+        title=take.title, split=take.split, **mixture, dtype=dtype, file=take.file, **teacher, **info
+    )
     _write_json(f"{base}.json", dict(receipt, song=entry))
     return entry

@@ -9,8 +9,11 @@ __all__ = ['TAGS', 'write_tags', 'fix_serial']
 from pathlib import Path
 
 # %% ../../nbs/foundations/tags.ipynb #4d011004
-TAGS = {"title": "title", "artist": "artist", "album": "album", "album_artist": "albumartist", "track": "tracknumber", "disc": "discnumber",
-        "date": "date", "genre": "genre", "composer": "composer", "copyright": "copyright", "isrc": "isrc"}
+TAGS = {
+    "title": "title", "artist": "artist", "album": "album", "album_artist": "albumartist",
+    "track": "tracknumber", "disc": "discnumber", "date": "date", "genre": "genre", "composer": "composer",
+    "copyright": "copyright", "isrc": "isrc",
+}
 
 
 def write_tags(path, # a wav, flac, ogg or mp3 file

@@ -15,14 +15,19 @@ import torch
 from .waveforms import SAMPLE_RATE
 
 # %% ../../nbs/foundations/toy_band.ipynb #0ec1d294
-_SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "dorian": (0, 2, 3, 5, 7, 9, 10), "mixolydian": (0, 2, 4, 5, 7, 9, 10)}
+_SCALES = {
+    "major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "dorian": (0, 2, 3, 5, 7, 9, 10),
+    "mixolydian": (0, 2, 4, 5, 7, 9, 10),
+}
 _CHORDS = {"major": ((0, 4, 5, 3), (0, 5, 3, 4), (0, 3, 4, 3), (5, 3, 0, 4), (1, 4, 0, 0)),
            "minor": ((0, 5, 2, 6), (0, 3, 6, 2), (0, 6, 5, 6), (0, 5, 3, 4)),
-           "dorian": ((0, 3, 0, 3), (0, 6, 3, 0), (0, 2, 3, 6)), "mixolydian": ((0, 6, 3, 0), (0, 3, 6, 3), (0, 4, 6, 3))}
+           "dorian": ((0, 3, 0, 3), (0, 6, 3, 0), (0, 2, 3, 6)),
+           "mixolydian": ((0, 6, 3, 0), (0, 3, 6, 3), (0, 4, 6, 3))}
 _STEPS = 16
 
 def _form(bars):
-    "A section name for every bar: one verse up to eight bars; above, verses and choruses between intro and outro, and a bridge if there is room."
+    """A section name for every bar: one verse up to eight bars; above, verses and choruses between intro and
+    outro, and a bridge if there is room."""
     if bars <= 8: return ("verse",) * bars
     edge = 4 if bars >= 24 else 2
     body = (("verse",) * 8 + ("chorus",) * 8) * (1 + bars // 16)
@@ -59,9 +64,11 @@ def compose(
     rng = np.random.default_rng([seed, 1])
     tempo, mode = float(rng.uniform(84, 148)), str(rng.choice(list(_SCALES)))
     sections = _form(math.ceil(duration * tempo / 240))
-    progression = {name: _CHORDS[mode][rng.integers(len(_CHORDS[mode]))] for name in ("verse", "chorus", "bridge", "intro", "outro")}
+    progression = {name: _CHORDS[mode][rng.integers(len(_CHORDS[mode]))]
+                   for name in ("verse", "chorus", "bridge", "intro", "outro")}
     chords = tuple(progression[s][k % 4] for k, s in enumerate(sections))
-    return Score(seed, float(duration), tempo, int(rng.integers(36, 48)), mode, float(rng.choice([0, 0, 0, 0.2, 1 / 3])), sections, chords)
+    return Score(seed, float(duration), tempo, int(rng.integers(36, 48)), mode,
+                 float(rng.choice([0, 0, 0, 0.2, 1 / 3])), sections, chords)
 
 # %% ../../nbs/foundations/toy_band.ipynb #b873f7e1
 _TABLE = 2**14
@@ -74,7 +81,8 @@ def _table(amplitudes):
     return period / (np.abs(period).max() + 1e-9)
 
 def _places(periods):
-    "Where in a table a tone is, whose pitch is given in periods per sample (n,): the phase runs in 32 bits, which wrap by themselves."
+    """Where in a table a tone is, whose pitch is given in periods per sample (n,): the phase runs in 32
+    bits, which wrap by themselves."""
     steps = (np.asarray(periods) * 2.0**32).astype(np.uint32)
     return (np.cumsum(steps, dtype=np.uint32) - steps) >> np.uint32(32 - 14)
 
@@ -83,7 +91,9 @@ def _noise(rng, n, low, high, rate, order=4):
     "White noise between two frequencies in Hz, edges of `order` * 6 dB an octave, RMS 1."
     x = np.fft.rfft(rng.standard_normal(n).astype(np.float32))
     f = np.fft.rfftfreq(n, 1 / rate) + 1e-3
-    x = np.fft.irfft(x / np.sqrt((1 + (low / f) ** (2 * order)) * (1 + (f / high) ** (2 * order))), n).astype(np.float32)
+    x = np.fft.irfft(x / np.sqrt((1 + (low / f) ** (2 * order)) * (1 + (f / high) ** (2 * order))), n).astype(
+        np.float32
+    )
     return x / (np.sqrt(np.mean(x**2)) + 1e-9)
 
 # %% ../../nbs/foundations/toy_band.ipynb #1102141b
@@ -108,15 +118,20 @@ def _drumkit(rng, rate):
     wires = u(.25, .6) * _noise(rng, n, u(300, 1200), u(6000, 12000), rate, 1) * _decay(n, u(.05, .16), rate)
     snare = u(.4, 1) * _falling(n, u(220, 330), u(150, 210), .02, u(.04, .1), rate) + wires
     hiss = .3 * _noise(rng, 3 * n, u(4500, 8500), 16000, rate)
-    closed, opened = hiss[:n // 3] * _decay(n // 3, u(.015, .045), rate), hiss[:n] * _decay(n, u(.1, .25), rate)
-    toms = {f"tom{k}": _falling(n, 1.5 * f, f, .05, .14, rate) for k, f in enumerate(u(70, 90) * np.array([2.4, 1.8, 1.3]))}
+    closed = hiss[:n // 3] * _decay(n // 3, u(.015, .045), rate)
+    opened = hiss[:n] * _decay(n, u(.1, .25), rate)
+    toms = {f"tom{k}": _falling(n, 1.5 * f, f, 0.05, 0.14, rate)
+            for k, f in enumerate(u(70, 90) * np.array([2.4, 1.8, 1.3]))}
     return dict(kick=mix[0] * kick, snare=mix[1] * snare, hat=mix[2] * closed, open=mix[2] * opened,
                 crash=mix[3] * hiss * _decay(3 * n, u(.3, .6), rate), **toms)
 
 # %% ../../nbs/foundations/toy_band.ipynb #2edbae40
-_BEATS = (("x.....x...x.....", "....x.......x...", "x.x.x.x.x.x.x.x."), ("x.........x.....", "....x.......x...", "x.x.x.x.x.x.x.o."),
-          ("x..x..x...x..x..", "....x..x.x..x...", "xxxxxxxxxxxxxxxx"), ("x...x...x...x...", "....x.......x...", "..o...o...o...o."),
-          ("x.......x.x.....", "........x.......", "x...x...x...x..."), ("x..x....x..x....", "....x.......x..x", "x.xxx.xxx.xxx.xx"))
+_BEATS = (("x.....x...x.....", "....x.......x...", "x.x.x.x.x.x.x.x."),
+          ("x.........x.....", "....x.......x...", "x.x.x.x.x.x.x.o."),
+          ("x..x..x...x..x..", "....x..x.x..x...", "xxxxxxxxxxxxxxxx"),
+          ("x...x...x...x...", "....x.......x...", "..o...o...o...o."),
+          ("x.......x.x.....", "........x.......", "x...x...x...x..."),
+          ("x..x....x..x....", "....x.......x..x", "x.xxx.xxx.xxx.xx"))
 
 def _fills(score, rng):
     "The bars that end in a drum fill: before a new section, and here and there after four bars."
@@ -125,7 +140,8 @@ def _fills(score, rng):
 
 # %% ../../nbs/foundations/toy_band.ipynb #2dc1a25d
 def _drum_hits(score, rng):
-    "Yield (seconds, drum, velocity): a beat with its own ghost notes, fills, and a crash where a section begins."
+    """Yield (seconds, drum, velocity): a beat with its own ghost notes, fills, and a crash where a section
+    begins."""
     kick, snare, hat = _BEATS[rng.integers(len(_BEATS))]
     ghost, fills = rng.random(_STEPS) < .12, _fills(score, rng)
     for bar, section in enumerate(score.sections):
@@ -135,10 +151,12 @@ def _drum_hits(score, rng):
             if bar in fills and step >= 12:
                 yield at, f"tom{min(2, step - 12)}", velocity
                 continue
-            if hat[step] != "." and section != "bridge": yield at, "hat" if hat[step] == "x" else "open", velocity * (1 if step % 4 == 0 else .7)
+            if hat[step] != "." and section != "bridge":
+                yield at, "hat" if hat[step] == "x" else "open", velocity * (1 if step % 4 == 0 else .7)
             if section == "intro" and bar < 2: continue
             if kick[step] == "x": yield at, "kick", velocity
-            if snare[step] == "x" or ghost[step] and rng.random() < .5: yield at, "snare", velocity * (1 if snare[step] == "x" else .25)
+            if snare[step] == "x" or ghost[step] and rng.random() < .5:
+                yield at, "snare", velocity * (1 if snare[step] == "x" else .25)
 
 # %% ../../nbs/foundations/toy_band.ipynb #c16db163
 def _drums(score, frames, rate):
@@ -168,7 +186,9 @@ def _envelope(timbre, length, rate):
     "(seconds since the attack, loudness) of a note, per sample."
     n = int((length + timbre.release) * rate)
     t = np.arange(n, dtype=np.float32) / rate
-    return t, np.minimum(1, t / timbre.attack) * np.exp(-t / timbre.decay) * np.clip((n / rate - t) / timbre.release, 0, 1)
+    return t, np.minimum(1, t / timbre.attack) * np.exp(-t / timbre.decay) * np.clip(
+        (n / rate - t) / timbre.release, 0, 1
+    )
 
 def _tables(timbre, hz, rate):
     "The bright and the dark table of a pitch, without harmonics near or above the Nyquist frequency."
@@ -180,9 +200,12 @@ def _tone(timbre, pitch, length, rate):
     "One note: (2, samples), float32."
     hz, (t, loud) = 440 * 2 ** ((pitch - 69) / 12), _envelope(timbre, length, rate)
     bright, dark = _tables(timbre, hz, rate)
-    wobble, settle, out = timbre.vibrato[1] * np.sin(2 * np.pi * timbre.vibrato[0] * t), np.exp(-t / timbre.fade), np.zeros((2, len(t)), np.float32)
+    wobble = timbre.vibrato[1] * np.sin(2 * np.pi * timbre.vibrato[0] * t)
+    settle = np.exp(-t / timbre.fade)
+    out = np.zeros((2, len(t)), np.float32)
     for i, detune in enumerate(timbre.voices):
-        at, side = _places(hz / rate * 2 ** ((wobble + detune) / 12)), (i + .5) / len(timbre.voices) * np.pi / 2
+        at = _places(hz / rate * 2 ** ((wobble + detune) / 12))
+        side = (i + .5) / len(timbre.voices) * np.pi / 2
         x = dark[at] + settle * (bright - dark)[at]
         for row, gain in zip(out, (math.cos(side), math.sin(side))): row += gain * x
     return out * loud
@@ -200,27 +223,34 @@ def _perform(timbre, notes, frames, rate):
 def _body(rng, count=48):
     "Harmonics with random bumps, so that no two instruments of a family are the same; and their numbers."
     k = np.arange(1, count + 1)
-    return np.exp(.35 * rng.standard_normal(count)) * (1 + 2 * rng.random() * np.exp(-(k - rng.uniform(2, 9)) ** 2 / 4)), k
+    return (np.exp(0.35 * rng.standard_normal(count))
+            * (1 + 2 * rng.random() * np.exp(-((k - rng.uniform(2, 9)) ** 2) / 4)), k)
 
 def _bass_timbre(rng):
     "A round, plucked, synthesised or sub bass."
     body, k = _body(rng)
     u, kind = rng.uniform, rng.integers(4)
-    h = (k ** -2.2, np.abs(np.sin(np.pi * k * u(.1, .3))) / k, k ** -u(.9, 1.2), np.where(k < 3, 1., k ** -3.))[kind] * body
-    return Timbre(h, u(.6, 1.6), u(.05, .25), u(.004, .012), u(.5, 3), .04, (5., 0.), (0.,) if kind < 2 else (0., u(.03, .12)))
+    h = (k**-2.2, np.abs(np.sin(np.pi * k * u(0.1, 0.3))) / k, k ** -u(0.9, 1.2),
+         np.where(k < 3, 1.0, k**-3.0))[kind] * body
+    return Timbre(h, u(0.6, 1.6), u(0.05, 0.25), u(0.004, 0.012), u(0.5, 3), 0.04, (5.0, 0.0),
+                  (0.0,) if kind < 2 else (0.0, u(0.03, 0.12)))
 
 # %% ../../nbs/foundations/toy_band.ipynb #3fb9af1c
-_BASS_STEPS = ((0, 4), (0, 6), (0, 8), (0, 3, 6, 8), (0, 2, 4, 6, 8, 10, 12, 14), (0, 4, 8, 12), (0, 6, 8, 14), (0, 3, 8, 11))
+_BASS_STEPS = ((0, 4), (0, 6), (0, 8), (0, 3, 6, 8), (0, 2, 4, 6, 8, 10, 12, 14), (0, 4, 8, 12),
+               (0, 6, 8, 14), (0, 3, 8, 11))
 
 def _bass_notes(score, rng):
-    "Yield the bass: roots with fifths, octaves and approach notes between 41 and 147 Hz, in a rhythm that the song keeps."
+    """Yield the bass: roots with fifths, octaves and approach notes between 41 and 147 Hz, in a rhythm that
+    the song keeps."""
     rhythm = _BASS_STEPS[rng.integers(len(_BASS_STEPS))]
     for bar, section in enumerate(score.sections):
         if section == "intro" and bar < 2: continue
         for step, stop in zip(rhythm, (*rhythm[1:], _STEPS)):
             degree = score.chords[bar] + (0 if step == 0 else int(rng.choice([0, 0, 0, 4, 7, 2])))
-            if stop == _STEPS and bar + 1 < len(score.chords) and rng.random() < .3: degree = score.chords[bar + 1] - 1
-            yield score.time(bar, step), (stop - step) * score.bar / _STEPS * .9, 28 + (score.pitch(degree) - 28) % 24, rng.uniform(.8, 1)
+            if stop == _STEPS and bar + 1 < len(score.chords) and rng.random() < .3:
+                degree = score.chords[bar + 1] - 1
+            yield (score.time(bar, step), (stop - step) * score.bar / _STEPS * 0.9,
+                   28 + (score.pitch(degree) - 28) % 24, rng.uniform(0.8, 1))
 
 # %% ../../nbs/foundations/toy_band.ipynb #fac8b3af
 _FAMILIES = ("organ", "pluck", "strings", "piano", "pad")
@@ -229,19 +259,31 @@ _DRAWBARS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
 def _harmony_timbre(rng, kind):
     "An organ, plucked strings, bowed strings, an electric piano or a synthesiser pad."
     (body, k), u = _body(rng), rng.uniform
-    if kind == "organ": return Timbre(np.where(np.isin(k, _DRAWBARS), u(.1, 1, 48), 0), 0., 1., .01, np.inf, .03, (u(5, 7), u(0, .12)), (0., .02))
-    if kind == "pluck": return Timbre(np.abs(np.sin(np.pi * k * u(.08, .4))) / k * body, u(.8, 1.6), u(.06, .3), .002, u(.25, .9), .06, (5., 0.), (0.,))
-    if kind == "piano": return Timbre(k ** -u(1.4, 2.2) * body, u(.5, 1.2), u(.2, .6), .003, u(.7, 2), .1, (5., .0), (0., .015))
-    if kind == "pad": return Timbre(np.where(k % 2, 1., u(0, .4)) / k ** u(.7, 1.1), u(.4, 1.2), u(.3, 1), u(.02, .1), np.inf, .2, (.7, .05), (-.12, 0., .12))
+    if kind == "organ":
+        return Timbre(np.where(np.isin(k, _DRAWBARS), u(0.1, 1, 48), 0), 0.0, 1.0, 0.01, np.inf, 0.03,
+                      (u(5, 7), u(0, 0.12)), (0.0, 0.02))
+    if kind == "pluck":
+        return Timbre(np.abs(np.sin(np.pi * k * u(0.08, 0.4))) / k * body, u(0.8, 1.6), u(0.06, 0.3), 0.002,
+                      u(0.25, 0.9), 0.06, (5.0, 0.0), (0.0,))
+    if kind == "piano":
+        return Timbre(k ** -u(1.4, 2.2) * body, u(0.5, 1.2), u(0.2, 0.6), 0.003, u(0.7, 2), 0.1, (5.0, 0.0),
+                      (0.0, 0.015))
+    if kind == "pad":
+        return Timbre(np.where(k % 2, 1.0, u(0, 0.4)) / k ** u(0.7, 1.1), u(0.4, 1.2), u(0.3, 1),
+                      u(0.02, 0.1), np.inf, 0.2, (0.7, 0.05), (-0.12, 0.0, 0.12))
     bow, detune = (u(4.5, 6), u(.05, .15)), (-.09, -.03, .04, .1)
     return Timbre(k ** -u(.9, 1.3) * body, .3, .4, u(.06, .25), np.inf, u(.1, .3), bow, detune)
 
 # %% ../../nbs/foundations/toy_band.ipynb #668a1c71
-_HARMONY_STEPS = dict(hold=((0,),), push=((2, 6, 10, 14), (0, 3, 6, 10), (4, 12), (0, 6, 12)), arpeggio=(tuple(range(0, 16, 2)),), strum=((0, 4, 6, 10, 12),))
+_HARMONY_STEPS = dict(hold=((0,),), push=((2, 6, 10, 14), (0, 3, 6, 10), (4, 12), (0, 6, 12)),
+                      arpeggio=(tuple(range(0, 16, 2)),), strum=((0, 4, 6, 10, 12),))
 
 def _harmony_notes(score, rng, kind):
     "Yield the chords: held, off-beat, broken or strummed, above the bass."
-    style = str(rng.choice(["hold", "hold", "push", "arpeggio"] if kind in ("organ", "strings", "pad") else ["arpeggio", "push", "arpeggio", "strum"]))
+    style = str(
+        rng.choice(["hold", "hold", "push", "arpeggio"] if kind in ("organ", "strings", "pad")
+                   else ["arpeggio", "push", "arpeggio", "strum"])
+    )
     steps, order = _HARMONY_STEPS[style][rng.integers(len(_HARMONY_STEPS[style]))], rng.permutation(8) % 4
     for bar, section in enumerate(score.sections):
         chord = [51 + (score.pitch(d) - 51) % 24 for d in (*score.chord(bar), score.chords[bar] + 7)]
@@ -252,21 +294,28 @@ def _harmony_notes(score, rng, kind):
                 yield at, (stop - step) * score.bar / _STEPS * .95, pitch + lift, rng.uniform(.7, 1)
 
 # %% ../../nbs/foundations/toy_band.ipynb #11b190b3
-_VOWELS = {"a": (730, 1090, 2440, 3400), "e": (530, 1840, 2480, 3500), "i": (280, 2250, 2950, 3600), "o": (500, 880, 2500, 3300),
-           "u": (320, 800, 2300, 3200), "ae": (660, 1720, 2410, 3450), "er": (490, 1350, 1690, 3300)}
-_PHRASES = ((0, 2, 4, 8), (0, 4, 6, 8, 10), (0, 3, 6, 8, 12), (2, 4, 6, 8, 12), (0, 4, 8), (0, 2, 4, 6, 8, 10))
+_VOWELS = {
+    "a": (730, 1090, 2440, 3400), "e": (530, 1840, 2480, 3500), "i": (280, 2250, 2950, 3600),
+    "o": (500, 880, 2500, 3300), "u": (320, 800, 2300, 3200), "ae": (660, 1720, 2410, 3450),
+    "er": (490, 1350, 1690, 3300),
+}
+_PHRASES = ((0, 2, 4, 8), (0, 4, 6, 8, 10), (0, 3, 6, 8, 12), (2, 4, 6, 8, 12), (0, 4, 8),
+            (0, 2, 4, 6, 8, 10))
 
 def _melody(score, rng):
-    "Yield (seconds, length, pitch, velocity, vowel): phrases that breathe, a chord tone at the start of each bar, mostly steps after it."
+    """Yield (seconds, length, pitch, velocity, vowel): phrases that breathe, a chord tone at the start of
+    each bar, mostly steps after it."""
     names, centre = list(_VOWELS), int(rng.integers(10, 17))
     motif = [_PHRASES[rng.integers(len(_PHRASES))] for _ in range(2)]
     for bar, section in enumerate(score.sections):
         if section in ("intro", "outro"): continue
         steps, aim = (*motif[bar % 2], 14 if bar % 2 else _STEPS), centre + 2 * (section == "chorus")
-        degree = min((c + 7 * octave for c in score.chord(bar) for octave in range(-1, 4)), key=lambda d: abs(d - aim) + rng.random())
+        degree = min((c + 7 * octave for c in score.chord(bar) for octave in range(-1, 4)),
+                     key=lambda d: abs(d - aim) + rng.random())
         for step, stop in zip(steps, steps[1:]):
             length, velocity = (stop - step) * score.bar / _STEPS * rng.uniform(.8, .98), rng.uniform(.45, 1)
-            yield score.time(bar, step), length, score.pitch(degree), velocity, names[rng.integers(len(names))]
+            yield (score.time(bar, step), length, score.pitch(degree), velocity,
+                   names[rng.integers(len(names))])
             degree = int(np.clip(degree + rng.choice([-2, -1, -1, 0, 1, 1, 2]), centre - 4, centre + 5))
 
 # %% ../../nbs/foundations/toy_band.ipynb #e6265018
@@ -276,15 +325,19 @@ def _smooth(x, n):
     return ((total[n:] - total[:-n])[:len(x)] / n).astype(np.float32)
 
 def _tracks(notes, frames, rate, centre):
-    "Pitch (MIDI, gliding, in the octave around `centre`) and loudness (0 to 1) per sample, and four formants at every 256th sample."
+    """Pitch (MIDI, gliding, in the octave around `centre`) and loudness (0 to 1) per sample, and four
+    formants at every 256th sample."""
     pitch, loud = np.zeros(frames, np.float32), np.zeros(frames, np.float32)
     formants = np.zeros((4, frames // 256 + 1), np.float32)
     for k, (at, length, p, velocity, vowel) in enumerate(notes):
         start, stop = (round(s * rate) for s in (at, at + length))
-        pitch[start if k else 0:], formants[:, start // 256 if k else 0:] = p, np.float32(_VOWELS[vowel])[:, None]
+        pitch[start if k else 0 :], formants[:, start // 256 if k else 0 :] = (
+            p, np.float32(_VOWELS[vowel])[:, None],
+        )
         loud[start:stop] = velocity
     pitch += 12 * round((centre - float(pitch.mean())) / 12)
-    return _smooth(pitch, int(.05 * rate)), _smooth(_smooth(loud, int(.03 * rate)), int(.03 * rate)), np.stack([_smooth(f, 9) for f in formants])
+    return (_smooth(pitch, int(0.05 * rate)), _smooth(_smooth(loud, int(0.03 * rate)), int(0.03 * rate)),
+            np.stack([_smooth(f, 9) for f in formants]))
 
 # %% ../../nbs/foundations/toy_band.ipynb #6d209956
 def _formant_gain(f, formants, widths):
@@ -296,9 +349,12 @@ def _formant_gain(f, formants, widths):
     return gain
 
 def _resonate(source, formants, widths, rate, window=1024):
-    "Send (frames,) through moving resonances, given at every 256th sample (4, frames // 256 + 1), window by overlapping window."
+    """Send (frames,) through moving resonances, given at every 256th sample (4, frames // 256 + 1), window
+    by overlapping window."""
     hop = window // 2
-    frames = np.lib.stride_tricks.sliding_window_view(np.pad(source, (hop, window)), window)[::hop] * np.hanning(window + 1)[:-1].astype(np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(source, (hop, window)), window)[
+        ::hop
+    ] * np.hanning(window + 1)[:-1].astype(np.float32)
     at = np.minimum(np.arange(len(frames)) * hop // 256, formants.shape[1] - 1)
     gain = _formant_gain(np.fft.rfftfreq(window, 1 / rate).astype(np.float32), formants[:, at], widths)
     y = np.fft.irfft(np.fft.rfft(frames) * gain, axis=1).astype(np.float32)
@@ -313,15 +369,18 @@ _CONSONANTS = ((.09, 5000, 9000), (.08, 2200, 5500), (.03, 3000, 8000), (.03, 12
 def _consonants(notes, rng, frames, rate):
     "Noise just before some notes: s, sh, t and k."
     out, sizes = np.zeros(frames, np.float32), [int(seconds * rate) for seconds, *_ in _CONSONANTS]
-    sounds = [.3 * _noise(rng, n, low, high, rate) * np.hanning(n).astype(np.float32) for n, (_, low, high) in zip(sizes, _CONSONANTS)]
+    sounds = [0.3 * _noise(rng, n, low, high, rate) * np.hanning(n).astype(np.float32)
+              for n, (_, low, high) in zip(sizes, _CONSONANTS)]
     for at, *_ in notes:
-        if rng.random() < .6: _place(out, sounds[rng.integers(4)], round((at - .05) * rate), rng.uniform(.4, 1))
+        if rng.random() < .6:
+            _place(out, sounds[rng.integers(4)], round((at - .05) * rate), rng.uniform(.4, 1))
     return out
 
 def _vibrato(loud, rng, rate):
     "Semitones up and down that set in when a note is held, and a little unsteadiness."
     t, n = np.arange(len(loud), dtype=np.float32) / rate, int(.01 * rate)
-    wave = rng.uniform(.1, .45) * np.sin(2 * np.pi * rng.uniform(4.8, 6.5) * t) * _smooth(loud, int(.3 * rate)) ** 2
+    wave = (rng.uniform(0.1, 0.45) * np.sin(2 * np.pi * rng.uniform(4.8, 6.5) * t)
+            * _smooth(loud, int(0.3 * rate)) ** 2)
     return wave + .04 * math.sqrt(n) * _smooth(rng.standard_normal(len(loud)).astype(np.float32), n)
 
 # %% ../../nbs/foundations/toy_band.ipynb #55b77033
@@ -335,14 +394,17 @@ def _vocals(score, frames, rate):
     k = np.arange(1, max(4, int(.42 * rate / hz.max())) + 1)
     pulse = _table(k ** -u(.6, 1.2))[_places(hz / rate)]
     breath = u(.01, .06) * rng.standard_normal(frames).astype(np.float32) * (1 + pulse)
-    voice = _resonate((pulse + breath) * loud, formants * u(.92, 1.22), np.array([80, 110, 160, 240]) * u(.8, 1.3), rate)
+    voice = _resonate(
+        (pulse + breath) * loud, formants * u(0.92, 1.22), np.array([80, 110, 160, 240]) * u(0.8, 1.3), rate
+    )
     return (voice / (np.abs(voice).max() + 1e-9) + u(.1, .4) * _consonants(notes, rng, frames, rate))[None]
 
 # %% ../../nbs/foundations/toy_band.ipynb #544b7200
 def _room(rng, rate):
     "A stereo room: decaying noise (2, samples)."
     n, length = int(.35 * rate), rng.uniform(.03, .12)
-    return np.stack([_noise(rng, n, 200, rng.uniform(3000, 9000), rate, 1) for _ in range(2)]) * _decay(n, length, rate) / math.sqrt(length * rate / 2)
+    return (np.stack([_noise(rng, n, 200, rng.uniform(3000, 9000), rate, 1) for _ in range(2)])
+            * _decay(n, length, rate) / math.sqrt(length * rate / 2))
 
 def _mixdown(stems, room, levels, wet, pans):
     "Stems (4, 2, frames) in the room, each placed and set to its level in dB RMS where it sounds."
@@ -350,7 +412,10 @@ def _mixdown(stems, room, levels, wet, pans):
     angle = (np.clip(pans, -1, 1) + 1) * np.pi / 4
     out = stems * (math.sqrt(2) * np.stack([np.cos(angle), np.sin(angle)], 1))[..., None].astype(np.float32)
     k = np.flatnonzero(wet)
-    if len(k): out[k] += oaconvolve(stems[k].mean(1, keepdims=True) * np.float32(wet[k, None, None]), room[None], axes=2)[..., :stems.shape[-1]]
+    if len(k):
+        out[k] += oaconvolve(
+            stems[k].mean(1, keepdims=True) * np.float32(wet[k, None, None]), room[None], axes=2
+        )[..., : stems.shape[-1]]
     for x, level in zip(out, levels):
         power = np.square(x).mean(0)
         active = power[power > 1e-3 * power.max()]
@@ -358,7 +423,10 @@ def _mixdown(stems, room, levels, wet, pans):
     return out
 
 # %% ../../nbs/foundations/toy_band.ipynb #a2f3371e
-_DYNAMICS = {"intro": (.6, .8, .8, 1), "verse": (.8, .9, .7, .8), "chorus": (1, 1, 1, 1), "bridge": (.35, .7, .9, .7), "outro": (.7, .9, .7, 1)}
+_DYNAMICS = {
+    "intro": (0.6, 0.8, 0.8, 1), "verse": (0.8, 0.9, 0.7, 0.8), "chorus": (1, 1, 1, 1),
+    "bridge": (0.35, 0.7, 0.9, 0.7), "outro": (0.7, 0.9, 0.7, 1),
+}
 
 def _dynamics(score, frames, rate):
     "How loud each stem plays over time (4, frames): choruses are loud, a bridge is quiet."
@@ -377,7 +445,9 @@ def _lowpass(
     from scipy.signal import firwin, oaconvolve
     if rate <= 2.1 * cutoff: return x
     kernel = firwin(taps, cutoff, window=("kaiser", 8), fs=rate).astype(np.float32)
-    return oaconvolve(x, kernel.reshape((1,) * (x.ndim - 1) + (-1,)), axes=-1)[..., taps // 2:taps // 2 + x.shape[-1]]
+    return oaconvolve(x, kernel.reshape((1,) * (x.ndim - 1) + (-1,)), axes=-1)[
+        ..., taps // 2 : taps // 2 + x.shape[-1]
+    ]
 
 # %% ../../nbs/foundations/toy_band.ipynb #f6804f11
 def toy_song(
@@ -385,14 +455,20 @@ def toy_song(
     duration=7.0, # seconds
     sample_rate=SAMPLE_RATE, # Hz
 ):
-    "A synthetic song: stems (4, 2, time) float32 in the order of `SOURCES`; their sum peaks between 0.5 and 0.95. The same arguments give the same song."
+    """A synthetic song: stems (4, 2, time) float32 in the order of `SOURCES`; their sum peaks between 0.5
+    and 0.95. The same arguments give the same song."""
     score, frames = compose(seed, duration), round(duration * sample_rate)
     rng, bass, harmony = (score.rng(part) for part in ("mix", "bass", "other"))
     kind, room = _FAMILIES[harmony.integers(len(_FAMILIES))], _room(rng, sample_rate)
-    stems = np.stack([_drums(score, frames, sample_rate), _perform(_bass_timbre(bass), _bass_notes(score, bass), frames, sample_rate),
-                      _perform(_harmony_timbre(harmony, kind), _harmony_notes(score, harmony, kind), frames, sample_rate),
-                      np.broadcast_to(_vocals(score, frames, sample_rate), (2, frames))])
-    levels, wet, pans = rng.uniform(-4, 4, 4) - (19, 19, 21, 19), rng.uniform(0, 1, 4) * (.3, 0, .4, .4), rng.uniform(-1, 1, 4) * (.05, .05, .6, .25)
+    stems = np.stack([
+        _drums(score, frames, sample_rate),
+        _perform(_bass_timbre(bass), _bass_notes(score, bass), frames, sample_rate),
+        _perform(_harmony_timbre(harmony, kind), _harmony_notes(score, harmony, kind), frames, sample_rate),
+        np.broadcast_to(_vocals(score, frames, sample_rate), (2, frames)),
+    ])
+    levels = rng.uniform(-4, 4, 4) - (19, 19, 21, 19)
+    wet = rng.uniform(0, 1, 4) * (.3, 0, .4, .4)
+    pans = rng.uniform(-1, 1, 4) * (.05, .05, .6, .25)
     mix = _lowpass(_mixdown(stems, room, levels, wet, pans), sample_rate)
     if len(set(score.sections)) > 1: mix *= _dynamics(score, frames, sample_rate)[:, None]
     return torch.from_numpy(mix * np.float32(rng.uniform(.5, .95) / (np.abs(mix.sum(0)).max() + 1e-9)))

@@ -6,11 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/foundations/trainer.ipynb #112c59d1
-import contextlib, importlib.util, logging, os, signal, threading, warnings
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
+import threading
+import warnings
 
 import torch
 
-from .distributed import _Watch, _places
+from .distributed import _places, _Watch
 from .files import UserError
 from .registry import _no_such
 
@@ -33,8 +39,10 @@ def _loader(
     "A loader of all batches that are left; it draws nothing from the global random generators."
     r = loop.recipe
     numbers = range(loop.step * r.accumulate, 0 if loop.over else r.steps * r.accumulate)
-    return torch.utils.data.DataLoader(_Batches(loop.task), batch_size=None, sampler=numbers, num_workers=r.num_workers, collate_fn=_same, worker_init_fn=_start_worker,
-                                       generator=torch.Generator().manual_seed(r.seed))
+    return torch.utils.data.DataLoader(
+        _Batches(loop.task), batch_size=None, sampler=numbers, num_workers=r.num_workers, collate_fn=_same,
+        worker_init_fn=_start_worker, generator=torch.Generator().manual_seed(r.seed),
+    )
 
 # %% ../../nbs/foundations/trainer.ipynb #90be7fe0
 def _lightning_module(loop, store, state):
@@ -61,18 +69,28 @@ def _lightning_module(loop, store, state):
 def _quiet():
     "Keep Lightning's start-up lines and hints to itself, and put signal handlers back."
     importlib.import_module("lightning.pytorch")
-    loggers = [logging.getLogger(n) for n in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
-    levels, handlers = [l.level for l in loggers], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    loggers = [
+        logging.getLogger(n)
+        for n in (
+            "lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero",
+        )
+    ]
+    levels = [l.level for l in loggers]
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     for l in loggers: l.setLevel(logging.ERROR)
     watch, launcher = _Watch(), logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
-    launcher.addHandler(watch); launcher.setLevel(logging.INFO); launcher.propagate = False
+    launcher.addHandler(watch)
+    launcher.setLevel(logging.INFO)
+    launcher.propagate = False
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
         for l, level in zip(loggers, levels): l.setLevel(level)
-        launcher.removeHandler(watch); launcher.setLevel(logging.NOTSET); launcher.propagate = True
+        launcher.removeHandler(watch)
+        launcher.setLevel(logging.NOTSET)
+        launcher.propagate = True
         if threading.current_thread() is threading.main_thread():
             for s, h in handlers.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
 
@@ -90,7 +108,11 @@ def _strategy(
 def _plugins():
     "SLURM's environment without Lightning's own checkpoints, where SLURM has started this process."
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-    return [SLURMEnvironment(auto_requeue=False)] if "SLURM_NTASKS" in os.environ and not TorchElasticEnvironment.detect() and SLURMEnvironment.detect() else None
+    return (
+        [SLURMEnvironment(auto_requeue=False)]
+        if "SLURM_NTASKS" in os.environ and not TorchElasticEnvironment.detect() and SLURMEnvironment.detect()
+        else None
+    )
 
 def _trainer(
     recipe, # device, precision, accumulation, clipping
@@ -101,12 +123,22 @@ def _trainer(
 ):
     "Lightning's trainer for a recipe; a device or precision that is not there raises a `UserError`."
     import lightning.pytorch as pl
-    available = dict(auto=True, cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not available[recipe.device]: raise UserError(f"this machine has no {recipe.device} device; use device=auto or device=cpu")
-    kind = recipe.device if recipe.device != "auto" else next(k for k in ("cuda", "mps", "cpu") if available[k])
-    if kind == "cpu" and recipe.precision == "16-mixed": raise UserError("precision 16-mixed needs a GPU; use bf16-mixed or 32")
+    available = dict(
+        auto=True, cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()
+    )
+    if not available[recipe.device]:
+        raise UserError(f"this machine has no {recipe.device} device; use device=auto or device=cpu")
+    kind = (
+        recipe.device if recipe.device != "auto" else next(k for k in ("cuda", "mps", "cpu") if available[k])
+    )
+    if kind == "cpu" and recipe.precision == "16-mixed":
+        raise UserError("precision 16-mixed needs a GPU; use bf16-mixed or 32")
     devices, nodes = _places(kind, devices, nodes)
     precision, several = "32-true" if recipe.precision == "32" else recipe.precision, devices * nodes > 1
-    return pl.Trainer(accelerator=kind, devices=devices, num_nodes=nodes, strategy=_strategy(strategy, devices * nodes), sync_batchnorm=several and kind == "cuda", plugins=_plugins(),
-                      precision=precision, max_epochs=1, accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.grad_clip or None,
-                      logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, default_root_dir=str(out))
+    return pl.Trainer(
+        accelerator=kind, devices=devices, num_nodes=nodes, strategy=_strategy(strategy, devices * nodes),
+        sync_batchnorm=several and kind == "cuda", plugins=_plugins(), precision=precision, max_epochs=1,
+        accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.grad_clip or None, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, default_root_dir=str(out),
+    )

@@ -21,14 +21,17 @@ class TriangleAdd:
         fn, # (batch, channels, window) -> (batch, sources, channels, window)
         chunk:int, # samples of a segment
         overlap:float=0.25, # the part of a segment that it shares with the next one
-        window=None, # function of the samples of a segment: how many the network takes for them; None: as many
+        # function of the samples of a segment: how many the network takes for them; None: as many
+        window=None,
         batch_size:int=1, # segments per call
         pool=None, # an executor for the calls; None: one after the other
         ahead:int=1, # calls in work at once
     ):
         self.fn, self.chunk, self.step, self.batch_size = fn, chunk, int((1 - overlap) * chunk), batch_size
         self.window, half = window or (lambda frames: frames), chunk // 2
-        self.weight = torch.cat([torch.arange(1, half + 1), torch.arange(chunk - half, 0, -1)]) / (chunk - half)
+        self.weight = torch.cat([torch.arange(1, half + 1), torch.arange(chunk - half, 0, -1)]) / (
+            chunk - half
+        )
         self.reach = self.window(chunk)
         self.pool, self.ahead = pool, ahead
         self.held, self.start, self.next, self.queue, self.pending = None, 0, 0, [], deque()

@@ -60,7 +60,8 @@ def to_channels(
         raise UserError(f"a song has at least one channel, not {channels}")
     if channels in (None, have): return waveform
     if channels == 1: return to_mono(waveform)
-    if have != 1: raise UserError(f"cannot turn {have} channels into {channels}: mix it down first, or ask for 1")
+    if have != 1:
+        raise UserError(f"cannot turn {have} channels into {channels}: mix it down first, or ask for 1")
     return waveform.expand(*waveform.shape[:-2], channels, waveform.shape[-1]).clone()
 
 # %% ../../nbs/foundations/waveforms.ipynb #9775a7b3
@@ -69,13 +70,15 @@ def resample(
     orig, # its sample rate in Hz
     new, # the sample rate wanted
 ):
-    "The sound at another rate (soxr, very high quality): (…, time * new / orig, rounded). `UserError` for no rates."
+    """The sound at another rate (soxr, very high quality): (…, time * new / orig, rounded). `UserError` for
+    no rates."""
     orig, new = check_rate(orig), check_rate(new)
     if not waveform.is_floating_point():
         raise UserError(f"only floats are resampled, not {waveform.dtype}: divide by full scale first")
     if orig == new: return waveform
     import soxr
-    if not waveform.numel(): return waveform.new_zeros(*waveform.shape[:-1], int(waveform.shape[-1] * new / orig + 0.5))
+    if not waveform.numel():
+        return waveform.new_zeros(*waveform.shape[:-1], int(waveform.shape[-1] * new / orig + 0.5))
     flat = waveform.detach().cpu().float().reshape(-1, waveform.shape[-1])
     out = soxr.resample(np.ascontiguousarray(flat.numpy().T), orig, new, quality="VHQ")
     return torch.from_numpy(np.ascontiguousarray(out.T)).reshape(*waveform.shape[:-1], -1).to(waveform)
@@ -86,7 +89,8 @@ def resample_blocks(
     orig, # their sample rate in Hz
     new, # the sample rate wanted
 ):
-    "Resample a stream block by block, in bounded memory; together the blocks are what `resample` gives for the whole."
+    """Resample a stream block by block, in bounded memory; together the blocks are what `resample` gives for
+    the whole."""
     import soxr
     orig, new = check_rate(orig), check_rate(new)
     stream, columns = None, lambda x: np.ascontiguousarray(x.T)

@@ -28,8 +28,13 @@ def _check_header(
     length, size = int.from_bytes(start[:8], "little"), path.stat().st_size
     if start[8:] == b"{" and length <= min(HEADER_LIMIT, size - 8): return
     if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise UserError(f"{path} is a pickle, not safetensors: refused, because a pickle can run any code when it is read")
-    raise UserError(f"{path} is not a safetensors file, or is cut off: its header would have {length} of the file's {size} bytes")
+        raise UserError(
+            f"{path} is a pickle, not safetensors: refused, because a pickle can run any code when it is read"
+        )
+    raise UserError(
+        f"{path} is not a safetensors file, or is cut off: its header would have {length} of the file's"
+        f" {size} bytes"
+    )
 
 # %% ../../nbs/foundations/weights.ipynb #81c7f8e9
 def read_weights(
@@ -39,7 +44,11 @@ def read_weights(
     "Read a safetensors file; anything else raises a `UserError` and is not opened further."
     from safetensors import SafetensorError, safe_open
     path = Path(path)
-    if path.suffix.lower() in PICKLES: raise UserError(f"{path.name} may hold a pickle, which can run any code when it is read: refused; a run folder holds model.safetensors")
+    if path.suffix.lower() in PICKLES:
+        raise UserError(
+            f"{path.name} may hold a pickle, which can run any code when it is read: refused; a run folder"
+            " holds model.safetensors"
+        )
     if not path.is_file(): raise UserError(f"{path} does not exist")
     _check_header(path)
     try:
@@ -65,11 +74,17 @@ def load_into(
     tensors:dict, # by these; half precision becomes float32
     name:str, # what the errors call the file
 ): # the module
-    "Put tensors into a module. Missing, unknown or differently shaped ones raise a `UserError` that names the layers."
+    """Put tensors into a module. Missing, unknown or differently shaped ones raise a `UserError` that names
+    the layers."""
     own = module.state_dict()
-    wrong = [f"{k} has shape {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
-    wrong += [f"{k} is missing" for k in own if k not in tensors] + [f"{k} is unknown" for k in tensors if k not in own]
-    if wrong: raise UserError(f"{name} does not fit the network: " + "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""))
+    wrong = [f"{k} has shape {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}" for k in own
+             if k in tensors and tensors[k].shape != own[k].shape]
+    wrong += [f"{k} is missing" for k in own if k not in tensors] + [
+        f"{k} is unknown" for k in tensors if k not in own
+    ]
+    if wrong:
+        raise UserError(f"{name} does not fit the network: " + "; ".join(wrong[:6])
+                        + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""))
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
     return module
 

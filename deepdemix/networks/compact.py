@@ -32,13 +32,18 @@ class Cells(nn.Module):
         top:float, # bins: bands that reach beyond are left out
     ):
         super().__init__()
-        if octave % band: raise UserError(f"bands of {band} cells do not fit into an octave of {octave}: choose a divisor")
+        if octave % band:
+            raise UserError(f"bands of {band} cells do not fit into an octave of {octave}: choose a divisor")
         self.band, self.parts, low, wide = band, [], 0, 1
         while low + wide * band <= min(top, n_f):
             bands = min(int((min(top, n_f) - low) // (wide * band)), (2 if low == 0 else 1) * octave // band)
             self.parts.append((low, low + wide * band * bands, wide))
             low, wide = self.parts[-1][1], 2 * wide
-        if not self.parts: raise UserError(f"a band of {band} bins does not fit under bin {top:g}: use a longer window or a higher bandwidth")
+        if not self.parts:
+            raise UserError(
+                f"a band of {band} bins does not fit under bin {top:g}: use a longer window or a higher"
+                " bandwidth"
+            )
         self.n_f, self.heard = n_f, low
         widths = [w for a, b, w in self.parts for _ in range((b - a) // w)]
         self.n_bands = len(widths) // band
@@ -49,14 +54,18 @@ class Cells(nn.Module):
     def forward(self,
         x:torch.Tensor, # (…, n_f)
     ) -> torch.Tensor: # (…, cells)
-        return torch.cat([x[..., a:b].unflatten(-1, (-1, w)).sum(-1) if w > 1 else x[..., a:b] for a, b, w in self.parts], dim=-1)
+        return torch.cat(
+            [x[..., a:b].unflatten(-1, (-1, w)).sum(-1) if w > 1 else x[..., a:b] for a, b, w in self.parts],
+            dim=-1,
+        )
 
     def spread(self,
         x:torch.Tensor, # (…, cells)
     ) -> torch.Tensor: # (…, n_f): the last cell's value also for all bins above
         "Give every bin the value of its cell."
         counts = [(b - a) // w for a, b, w in self.parts]
-        bins = [y.repeat_interleave(w, -1) if w > 1 else y for y, (_, _, w) in zip(x.split(counts, -1), self.parts)]
+        bins = [y.repeat_interleave(w, -1) if w > 1 else y
+                for y, (_, _, w) in zip(x.split(counts, -1), self.parts)]
         return torch.cat(bins + [x[..., -1:].expand(*x.shape[:-1], self.n_f - self.heard)], dim=-1)
 
 # %% ../../nbs/networks/compact.ipynb #2cfa0ce4
@@ -124,10 +133,12 @@ class Path(nn.Module):
 
 # %% ../../nbs/networks/compact.ipynb #a77e0002
 class Attention(nn.Module):
-    "Heads that compare whole frames, all bands together, beside a shortcut: `(b, n_t, bands, width)` in and out."
+    """Heads that compare whole frames, all bands together, beside a shortcut: `(b, n_t, bands, width)` in
+    and out."""
     def __init__(self, width, heads, dropout): # features of a band, heads, of what is added
         super().__init__()
-        if width % heads: raise UserError(f"{heads} heads do not share {width} features evenly: choose a divisor")
+        if width % heads:
+            raise UserError(f"{heads} heads do not share {width} features evenly: choose a divisor")
         self.heads, self.norm, self.dropout = heads, nn.LayerNorm(width), nn.Dropout(dropout)
         self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         nn.init.zeros_(self.out.weight)
@@ -144,7 +155,8 @@ class Attention(nn.Module):
 
 # %% ../../nbs/networks/compact.ipynb #c62c3d6f
 class BandEncoder(nn.Module):
-    "Features of bands to vectors of bands: a linear layer for each band, then blocks of a path through time and one through the bands."
+    """Features of bands to vectors of bands: a linear layer for each band, then blocks of a path through
+    time and one through the bands."""
     def __init__(self,
         bands, # number of bands
         features, # of a band
@@ -158,7 +170,9 @@ class BandEncoder(nn.Module):
         self.split = BandLinear(bands, features, width)
         self.time = nn.ModuleList(Path(width, dropout) for _ in range(layers))
         self.band = nn.ModuleList(Path(width, dropout) for _ in range(layers))
-        self.attention = nn.ModuleList(Attention(width, attention, dropout) for _ in range(layers if attention else 0))
+        self.attention = nn.ModuleList(
+            Attention(width, attention, dropout) for _ in range(layers if attention else 0)
+        )
 
     def forward(self,
         x:torch.Tensor, # (b, n_t, bands, features)
@@ -175,7 +189,8 @@ class BandEncoder(nn.Module):
 
 # %% ../../nbs/networks/compact.ipynb #1d2a26bb
 class Maskers(nn.Module):
-    "One masker a stem: vectors of bands `(b, n_t, bands, width)` -> complex matrices `(b, s, c, c, stack * n_t, cells)` that add up to one over the stems."
+    """One masker a stem: vectors of bands `(b, n_t, bands, width)` -> complex matrices `(b, s, c, c, stack *
+    n_t, cells)` that add up to one over the stems."""
     def __init__(self,
         stems, # their number
         channels, # their number
@@ -235,12 +250,16 @@ class Compact(nn.Module):
         if refine and channels > 2: raise UserError(f"refine works on one channel or two, not on {channels}")
         if attention < 0: raise UserError(f"attention is a number of heads, or 0, not {attention}")
         if stack < 1: raise UserError(f"stack is a number of frames from 1, not {stack}")
-        self.args = {k: list(v) if k == "sources" else v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.args = {
+            k: list(v) if k == "sources" else v for k, v in locals().items() if k not in ("self", "__class__")
+        }
         self.sources, self.sample_rate, self.channels = tuple(sources), sample_rate, channels
         self.refine, self.stack = refine, stack
         self.stft = STFT(window_length, hop_length, window_type)
         self.cells = Cells(self.stft.n_f, octave, band, bandwidth * window_length / sample_rate)
-        self.encoder = BandEncoder(self.cells.n_bands, stack * band * channels ** 2, width, layers, dropout, attention)
+        self.encoder = BandEncoder(
+            self.cells.n_bands, stack * band * channels**2, width, layers, dropout, attention
+        )
         self.maskers = Maskers(len(self.sources), channels, self.cells, width, hidden, stack)
 
 # %% ../../nbs/networks/compact.ipynb #1d8eb43a
@@ -340,8 +359,11 @@ def cell_errors(
     mixture, sources = _grouped(network, mixture, sources)
     with torch.no_grad():
         x, s = network.spectrum(mixture), network.spectrum(sources)
-        xx, sx = covariance(x, x, cells), torch.stack([torch.stack([covariance(y, x[i], cells) for y in s[i]]) for i in range(len(x))])
-        ss = torch.stack([cells(y.real[..., :cells.heard].square() + y.imag[..., :cells.heard].square()) for y in s])
+        xx = covariance(x, x, cells)
+        sx = torch.stack([torch.stack([covariance(y, x[i], cells) for y in s[i]]) for i in range(len(x))])
+        ss = torch.stack(
+            [cells(y.real[..., : cells.heard].square() + y.imag[..., : cells.heard].square()) for y in s]
+        )
     m = network.cell_matrices(xx)
     mx = sum(m[:, :, :, c, None] * xx[:, None, None, c] for c in channels)
     return torch.stack([xx[:, c, c].real for c in channels], 1), ss + ((mx - 2 * sx) * m.conj()).real.sum(3)
@@ -359,13 +381,15 @@ def l1_cells(
     mixture:torch.Tensor, # (b, channels, time)
     sources:torch.Tensor, # (b, s, channels, time)
 ) -> torch.Tensor: # a scalar
-    "Mean over cells of |S - M X|, against that of |X| in the same example: the same for a loud and a quiet song."
+    """Mean over cells of |S - M X|, against that of |X| in the same example: the same for a loud and a quiet
+    song."""
     power, error = cell_errors(network, mixture, sources)
     widths = network.cells.widths
     scale = (power * widths).sqrt().mean((1, 2, 3)).clamp_min(1e-9)
     return ((error * widths / scale.square()[:, None, None, None, None]).clamp_min(0) + 1e-8).sqrt().mean()
 
 # %% ../../nbs/networks/compact.ipynb #45360e18
-MIXES = dict(coherent=0.3, level=["gain", [-6, 6]], pitch=[-2, 2], stretch=[0.88, 1.12], shift="tied", swap=0.5, flip=0.5, gate=-60.)
+MIXES = dict(coherent=0.3, level=["gain", [-6, 6]], pitch=[-2, 2], stretch=[0.88, 1.12], shift="tied",
+             swap=0.5, flip=0.5, gate=-60.0)
 register_defaults("compact", dict(loss="l1_cells", validation="songs", ema=0.998, grad_clip=1.0, lr=2e-3,
                                   lr_schedule="warmup_cosine", precision="bf16-mixed", mixer=MIXES))

@@ -13,23 +13,25 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from ..foundations.waveforms import SAMPLE_RATE
 from ..audio import SOURCES
 from ..foundations.files import UserError
-from .protocol import fold_channels
 from ..foundations.profiles import ACROSS_SONGS, register_defaults
 from ..foundations.registry import register_network
+from ..foundations.waveforms import SAMPLE_RATE
+from .protocol import fold_channels
 
 # %% ../../nbs/networks/conv_tasnet.ipynb #24d889aa
 class GlobalLayerNorm(nn.GroupNorm):
-    "Normalises (batch, channels, frames) over channels and frames together (gLN), with a gain and a shift for each channel."
+    """Normalises (batch, channels, frames) over channels and frames together (gLN), with a gain and a shift
+    for each channel."""
     def __init__(self,
         channels:int, # of the input
     ): super().__init__(1, channels, eps=1e-8)
 
 # %% ../../nbs/networks/conv_tasnet.ipynb #f379f1ff
 class TemporalBlock(nn.Module):
-    "A dilated depthwise convolution between two 1×1 convolutions: (batch, width, frames) in; the same and (batch, skip, frames) out."
+    """A dilated depthwise convolution between two 1×1 convolutions: (batch, width, frames) in; the same and
+    (batch, skip, frames) out."""
     def __init__(self,
         width:int, # channels in and out
         hidden:int, # channels in between
@@ -40,7 +42,9 @@ class TemporalBlock(nn.Module):
     ):
         super().__init__()
         wide = lambda conv: (conv, nn.PReLU(), GlobalLayerNorm(hidden))
-        depthwise = nn.Conv1d(hidden, hidden, kernel, padding=dilation * (kernel - 1) // 2, dilation=dilation, groups=hidden)
+        depthwise = nn.Conv1d(
+            hidden, hidden, kernel, padding=dilation * (kernel - 1) // 2, dilation=dilation, groups=hidden
+        )
         self.inner = nn.Sequential(*wide(nn.Conv1d(width, hidden, 1)), *wide(depthwise))
         self.residual = None if skip and last else nn.Conv1d(hidden, width, 1)
         self.skip = nn.Conv1d(hidden, skip, 1) if skip else None
@@ -51,7 +55,8 @@ class TemporalBlock(nn.Module):
 
 # %% ../../nbs/networks/conv_tasnet.ipynb #634451d8
 class TasNetEncoder(nn.Module):
-    "Waveform (batch, channels, time) to filter outputs (batch, filters, frames), never negative, and features (batch, width, frames)."
+    """Waveform (batch, channels, time) to filter outputs (batch, filters, frames), never negative, and
+    features (batch, width, frames)."""
     def __init__(self,
         channels:int, # of the waveform
         filters:int, # N
@@ -67,7 +72,10 @@ class TasNetEncoder(nn.Module):
         self.filters = nn.Conv1d(channels, filters, length, stride=length // 2, bias=False)
         self.squeeze = nn.Sequential(GlobalLayerNorm(filters), nn.Conv1d(filters, bottleneck, 1))
         last = blocks * repeats - 1
-        self.blocks = nn.ModuleList(TemporalBlock(bottleneck, hidden, kernel, 2**(k % blocks), skip, k == last) for k in range(last + 1))
+        self.blocks = nn.ModuleList(
+            TemporalBlock(bottleneck, hidden, kernel, 2 ** (k % blocks), skip, k == last)
+            for k in range(last + 1)
+        )
         self.width = skip or bottleneck
 
     def forward(self, waveform):
@@ -82,7 +90,8 @@ class TasNetEncoder(nn.Module):
 # %% ../../nbs/networks/conv_tasnet.ipynb #1c4cba88
 @register_network("conv_tasnet")
 class ConvTasNet(nn.Module):
-    "Learnt filters, masked by a stack of dilated convolutions [Luo & Mesgarani 2019]: waveform (batch, channels, time) -> stems (batch, sources, channels, time)."
+    """Learnt filters, masked by a stack of dilated convolutions [Luo & Mesgarani 2019]: waveform (batch,
+    channels, time) -> stems (batch, sources, channels, time)."""
     def __init__(self,
         filters:int=256, # N, learnt filters
         length:int=20, # L, samples of a filter; frames overlap by half
@@ -98,15 +107,28 @@ class ConvTasNet(nn.Module):
         channels:int=2, # audio channels seen together
     ):
         super().__init__()
-        sizes = dict(filters=filters, length=length, bottleneck=bottleneck, hidden=hidden, skip=skip, kernel=kernel, blocks=blocks, repeats=repeats)
-        if length < 2 or length % 2: raise UserError(f"conv_tasnet: length={length}: filters overlap by half, so give an even number of samples")
+        sizes = dict(filters=filters, length=length, bottleneck=bottleneck, hidden=hidden, skip=skip,
+                     kernel=kernel, blocks=blocks, repeats=repeats)
+        if length < 2 or length % 2:
+            raise UserError(
+                f"conv_tasnet: length={length}: filters overlap by half, so give an even number of samples"
+            )
         if kernel % 2 == 0: raise UserError(f"conv_tasnet: kernel={kernel}: give an odd number of frames")
-        if mask not in ("relu", "sigmoid"): raise UserError(f"conv_tasnet: mask={mask!r}: it is relu or sigmoid")
-        self.args = json.loads(json.dumps(dict(sizes, mask=mask, sources=list(sources), sample_rate=sample_rate, channels=channels)))
-        self.sources, self.sample_rate, self.channels, self.hop = tuple(sources), sample_rate, channels, length // 2
+        if mask not in ("relu", "sigmoid"):
+            raise UserError(f"conv_tasnet: mask={mask!r}: it is relu or sigmoid")
+        self.args = json.loads(
+            json.dumps(
+                dict(sizes, mask=mask, sources=list(sources), sample_rate=sample_rate, channels=channels)
+            )
+        )
+        self.sources = tuple(sources)
+        self.sample_rate = sample_rate
+        self.channels = channels
+        self.hop = length // 2
         self.encoder = TasNetEncoder(channels, **sizes)
         self.latent = self.encoder.width
-        self.masks = nn.Sequential(nn.PReLU(), nn.Conv1d(self.latent, len(self.sources) * filters, 1), nn.ReLU() if mask == "relu" else nn.Sigmoid())
+        self.masks = nn.Sequential(nn.PReLU(), nn.Conv1d(self.latent, len(self.sources) * filters, 1),
+                                   nn.ReLU() if mask == "relu" else nn.Sigmoid())
         self.decoder = nn.ConvTranspose1d(filters, channels, length, stride=self.hop, bias=False)
 
 # %% ../../nbs/networks/conv_tasnet.ipynb #4ab04395

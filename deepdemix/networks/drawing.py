@@ -6,7 +6,8 @@
 __all__ = ['GLUE', 'FAMILIES', 'Box', 'describe', 'find_boxes', 'trace_shapes', 'family_colour', 'box_rows', 'draw_network']
 
 # %% ../../nbs/networks/drawing.ipynb #9a098e63
-import copy, math
+import copy
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -32,14 +33,16 @@ class Box:
 def describe(module):
     "The sizes of a module in a few characters: channels, kernel, features."
     by = lambda size: f"{size[0]}×{size[1]}" if isinstance(size, (tuple, list)) else str(size)
-    if isinstance(module, nn.Conv2d): return f"{module.in_channels} → {module.out_channels}, {by(module.kernel_size)}"
+    if isinstance(module, nn.Conv2d):
+        return f"{module.in_channels} → {module.out_channels}, {by(module.kernel_size)}"
     if isinstance(module, nn.Linear): return f"{module.in_features:,} → {module.out_features:,}"
     if isinstance(module, nn.MaxPool2d): return by(module.kernel_size)
     if isinstance(module, nn.Upsample): return f"{module.mode}, to {by(module.size)}"
     if isinstance(module, (nn.LSTM, nn.GRU)):
         ways = "both ways" if module.bidirectional else "one way"
         return f"{type(module).__name__}, {module.num_layers} × {module.hidden_size}, {ways}"
-    return next((describe(child) for child in module.children()), "") if getattr(module, "one_box", False) else ""
+    return (next((describe(child) for child in module.children()), "") if getattr(module, "one_box", False)
+            else "")
 
 # %% ../../nbs/networks/drawing.ipynb #9cc7a777
 def find_boxes(module, whole=(), path=""):
@@ -67,8 +70,10 @@ def trace_shapes(network, # any module
     return boxes
 
 # %% ../../nbs/networks/drawing.ipynb #89708b86
-FAMILIES = {"Conv": "#56B4E9", "Linear": "#E69F00", "Embedding": "#E69F00", "Recurrent": "#009E73", "LSTM": "#009E73", "Norm": "#CC79A7",
-            "Pool": "#D8C93A", "Upsample": "#D8C93A", "Encoder": "#56B4E9", "Decoder": "#0072B2"}
+FAMILIES = {
+    "Conv": "#56B4E9", "Linear": "#E69F00", "Embedding": "#E69F00", "Recurrent": "#009E73", "LSTM": "#009E73",
+    "Norm": "#CC79A7", "Pool": "#D8C93A", "Upsample": "#D8C93A", "Encoder": "#56B4E9", "Decoder": "#0072B2",
+}
 
 
 def family_colour(kind): # a class name
@@ -80,14 +85,23 @@ def _draw_box(ax, box, x, y, width, height, share):
     "One rounded box with its text, the shape below it and its share of the parameters as a strip."
     from matplotlib.patches import FancyBboxPatch, Rectangle
     colour = family_colour(box.kind)
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", fc=colour + "33", ec=colour, lw=1.4))
-    if share: ax.add_patch(Rectangle((x + 0.08, y + 0.06), max(0.015, (width - 0.16) * share), 0.07, fc=colour, lw=0))
+    ax.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", fc=colour + "33",
+                       ec=colour, lw=1.4)
+    )
+    if share:
+        ax.add_patch(
+            Rectangle((x + 0.08, y + 0.06), max(0.015, (width - 0.16) * share), 0.07, fc=colour, lw=0)
+        )
     middle = x + width / 2
     ax.text(middle, y + height - 0.2, box.kind, ha="center", va="center", fontsize=10, weight="bold")
-    ax.text(middle, y + height - 0.35, box.detail.replace(", both", ",\nboth"), ha="center", va="top", fontsize=9, linespacing=1.05)
-    ax.text(middle, y + 0.43, ", ".join(box.glue), ha="center", va="center", fontsize=9, style="italic", color="#444444")
+    ax.text(middle, y + height - 0.35, box.detail.replace(", both", ",\nboth"), ha="center", va="top",
+            fontsize=9, linespacing=1.05)
+    ax.text(middle, y + 0.43, ", ".join(box.glue), ha="center", va="center", fontsize=9, style="italic",
+            color="#444444")
     if box.parameters: ax.text(middle, y + 0.23, f"{box.parameters:,}", ha="center", va="center", fontsize=9)
-    ax.text(middle, y - 0.13, " × ".join(f"{n:,}" for n in box.shape), ha="center", va="center", fontsize=9, color="#333333")
+    ax.text(middle, y - 0.13, " × ".join(f"{n:,}" for n in box.shape), ha="center", va="center", fontsize=9,
+            color="#333333")
 
 # %% ../../nbs/networks/drawing.ipynb #3a961e89
 def _draw_arrows(ax, places, width, height):
@@ -98,12 +112,15 @@ def _draw_arrows(ax, places, width, height):
         else:
             turn, half = y2 + height + 0.28, height / 2
             ax.plot([x + width, x + width + 0.15, x + width + 0.15, x2 - 0.15, x2 - 0.15],
-                    [y + half, y + half, turn, turn, y2 + half], color="#555555", lw=1.1, solid_joinstyle="round")
+                    [y + half, y + half, turn, turn, y2 + half], color="#555555", lw=1.1,
+                    solid_joinstyle="round")
             ax.annotate("", (x2, y2 + half), (x2 - 0.16, y2 + half), arrowprops=arrow)
 
 def _draw_ends(ax, start, end, first, last, top):
-    "What goes in, above the first box, and what comes out, below the shape of the last; an arrow from and to each."
-    arrow, words = dict(arrowstyle="-|>", color="#555555", lw=1.1, shrinkA=0, shrinkB=0), dict(ha="center", va="center", fontsize=9)
+    """What goes in, above the first box, and what comes out, below the shape of the last; an arrow from and
+    to each."""
+    arrow = dict(arrowstyle="-|>", color="#555555", lw=1.1, shrinkA=0, shrinkB=0)
+    words = dict(ha="center", va="center", fontsize=9)
     if start:
         ax.text(first, top + 0.32, start.replace("\n", " "), **words)
         ax.annotate("", (first, top), (first, top + 0.22), arrowprops=arrow)
@@ -123,10 +140,12 @@ def draw_network(boxes, # from `trace_shapes`
                  start="", # what goes in, above the first box
                  end="", # what comes out, below the last box
                  per_row=2): # boxes in a row, at most; two can be read on a phone
-    "A drawing of the traced network: kind, sizes, parameters and output shape of every box. Returns the matplotlib axes."
+    """A drawing of the traced network: kind, sizes, parameters and output shape of every box. Returns the
+    matplotlib axes."""
     import matplotlib.pyplot as plt
     rows, width, height, gap, step = box_rows(boxes, per_row), 1.95, 1.15, 0.34, 1.85
-    places = [(0.3 + column * (width + gap), -row * step) for row, part in enumerate(rows) for column in range(len(part))]
+    places = [(0.3 + column * (width + gap), -row * step) for row, part in enumerate(rows)
+              for column in range(len(part))]
     total = sum(box.parameters for box in boxes) or 1
     right = max(x for x, _ in places) + width + 0.3
     top, bottom = height + 0.45 + 0.4 * bool(start), places[-1][1] - 0.3 - 0.45 * bool(end)

@@ -14,12 +14,12 @@ from torch import nn
 
 from ..audio import STFT
 from ..foundations.files import UserError
-from .protocol import fold_channels
-from .wiener import refine_stems
 from ..foundations.profiles import register_defaults
 from ..foundations.recipe import Recipe, read_record
 from ..foundations.registry import build_network, register_network
 from ..foundations.runs import load_network, new_record, save_network
+from .protocol import fold_channels
+from .wiener import refine_stems
 
 # %% ../../nbs/networks/ensemble.ipynb #060f6e4e
 @register_network("ensemble")
@@ -37,12 +37,18 @@ class Ensemble(nn.Module):
         if not members: raise UserError("an ensemble needs at least one member")
         self.members = nn.ModuleList(build_network(name, **args) for name, args in members)
         agreed = {(tuple(m.sources), m.sample_rate, m.channels) for m in self.members}
-        if len(agreed) > 1: raise UserError(f"the members of an ensemble must agree on sources, sample rate and channels; these have {' and '.join(map(str, sorted(agreed)))}")
+        if len(agreed) > 1:
+            raise UserError(
+                "the members of an ensemble must agree on sources, sample rate and channels; these have"
+                f" {' and '.join(map(str, sorted(agreed)))}"
+            )
         (self.sources, self.sample_rate, self.channels), = agreed
-        if refine and self.channels > 2: raise UserError(f"refine works on one channel or two, not on {self.channels}")
+        if refine and self.channels > 2:
+            raise UserError(f"refine works on one channel or two, not on {self.channels}")
         self.stft, self.refine = STFT(window_length, hop_length, window_type), refine
         self.args = dict(members=[[name, m.args] for (name, _), m in zip(members, self.members)],
-                         window_length=window_length, hop_length=hop_length, window_type=window_type, refine=refine)
+                         window_length=window_length, hop_length=hop_length, window_type=window_type,
+                         refine=refine)
 
 # %% ../../nbs/networks/ensemble.ipynb #96d2ea4f
 def _alike(
@@ -50,7 +56,9 @@ def _alike(
     b, # a STFT or nothing
 ) -> bool:
     "Whether two STFTs give the same numbers."
-    return b is not None and (a.window_length, a.hop_length, a.window_type) == (b.window_length, b.hop_length, b.window_type)
+    return b is not None and (a.window_length, a.hop_length, a.window_type) == (
+        b.window_length, b.hop_length, b.window_type,
+    )
 
 # %% ../../nbs/networks/ensemble.ipynb #af4de866
 @patch
@@ -65,10 +73,12 @@ def estimate(self:Ensemble,
     x:torch.Tensor, # complex (b, channels, n_t, n_f)
     length:int=None, # samples behind the frames; without it, all that they cover
 ) -> torch.Tensor: # complex (b, s, channels, n_t, n_f)
-    "The stems' spectrograms: the mean of what the members make of the mixture, and the Wiener filter's share."
+    """The stems' spectrograms: the mean of what the members make of the mixture, and the Wiener filter's
+    share."""
     found, waveform = 0., None
     for member in self.members:
-        if hasattr(member, "estimate") and _alike(self.stft, getattr(member, "stft", None)): found = found + member.estimate(x)
+        if hasattr(member, "estimate") and _alike(self.stft, getattr(member, "stft", None)):
+            found = found + member.estimate(x)
         else:
             if waveform is None: waveform = self.stft.inverse(x.movedim(1, -1), length)
             found = found + self.spectrum(member(waveform))
@@ -91,14 +101,17 @@ def join_runs(
     **settings, # of the `Ensemble`, such as `refine`
 ) -> Path: # `out`
     "Make one model of several runs. Members that do not agree, or a folder that exists, raise a `UserError`."
-    out, records, networks = Path(out), [read_record(run) for run in runs], [load_network(run) for run in runs]
+    out, records, networks = (Path(out), [read_record(run) for run in runs],
+                              [load_network(run) for run in runs])
     if out.exists() and any(out.iterdir()): raise UserError(f"{out} is not empty: choose another folder")
     names = [record["network"][0] for record in records]
-    members = [[name, network.args | ({"refine": 0.} if "refine" in network.args else {})] for name, network in zip(names, networks)]
+    members = [[name, network.args | ({"refine": 0.0} if "refine" in network.args else {})]
+               for name, network in zip(names, networks)]
     ensemble = Ensemble(members, **settings)
     for member, network in zip(ensemble.members, networks): member.load_state_dict(network.state_dict())
     record = new_record(Recipe(network="ensemble", network_args=ensemble.args, loss="l1_waveform"), ensemble)
-    made = dict(status="finished", finished=True, hours=sum(r["hours"] for r in records), examples=sum(r["examples"] for r in records))
+    made = dict(status="finished", finished=True, hours=sum(r["hours"] for r in records),
+                examples=sum(r["examples"] for r in records))
     save_network(ensemble, record | made | dict(members=records), out)
     return out
 

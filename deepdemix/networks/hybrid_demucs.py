@@ -14,13 +14,13 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from ..foundations.waveforms import SAMPLE_RATE, to_channels
 from ..audio import SOURCES
 from ..foundations.files import UserError
-from .layers import LSTM
-from .protocol import fold_channels
 from ..foundations.profiles import register_defaults
 from ..foundations.registry import register_network
+from ..foundations.waveforms import SAMPLE_RATE, to_channels
+from .layers import LSTM
+from .protocol import fold_channels
 
 # %% ../../nbs/networks/hybrid_demucs.ipynb #d5ab708f
 def layers_apart(
@@ -28,7 +28,11 @@ def layers_apart(
 ) -> int: # layers until the two encoders meet, the meeting one included
     "How many layers each encoder has for itself; a `UserError` for a window with which they never meet."
     layers = round(math.log(max(window_length, 1), 4)) - 1
-    if 4 ** (layers + 1) != window_length or layers < 2: raise UserError(f"hybrid_demucs: window_length is 64, 256, 1024, 4096 or 16384, not {window_length}: only then time and frequency meet")
+    if 4 ** (layers + 1) != window_length or layers < 2:
+        raise UserError(
+            f"hybrid_demucs: window_length is 64, 256, 1024, 4096 or 16384, not {window_length}: only then"
+            " time and frequency meet"
+        )
     return layers
 
 # %% ../../nbs/networks/hybrid_demucs.ipynb #027c09ab
@@ -41,10 +45,21 @@ def build_demucs(
 ): # `demucs.hdemucs.HDemucs`
     "Hybrid Demucs of any size; a `UserError` for sizes that do not fit together, or where demucs is missing."
     apart = layers_apart(window_length)
-    if depth < apart: raise UserError(f"hybrid_demucs: a window of {window_length} needs a depth of at least {apart}, not {depth}")
-    if width < 1 or width * 2 ** (depth - 2) % 16: raise UserError(f"hybrid_demucs: width * 2**(depth - 2) must be a multiple of 16, for its four heads; not width {width} with depth {depth}")
-    try: from demucs.hdemucs import HDemucs
-    except ImportError as e: raise UserError(f"the network hybrid_demucs needs the package demucs ({e}): pip install 'demucs>=4.1'") from None
+    if depth < apart:
+        raise UserError(
+            f"hybrid_demucs: a window of {window_length} needs a depth of at least {apart}, not {depth}"
+        )
+    if width < 1 or width * 2 ** (depth - 2) % 16:
+        raise UserError(
+            "hybrid_demucs: width * 2**(depth - 2) must be a multiple of 16, for its four heads; not width"
+            f" {width} with depth {depth}"
+        )
+    try:
+        from demucs.hdemucs import HDemucs
+    except ImportError as e:
+        raise UserError(
+            f"the network hybrid_demucs needs the package demucs ({e}): pip install 'demucs>=4.1'"
+        ) from None
     deep = dict(norm_starts=depth - 2, dconv_attn=depth - 2, dconv_lstm=depth - 2)
     sizes = dict(audio_channels=channels, channels=width, depth=depth, nfft=window_length)
     demucs = HDemucs(list(sources), **sizes, **deep)
@@ -62,7 +77,8 @@ def normalised(
 
 
 class HybridEncoder(nn.Module):
-    "Both encoders: complex spectrogram as channels `(b, 2 * c, n_f, n_t)` and waveform `(b, c, time)` -> `(b, latent, …, steps)`."
+    """Both encoders: complex spectrogram as channels `(b, 2 * c, n_f, n_t)` and waveform `(b, c, time)` ->
+    `(b, latent, …, steps)`."""
     def __init__(self,
         demucs, # an `HDemucs`, whose layers these are
     ):
@@ -88,13 +104,16 @@ def take_encoder(
     "Take the encoder out, so that each parameter has one owner and one name."
     encoder = HybridEncoder(demucs)
     for name in ("encoder", "tencoder", "freq_emb"): delattr(demucs, name)
-    demucs.encoder, demucs.tencoder, demucs.freq_emb = list(encoder.spectral), list(encoder.temporal), encoder.frequencies.forward
+    demucs.encoder = list(encoder.spectral)
+    demucs.tencoder = list(encoder.temporal)
+    demucs.freq_emb = encoder.frequencies.forward
     return encoder
 
 # %% ../../nbs/networks/hybrid_demucs.ipynb #908afdce
 @register_network("hybrid_demucs")
 class HybridDemucs(nn.Module):
-    "Hybrid Demucs (Défossez 2021): waveform (b, c, time) -> stems (b, s, c, time), by a U-Net in time and one in frequency."
+    """Hybrid Demucs (Défossez 2021): waveform (b, c, time) -> stems (b, s, c, time), by a U-Net in time and
+    one in frequency."""
     name = "hybrid_demucs"
     def __init__(self,
         width:int=48, # channels after the first layer; each further layer doubles them
@@ -105,8 +124,12 @@ class HybridDemucs(nn.Module):
         sample_rate:int=SAMPLE_RATE, # Hz
     ):
         super().__init__()
-        self.args = dict(width=width, depth=depth, window_length=window_length, channels=channels, sources=list(sources), sample_rate=sample_rate)
-        self.sources, self.sample_rate, self.channels, self.window_length = tuple(sources), sample_rate, channels, window_length
+        self.args = dict(width=width, depth=depth, window_length=window_length, channels=channels,
+                         sources=list(sources), sample_rate=sample_rate)
+        self.sources = tuple(sources)
+        self.sample_rate = sample_rate
+        self.channels = channels
+        self.window_length = window_length
         self.latent = width * 2 ** (depth - 1)
         self.demucs = build_demucs(sources, channels, width, depth, window_length)
         self.encoder = take_encoder(self.demucs)
@@ -124,20 +147,26 @@ class HybridDemucs(nn.Module):
 def embed(self:HybridDemucs,
     waveform:torch.Tensor, # (batch, channels, time)
 ) -> torch.Tensor: # (batch, latent)
-    "One vector for each excerpt: the output of the deepest layer that both encoders share, averaged over time."
+    """One vector for each excerpt: the output of the deepest layer that both encoders share, averaged over
+    time."""
     x = self.padded(to_channels(waveform, self.channels))
     spectrogram = self.demucs._magnitude(self.demucs._spec(x))
     return self.encoder(spectrogram, x).flatten(2).mean(-1)
 
 # %% ../../nbs/networks/hybrid_demucs.ipynb #764b0b32
-DEMUCS_NAMES = {"encoder.": "encoder.spectral.", "tencoder.": "encoder.temporal.", "freq_emb.": "encoder.frequencies."}
+DEMUCS_NAMES = {
+    "encoder.": "encoder.spectral.", "tencoder.": "encoder.temporal.", "freq_emb.": "encoder.frequencies.",
+}
 
 @patch
 def load_demucs_weights(self:HybridDemucs,
     state:dict, # `state_dict()` of an `HDemucs` of the same sizes
 ):
     "Take over the weights of the library's network; returns the network."
-    new = lambda key: next((to + key.removeprefix(old) for old, to in DEMUCS_NAMES.items() if key.startswith(old)), "demucs." + key)
+    new = lambda key: next(
+        (to + key.removeprefix(old) for old, to in DEMUCS_NAMES.items() if key.startswith(old)),
+        "demucs." + key,
+    )
     self.load_state_dict({new(key): value for key, value in state.items()})
     return self
 

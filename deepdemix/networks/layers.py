@@ -66,7 +66,9 @@ class RecurrentStack(nn.Module):
         super().__init__()
         kinds = {"lstm": LSTM, "gru": nn.GRU}
         if rnn_type not in kinds: raise UserError(f"rnn_type must be lstm or gru, not {rnn_type!r}")
-        self.rnn = kinds[rnn_type](n_in, hidden_size, num_layers, batch_first=True, dropout=dropout, bidirectional=bidirectional)
+        self.rnn = kinds[rnn_type](
+            n_in, hidden_size, num_layers, batch_first=True, dropout=dropout, bidirectional=bidirectional
+        )
         self.reset(hidden_size)
 
     @torch.no_grad()

@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..foundations.files import UserError
-from .layers import LSTM
-from .protocol import MaskNetwork, fold_channels
 from ..foundations.profiles import ACROSS_SONGS, register_defaults
 from ..foundations.registry import register_network
+from .layers import LSTM
+from .protocol import MaskNetwork, fold_channels
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #f5320034
 class DenseBlock(nn.Module):
-    "Maps (batch, n_in, n_t, n_f) -> (batch, growth, n_t, n_f); each layer sees the block's input and all maps made so far."
+    """Maps (batch, n_in, n_t, n_f) -> (batch, growth, n_t, n_f); each layer sees the block's input and all
+    maps made so far."""
     def __init__(self,
         n_in:int, # maps that come in
         growth:int, # maps that each layer makes
@@ -28,7 +29,9 @@ class DenseBlock(nn.Module):
     ):
         super().__init__()
         seen = range(n_in, n_in + growth * layers, growth)
-        self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, growth, 3, padding=1)) for n in seen)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, growth, 3, padding=1)) for n in seen
+        )
 
     def forward(self, x):
         for layer in self.layers[:-1]: x = torch.cat([x, layer(x)], 1)
@@ -51,7 +54,8 @@ class LSTMBlock(nn.Module):
 
 
 class DenseLSTM(nn.Module):
-    "A dense block, and the map of an LSTM beside its maps: (batch, n_in, n_t, n_f) -> (batch, n_out, n_t, n_f)."
+    """A dense block, and the map of an LSTM beside its maps: (batch, n_in, n_t, n_f) -> (batch, n_out, n_t,
+    n_f)."""
     def __init__(self,
         n_in:int, # maps that come in
         growth:int, # maps of the dense block
@@ -69,7 +73,8 @@ class DenseLSTM(nn.Module):
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #4b96c0f6
 class BandEncoder(nn.Module):
-    "The way down: (batch, n_in, n_t, n_f) -> maps of every size, the largest first; the last are the bottleneck's."
+    """The way down: (batch, n_in, n_t, n_f) -> maps of every size, the largest first; the last are the
+    bottleneck's."""
     def __init__(self,
         n_in:int, # maps that come in
         n_f:int, # frequencies
@@ -79,12 +84,18 @@ class BandEncoder(nn.Module):
         units, # of the LSTMs, down and up; 0: none
     ):
         super().__init__()
-        if len(layers) != len(units) or len(layers) % 2 == 0: raise UserError(f"mm_dense_lstm: layers={list(layers)} and units={list(units)}: give as many of both, for the way down, the bottleneck and the way up")
+        if len(layers) != len(units) or len(layers) % 2 == 0:
+            raise UserError(
+                f"mm_dense_lstm: layers={list(layers)} and units={list(units)}: give as many of both, for the"
+                " way down, the bottleneck and the way up"
+            )
         self.depth, self.n_f = len(layers) // 2, n_f
         self.cells = [-(-n_f // 2**self.depth) * 2**(self.depth - i) for i in range(self.depth + 1)]
         self.first, self.blocks = nn.Conv2d(n_in, first, 3, padding=1), nn.ModuleList()
         for i, n in enumerate(self.cells):
-            self.blocks.append(DenseLSTM(self.blocks[-1].n_out if i else first, growth, layers[i], n, units[i]))
+            self.blocks.append(
+                DenseLSTM(self.blocks[-1].n_out if i else first, growth, layers[i], n, units[i])
+            )
 
     def forward(self, x):
         x = self.first(F.pad(x, (0, self.cells[0] - self.n_f, 0, -x.shape[2] % 2**self.depth), value=-1))
@@ -102,10 +113,16 @@ class BandDecoder(nn.Module):
         units, # of the LSTMs, down and up; 0: none
     ):
         super().__init__()
-        self.ups, self.blocks, n, d = nn.ModuleList(), nn.ModuleList(), encoder.blocks[-1].n_out, encoder.depth
+        self.ups = nn.ModuleList()
+        self.blocks = nn.ModuleList()
+        n = encoder.blocks[-1].n_out
+        d = encoder.depth
         for i in range(d):
             self.ups.append(nn.ConvTranspose2d(n, n, 2, stride=2))
-            self.blocks.append(DenseLSTM(n + encoder.blocks[d - 1 - i].n_out, growth, layers[d + 1 + i], encoder.cells[d - 1 - i], units[d + 1 + i]))
+            self.blocks.append(
+                DenseLSTM(n + encoder.blocks[d - 1 - i].n_out, growth, layers[d + 1 + i],
+                          encoder.cells[d - 1 - i], units[d + 1 + i])
+            )
             n = self.blocks[-1].n_out
         self.n_out = n
 
@@ -122,7 +139,8 @@ FULL = dict(first=8, growth=7, layers=[3, 3, 4, 5, 5, 5, 4, 3, 3], units=[0, 0, 
 FINAL = dict(growth=12, layers=3)
 
 class MultiBandEncoder(nn.Module):
-    "Levels (batch, channels, n_t, n_f) -> the maps of each band's encoder, and of the one that sees all bands."
+    """Levels (batch, channels, n_t, n_f) -> the maps of each band's encoder, and of the one that sees all
+    bands."""
     def __init__(self,
         channels:int, # audio channels
         edges, # bins where the bands begin and end, (bands + 1,)
@@ -131,13 +149,16 @@ class MultiBandEncoder(nn.Module):
     ):
         super().__init__()
         self.spans = [*zip(edges[:-1], edges[1:]), (edges[0], edges[-1])]
-        self.nets = nn.ModuleList(BandEncoder(channels, b - a, **sizes) for (a, b), sizes in zip(self.spans, [*bands, full]))
+        self.nets = nn.ModuleList(
+            BandEncoder(channels, b - a, **sizes) for (a, b), sizes in zip(self.spans, [*bands, full])
+        )
 
     def forward(self, x): return [net(x[..., a:b]) for net, (a, b) in zip(self.nets, self.spans)]
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #0673efe8
 class MultiBandDecoder(nn.Module):
-    "All maps -> (batch, n_out, n_t, bins): the bands side by side, the full network's maps behind them, a last dense block."
+    """All maps -> (batch, n_out, n_t, bins): the bands side by side, the full network's maps behind them, a
+    last dense block."""
     def __init__(self,
         encoder:MultiBandEncoder, # whose maps will come in
         bands, # sizes of each band's network
@@ -149,9 +170,12 @@ class MultiBandDecoder(nn.Module):
         upward = lambda net, sizes: BandDecoder(net, **{k: sizes[k] for k in ("growth", "layers", "units")})
         self.spans, self.nets = encoder.spans, nn.ModuleList(map(upward, encoder.nets, [*bands, full]))
         widest = max(net.n_out for net in self.nets[:-1])
-        self.equal = nn.ModuleList(nn.Identity() if net.n_out == widest else nn.Conv2d(net.n_out, widest, 1) for net in self.nets[:-1])
+        self.equal = nn.ModuleList(nn.Identity() if net.n_out == widest else nn.Conv2d(net.n_out, widest, 1)
+                                   for net in self.nets[:-1])
         self.final = DenseBlock(widest + self.nets[-1].n_out, **final)
-        self.last = nn.Sequential(nn.BatchNorm2d(final["growth"]), nn.ReLU(), nn.Conv2d(final["growth"], n_out, 1))
+        self.last = nn.Sequential(
+            nn.BatchNorm2d(final["growth"]), nn.ReLU(), nn.Conv2d(final["growth"], n_out, 1)
+        )
 
     def forward(self, maps, n_t):
         *bands, full = [net(m)[:, :, :n_t, :b - a] for net, m, (a, b) in zip(self.nets, maps, self.spans)]
@@ -161,7 +185,8 @@ class MultiBandDecoder(nn.Module):
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #eac05bb5
 @register_network("mm_dense_lstm")
 class MMDenseLSTM(MaskNetwork):
-    "Densely connected U-nets with LSTMs, one to a frequency band and one for all [Takahashi et al. 2018]; paints masks."
+    """Densely connected U-nets with LSTMs, one to a frequency band and one for all [Takahashi et al. 2018];
+    paints masks."""
     def __init__(self,
         bands=BANDS, # a list of dictionaries: to (Hz), first, growth, layers, units
         full:dict=FULL, # the same sizes for the network that sees all bands
@@ -174,14 +199,24 @@ class MMDenseLSTM(MaskNetwork):
         **front, # sources and sample_rate, as in `MaskNetwork`
     ):
         sizes = dict(bands=bands, full=full, final=final, joint=joint)
-        super().__init__(sizes, channels=channels, window_length=window_length, hop_length=hop_length, window_type=window_type, **front)
+        super().__init__(sizes, channels=channels, window_length=window_length, hop_length=hop_length,
+                         window_type=window_type, **front)
         edges = [0, *(min(int(b["to"] * window_length / self.sample_rate), self.n_f - 1) for b in bands)]
         edges[-1] += edges[-1] == self.n_f - 1
-        if any(b <= a for a, b in zip(edges, edges[1:])): raise UserError(f"mm_dense_lstm: bands up to {[b['to'] for b in bands]} Hz: each must end at least one bin above the one before")
-        bands, nets = [{k: v for k, v in b.items() if k != "to"} for b in bands], 1 if joint else len(self.sources)
+        if any(b <= a for a, b in zip(edges, edges[1:])):
+            raise UserError(
+                f"mm_dense_lstm: bands up to {[b['to'] for b in bands]} Hz: each must end at least one bin"
+                " above the one before"
+            )
+        bands, nets = [{k: v for k, v in b.items() if k != "to"} for b in bands], (
+            1 if joint else len(self.sources)
+        )
         self.heard, self.joint = edges[-1], joint
         self.encoder = nn.ModuleList(MultiBandEncoder(channels, edges, bands, full) for _ in range(nets))
-        self.decoder = nn.ModuleList(MultiBandDecoder(e, bands, full, final, channels * len(self.sources) // nets) for e in self.encoder)
+        self.decoder = nn.ModuleList(
+            MultiBandDecoder(e, bands, full, final, channels * len(self.sources) // nets)
+            for e in self.encoder
+        )
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #2c743460
 FLOOR = 1e-5
@@ -199,8 +234,12 @@ def predict(self:MMDenseLSTM,
 ) -> torch.Tensor: # (batch, n_t, n_f, n_ac, sources)
     "The share of each source in every bin."
     x, (_, n_t, n_f, c) = self.levels(magnitude), magnitude.shape
-    painted = torch.cat([decode(encode(x), n_t).unflatten(1, (-1, c)) for encode, decode in zip(self.encoder, self.decoder)], 1)
-    painted = F.pad(painted.flatten(1, 2), (0, n_f - self.heard, 0, 0), mode="replicate").unflatten(1, (-1, c)).permute(0, 3, 4, 2, 1)
+    painted = torch.cat(
+        [decode(encode(x), n_t).unflatten(1, (-1, c)) for encode, decode in zip(self.encoder, self.decoder)],
+        1,
+    )
+    painted = (F.pad(painted.flatten(1, 2), (0, n_f - self.heard, 0, 0), mode="replicate")
+               .unflatten(1, (-1, c)) .permute(0, 3, 4, 2, 1))
     return painted.softmax(-1) if self.joint else painted.sigmoid()
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #0a411a7f
@@ -214,12 +253,20 @@ def embed(self:MMDenseLSTM,
     return torch.cat([F.adaptive_avg_pool2d(m, (1, 4)).flatten(1) for m in bottlenecks], 1)
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #928f27d9
-SMALL = dict(bands=[dict(to=4100., first=16, growth=10, layers=[3, 3, 4, 5, 4, 3, 3], units=[0, 0, 128, 256, 128, 0, 0]),
-                    dict(to=16000., first=8, growth=4, layers=[2, 2, 3, 3, 3, 2, 2], units=[0, 0, 0, 64, 0, 0, 0])],
-             full=dict(first=8, growth=6, layers=[2, 2, 3, 4, 4, 4, 3, 2, 2], units=[0, 0, 0, 128, 256, 128, 0, 0, 0]),
-             final=dict(growth=12, layers=2), window_length=4096, hop_length=1024)
-TINY = dict(bands=[dict(to=4100., first=4, growth=4, layers=[2] * 5, units=[0, 0, 16, 0, 0]), dict(to=16000., first=4, growth=2, layers=[1] * 5, units=[0, 0, 8, 0, 0])],
-            full=dict(first=4, growth=3, layers=[1] * 5, units=[0, 0, 16, 0, 0]), final=dict(growth=6, layers=1), window_length=1024, hop_length=512)
+SMALL = dict(
+    bands=[
+        dict(to=4100.0, first=16, growth=10, layers=[3, 3, 4, 5, 4, 3, 3], units=[0, 0, 128, 256, 128, 0, 0]),
+        dict(to=16000.0, first=8, growth=4, layers=[2, 2, 3, 3, 3, 2, 2], units=[0, 0, 0, 64, 0, 0, 0]),
+    ],
+    full=dict(first=8, growth=6, layers=[2, 2, 3, 4, 4, 4, 3, 2, 2], units=[0, 0, 0, 128, 256, 128, 0, 0, 0]),
+    final=dict(growth=12, layers=2), window_length=4096, hop_length=1024,
+)
+TINY = dict(
+    bands=[dict(to=4100.0, first=4, growth=4, layers=[2] * 5, units=[0, 0, 16, 0, 0]),
+           dict(to=16000.0, first=4, growth=2, layers=[1] * 5, units=[0, 0, 8, 0, 0])],
+    full=dict(first=4, growth=3, layers=[1] * 5, units=[0, 0, 16, 0, 0]), final=dict(growth=6, layers=1),
+    window_length=1024, hop_length=512,
+)
 
 register_defaults("mm_dense_lstm", ACROSS_SONGS,
                   demo=dict(network_args=TINY, epochs=4), laptop=dict(network_args=SMALL))

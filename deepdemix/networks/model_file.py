@@ -33,17 +33,29 @@ def read_description(
 ) -> dict: # sources, sample_rate, channels, segment, hop, layout, licence, trained_on
     "What the JSON beside a file says. `UserError` if it is missing, or says something that can't be."
     path = Path(path).with_suffix(".json")
-    if not path.is_file(): raise UserError(f"{path.name} has to lie beside the model's file: {{\"sources\": [...], \"sample_rate\": 44100}}")
+    if not path.is_file():
+        raise UserError(
+            f"{path.name} has to lie beside the model's file: {{\"sources\": [...], \"sample_rate\": 44100}}"
+        )
     try: found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as e: raise UserError(f"{path} can't be read as JSON: {e}") from e
     if not isinstance(found, dict) or not {"sources", "sample_rate"} <= set(found):
         raise UserError(f"{path} names no sources and sample_rate")
-    if unknown := sorted(set(found) - set(KNOWN)): raise UserError(f"{path}: unknown {', '.join(unknown)}; known: {', '.join(KNOWN)}")
-    about = dict(channels=2, segment=None, hop=1, layout="waveform", licence="not stated", trained_on="not stated") | found
-    for name in ("sample_rate", "channels", "hop", *(["segment"] if about["segment"] is not None else [])): _whole(about, name, path)
+    if unknown := sorted(set(found) - set(KNOWN)):
+        raise UserError(f"{path}: unknown {', '.join(unknown)}; known: {', '.join(KNOWN)}")
+    about = (
+        dict(
+            channels=2, segment=None, hop=1, layout="waveform", licence="not stated", trained_on="not stated"
+        )
+        | found
+    )
+    for name in ("sample_rate", "channels", "hop", *(["segment"] if about["segment"] is not None else [])):
+        _whole(about, name, path)
     names = about["sources"]
-    if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names): raise UserError(f"{path}: sources is a list of different names")
-    if about["layout"] not in LAYOUTS: raise UserError(f"{path}: layout is one of {', '.join(LAYOUTS)}, not {about['layout']!r}")
+    if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+        raise UserError(f"{path}: sources is a list of different names")
+    if about["layout"] not in LAYOUTS:
+        raise UserError(f"{path}: layout is one of {', '.join(LAYOUTS)}, not {about['layout']!r}")
     return about | dict(sources=tuple(map(str, names)))
 
 # %% ../../nbs/networks/model_file.ipynb #69af51aa
@@ -55,7 +67,8 @@ class FileNetwork(nn.Module):
     ):
         super().__init__()
         self.path, self.about = Path(path), read_description(path)
-        for name in ("sources", "sample_rate", "channels", "segment", "hop"): setattr(self, name, self.about[name])
+        for name in ("sources", "sample_rate", "channels", "segment", "hop"):
+            setattr(self, name, self.about[name])
         onnx = self.path.suffix == ".onnx"
         self.graph = OnnxGraph(path, threads) if onnx else load_script(path)
         self.hybrid = self.about["layout"] == "htdemucs"
@@ -84,7 +97,10 @@ def load_script(
 ) -> nn.Module:
     "A graph that PyTorch runs without Python. Pickles of Python objects are not loaded: `UserError`."
     try: return torch.jit.load(str(path), map_location="cpu").eval()
-    except Exception as e: raise UserError(f"{path} is no TorchScript file ({str(e).splitlines()[0][:120]}); pickles are not loaded") from e
+    except Exception as e:
+        raise UserError(
+            f"{path} is no TorchScript file ({str(e).splitlines()[0][:120]}); pickles are not loaded"
+        ) from e
 
 class OnnxGraph(nn.Module):
     "A graph that onnxruntime runs on the processor, one example at a time if it was made so."
@@ -115,7 +131,8 @@ def hybrid_spectrum(
     "The spectrogram that HTDemucs takes."
     hops = math.ceil(x.shape[-1] / HOP)
     padded = F.pad(x, (EDGE, EDGE + hops * HOP - x.shape[-1]), mode="reflect").flatten(0, 1)
-    z = torch.stft(padded, N_FFT, HOP, window=torch.hann_window(N_FFT, device=x.device), normalized=True, return_complex=True)
+    z = torch.stft(padded, N_FFT, HOP, window=torch.hann_window(N_FFT, device=x.device), normalized=True,
+                   return_complex=True)
     return z[:, :-1, 2:2 + hops].unflatten(0, x.shape[:2])
 
 def hybrid_inverse(
@@ -125,17 +142,21 @@ def hybrid_inverse(
     "The waveform of such a spectrogram."
     whole = F.pad(z, (2, 2, 0, 1)).flatten(0, -3)
     samples = HOP * math.ceil(length / HOP) + 2 * EDGE
-    x = torch.istft(whole, N_FFT, HOP, window=torch.hann_window(N_FFT, device=z.device), normalized=True, length=samples)
+    x = torch.istft(
+        whole, N_FFT, HOP, window=torch.hann_window(N_FFT, device=z.device), normalized=True, length=samples
+    )
     return x[:, EDGE:EDGE + length].unflatten(0, z.shape[:-2])
 
 def hybrid_stems(
-    graph, # (waveform, spectrogram as channels) -> (spectrograms of the stems as channels, waveforms of the stems)
+    # (waveform, spectrogram as channels) -> (spectrograms of the stems as channels, waveforms of the stems)
+    graph,
     x, # (b, c, time)
     sources:int, # how many
 ): # (b, s, c, time)
     "Both branches of HTDemucs, added."
     z = torch.view_as_real(hybrid_spectrum(x)).permute(0, 1, 4, 2, 3).flatten(1, 2)
     spectra, waves = graph(x, z)
-    spectra = spectra.unflatten(2, (-1, 2)).unflatten(1, (sources, -1)) if spectra.dim() == 4 else spectra.unflatten(2, (-1, 2))
+    spectra = (spectra.unflatten(2, (-1, 2)).unflatten(1, (sources, -1)) if spectra.dim() == 4
+               else spectra.unflatten(2, (-1, 2)))
     spectra = torch.view_as_complex(spectra.movedim(3, -1).contiguous())
     return hybrid_inverse(spectra, x.shape[-1]) + waves.reshape(*spectra.shape[:3], -1)

@@ -7,7 +7,9 @@ __all__ = ['NUSSL_NAMES', 'import_nussl', 'to_nussl_weights', 'from_nussl_weight
            'nussl_separator']
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #b1e2ad25
-import contextlib, os, warnings
+import contextlib
+import os
+import warnings
 
 from torch import nn
 
@@ -18,9 +20,12 @@ from ..foundations.registry import build_network
 # %% ../../nbs/networks/nussl_bridge.ipynb #3d1e6153
 @contextlib.contextmanager
 def _silence():
-    "Keep warnings and all that is written to standard output and error to ourselves, child processes included."
+    """Keep warnings and all that is written to standard output and error to ourselves, child processes
+    included."""
     saved = os.dup(2)
-    with open(os.devnull, "w") as null, warnings.catch_warnings(), contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
+    with open(os.devnull, "w") as null, warnings.catch_warnings(), contextlib.redirect_stderr(
+        null
+    ), contextlib.redirect_stdout(null):
         warnings.simplefilter("ignore")
         os.dup2(null.fileno(), 2)
         try: yield
@@ -31,28 +36,38 @@ def _silence():
 
 def import_nussl():
     "nussl 1.1.9, made to work on today's SciPy and NumPy; ImportError with the way out where it is missing."
-    import numpy as np, scipy.signal
+    import numpy as np
+    import scipy.signal
     for name in scipy.signal.windows.__all__:
         if not hasattr(scipy.signal, name): setattr(scipy.signal, name, getattr(scipy.signal.windows, name))
     if not hasattr(np, "bool"): np.bool = np.bool_
     try:
-        with _silence(): import nussl
+        with _silence():
+            import nussl
     except ImportError as e:
-        raise ImportError(f"nussl can't be imported ({e}): pip install 'deepdemix[nussl]', with the sox headers at hand (libsox-dev)") from e
+        raise ImportError(
+            f"nussl can't be imported ({e}): pip install 'deepdemix[nussl]', with the sox headers at hand"
+            " (libsox-dev)"
+        ) from e
     return nussl
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #0fa1db2c
-NUSSL_NAMES = {"normalization.": "layers.normalization.", "recurrent_stack.": "layers.recurrent_stack.", "embedding.": "layers.mask."}
+NUSSL_NAMES = {"normalization.": "layers.normalization.",
+               "recurrent_stack.": "layers.recurrent_stack.",
+               "embedding.": "layers.mask."}
 
 
 def to_nussl_weights(state): # `Baseline.state_dict()`
-    "The same weights under the names of nussl's recurrent mask inference model; what nussl has no place for is left out."
-    return {new + key.removeprefix(old): value for key, value in state.items() for old, new in NUSSL_NAMES.items() if key.startswith(old)}
+    """The same weights under the names of nussl's recurrent mask inference model; what nussl has no place
+    for is left out."""
+    return {new + key.removeprefix(old): value for key, value in state.items()
+            for old, new in NUSSL_NAMES.items() if key.startswith(old)}
 
 
 def from_nussl_weights(state): # `state_dict()` of nussl's recurrent mask inference model
     "The same weights under the names of `Baseline`; load them with `load_nussl_weights`."
-    return {old + key.removeprefix(new): value for key, value in state.items() for old, new in NUSSL_NAMES.items() if key.startswith(new)}
+    return {old + key.removeprefix(new): value for key, value in state.items()
+            for old, new in NUSSL_NAMES.items() if key.startswith(new)}
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #fac7ad01
 def load_nussl_weights(
@@ -61,14 +76,16 @@ def load_nussl_weights(
 ) -> Baseline: # the network
     "Take over the weights of a nussl model of the same sizes; UserError names what does not fit."
     new, own = from_nussl_weights(state), network.state_dict()
-    wrong = [k for k, v in from_nussl_weights(to_nussl_weights(own)).items() if k not in new or new[k].shape != v.shape]
+    wrong = [k for k, v in from_nussl_weights(to_nussl_weights(own)).items()
+             if k not in new or new[k].shape != v.shape]
     if wrong: raise UserError(f"nussl's weights do not fit this baseline: {', '.join(wrong)}")
     network.load_state_dict(own | new)
     return network
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #6bd0b313
 class NusslMask(nn.Module):
-    "A mask network as a module of a nussl `SeparationModel`: magnitude `(b, n_t, n_f, n_ac)` -> mask `(b, n_t, n_f, n_ac, s)`."
+    """A mask network as a module of a nussl `SeparationModel`: magnitude `(b, n_t, n_f, n_ac)` -> mask `(b,
+    n_t, n_f, n_ac, s)`."""
     def __init__(self,
                  network, # any `MaskNetwork`, or the registered name of one
                  args=None): # with a name: the network's arguments
@@ -79,14 +96,18 @@ class NusslMask(nn.Module):
 
 
 def to_nussl(network): # any `MaskNetwork`
-    "A nussl `SeparationModel` around `network` (shared, not copied), with the outputs `mask` and `estimates`."
+    """A nussl `SeparationModel` around `network` (shared, not copied), with the outputs `mask` and
+    `estimates`."""
     ml = import_nussl().ml
     ml.register_module(NusslMask)
     modules = {"mix_magnitude": {}, "mask": {"class": "Alias"}, "estimates": {"class": "Mask"}}
     links = [["mask", ["mix_magnitude"]], ["estimates", ["mask", "mix_magnitude"]]]
-    model = ml.SeparationModel(dict(name=type(network).__name__, modules=modules, connections=links, output=["mask", "estimates"]))
+    model = ml.SeparationModel(
+        dict(name=type(network).__name__, modules=modules, connections=links, output=["mask", "estimates"])
+    )
     model.layers["mask"] = NusslMask(network)
-    modules["mask"] = {"class": "NusslMask", "args": dict(network=getattr(network, "name", None), args=network.args)}
+    modules["mask"] = {"class": "NusslMask",
+                       "args": dict(network=getattr(network, "name", None), args=network.args)}
     return model.train(network.training)
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #f62e5dfe
@@ -97,9 +118,16 @@ def nussl_separator(network, # any `MaskNetwork`
     nussl = import_nussl()
     transforms = nussl.datasets.transforms
     separator = nussl.separation.deep.DeepMaskEstimation(signal, **kwargs)
-    separator.model, separator.device = to_nussl(network).eval(), next((p.device for p in network.parameters()), "cpu")
+    separator.model = to_nussl(network).eval()
+    separator.device = next((p.device for p in network.parameters()), "cpu")
     separator.config = separator.model.config
-    separator.metadata.update(num_channels=network.channels, sample_rate=network.sample_rate, config=separator.config,
-                              stft_params=nussl.STFTParams(*(network.args[k] for k in ("window_length", "hop_length", "window_type"))))
-    separator.transform = transforms.Compose([transforms.MagnitudeSpectrumApproximation(), transforms.ToSeparationModel()])
+    separator.metadata.update(
+        num_channels=network.channels, sample_rate=network.sample_rate, config=separator.config,
+        stft_params=nussl.STFTParams(
+            *(network.args[k] for k in ("window_length", "hop_length", "window_type"))
+        ),
+    )
+    separator.transform = transforms.Compose(
+        [transforms.MagnitudeSpectrumApproximation(), transforms.ToSeparationModel()]
+    )
     return separator

@@ -36,8 +36,10 @@ def open_session(
     threads:int=1, # that one network call uses
 ): # an `onnxruntime.InferenceSession`
     "A file, ready to run. `UserError` if it can't be, or if onnxruntime is missing."
-    try: import onnxruntime
-    except ImportError: raise UserError("ONNX files need onnxruntime: pip install 'deepdemix[onnx]'") from None
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("ONNX files need onnxruntime: pip install 'deepdemix[onnx]'") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -55,7 +57,8 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self.session = open_session(path, threads)
         self.about = read_about(self.session, path)
-        for name in ("sources", "sample_rate", "channels", "hop", "segment"): setattr(self, name, self.about[name])
+        for name in ("sources", "sample_rate", "channels", "hop", "segment"):
+            setattr(self, name, self.about[name])
 
     def forward(self, waveform):
         mixture = waveform.detach().float().cpu().contiguous().numpy()

@@ -10,20 +10,23 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..foundations.waveforms import to_channels
-from .protocol import MaskNetwork
-from .layers import RecurrentStack
 from ..foundations.profiles import register_defaults
-from ..foundations.separation_losses import register_loss
 from ..foundations.registry import register_network
+from ..foundations.separation_losses import register_loss
+from ..foundations.waveforms import to_channels
+from .layers import RecurrentStack
+from .protocol import MaskNetwork
 
 # %% ../../nbs/networks/open_unmix.ipynb #dbf9f977
-def _several(): return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+def _several():
+    return (torch.distributed.is_available() and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1)
 
 def _in_common_step(): return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
 
 class Standardise(nn.Module):
-    "Shift and scale each bin: `(b, n_t, n_ac, bins)` in and out; the first training batch that sounds sets both."
+    """Shift and scale each bin: `(b, n_t, n_ac, bins)` in and out; the first training batch that sounds sets
+    both."""
     def __init__(self,
         bins:int, # frequency bins
     ):
@@ -32,7 +35,8 @@ class Standardise(nn.Module):
         self.register_buffer("measured", torch.tensor(False))
 
     def forward(self, x):
-        if self.training and not self.measured and (not _several() or _in_common_step()): self.measure(x.detach())
+        if self.training and not self.measured and (not _several() or _in_common_step()):
+            self.measure(x.detach())
         return (x + self.mean) * self.scale
 
 @patch
@@ -40,7 +44,8 @@ class Standardise(nn.Module):
 def measure(self:Standardise,
     x:torch.Tensor, # magnitudes (b, n_t, n_ac, bins)
 ):
-    "Take mean and spread over batch, frames and channels, and over all processes that train together, each of which must call this; silence changes nothing."
+    """Take mean and spread over batch, frames and channels, and over all processes that train together, each
+    of which must call this; silence changes nothing."""
     frames = x.float().mean(2).flatten(0, 1)
     sums = torch.stack([torch.ones_like(frames), frames, frames.square()]).sum(1)
     if _several(): torch.distributed.all_reduce(sums)
@@ -54,7 +59,9 @@ def measure(self:Standardise,
 @patch
 def reset_parameters(self:Standardise):
     "As if nothing had been heard."
-    self.mean.data.zero_(); self.scale.data.fill_(1); self.measured.fill_(False)
+    self.mean.data.zero_()
+    self.scale.data.fill_(1)
+    self.measured.fill_(False)
 
 # %% ../../nbs/networks/open_unmix.ipynb #31b5228c
 class Listener(nn.Module):
@@ -70,7 +77,9 @@ class Listener(nn.Module):
         super().__init__()
         self.standardise = Standardise(bins)
         self.fc1, self.bn1 = nn.Linear(n_ac * bins, hidden, bias=False), nn.BatchNorm1d(hidden)
-        self.recurrent = RecurrentStack(hidden, hidden // (1 + bidirectional), layers, bidirectional, dropout if layers > 1 else 0.)
+        self.recurrent = RecurrentStack(
+            hidden, hidden // (1 + bidirectional), layers, bidirectional, dropout if layers > 1 else 0.0
+        )
 
     def forward(self, x):
         x = self.fc1(self.standardise(x).flatten(2))
@@ -99,7 +108,8 @@ class Painter(nn.Module):
 # %% ../../nbs/networks/open_unmix.ipynb #b04c5917
 @register_network("open_unmix")
 class OpenUnmix(MaskNetwork):
-    "Open-Unmix (Stöter et al. 2019): for each source an LSTM stack that paints a mask; the encoders of all sources may be one."
+    """Open-Unmix (Stöter et al. 2019): for each source an LSTM stack that paints a mask; the encoders of all
+    sources may be one."""
     name = "open_unmix"
     def __init__(self,
         hidden:int=512, # width of a frame
@@ -115,11 +125,13 @@ class OpenUnmix(MaskNetwork):
         **front, # sources and sample_rate, as in `MaskNetwork`
     ):
         sizes = dict(hidden=hidden, layers=layers, bidirectional=bidirectional, dropout=dropout)
-        super().__init__(sizes | dict(bandwidth=bandwidth, shared=shared), channels=channels, window_length=window_length,
-                         hop_length=hop_length, window_type=window_type, **front)
+        super().__init__(sizes | dict(bandwidth=bandwidth, shared=shared), channels=channels,
+                         window_length=window_length, hop_length=hop_length, window_type=window_type, **front)
         self.heard = min(self.n_f, int(bandwidth * window_length / self.sample_rate) + 1)
         n = len(self.sources)
-        self.encoder = nn.ModuleList(Listener(self.heard, channels, **sizes) for _ in range(1 if shared else n))
+        self.encoder = nn.ModuleList(
+            Listener(self.heard, channels, **sizes) for _ in range(1 if shared else n)
+        )
         self.painters = nn.ModuleList(Painter(self.n_f, channels, hidden) for _ in range(n))
 
 # %% ../../nbs/networks/open_unmix.ipynb #929b053c
@@ -137,7 +149,9 @@ def predict(self:OpenUnmix,
 ) -> torch.Tensor: # (batch, n_t, n_f, n_ac, sources), not negative
     "The mask of each source."
     heard = self.listen(magnitude)
-    return torch.stack([paint(heard[k % len(heard)]) for k, paint in enumerate(self.painters)], -1).transpose(2, 3)
+    return torch.stack([paint(heard[k % len(heard)]) for k, paint in enumerate(self.painters)], -1).transpose(
+        2, 3
+    )
 
 @patch
 def embed(self:OpenUnmix,
@@ -169,13 +183,18 @@ def mse_magnitude(
     mixture:torch.Tensor, # (batch, channels, time)
     sources:torch.Tensor, # (batch, sources, channels, time)
 ) -> torch.Tensor: # a scalar
-    "Mean of (mask * |X| - |S|)^2 over batch, frames, bins, channels and sources, of an STFT without a factor."
+    """Mean of (mask * |X| - |S|)^2 over batch, frames, bins, channels and sources, of an STFT without a
+    factor."""
     with torch.no_grad(): x, s = network.stft(mixture).abs(), network.stft.stems(sources).abs()
     return ((network.mask(x) * x[..., None] - s) / network.stft.scale).square().mean()
 
 # %% ../../nbs/networks/open_unmix.ipynb #56abe4e4
 MIXES = dict(coherent=0., level=["gain", [-12, 2]], pitch=None, stretch=None, swap=0.5)
 
-register_defaults("open_unmix", dict(loss="mse_magnitude", mixer=MIXES),
-                  demo=dict(epochs=6, network_args=dict(window_length=2048, hop_length=1024, hidden=64, layers=1, shared=True)),
-                  laptop=dict(network_args=dict(hidden=200, shared=True)))
+register_defaults(
+    "open_unmix", dict(loss="mse_magnitude", mixer=MIXES),
+    demo=dict(
+        epochs=6, network_args=dict(window_length=2048, hop_length=1024, hidden=64, layers=1, shared=True)
+    ),
+    laptop=dict(network_args=dict(hidden=200, shared=True)),
+)

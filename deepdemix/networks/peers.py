@@ -7,7 +7,6 @@ __all__ = ['SIX', 'RESEARCH', 'PEERS', 'CLASSES', 'Peer', 'peer_notes', 'demucs_
            'valid_length', 'run_demucs', 'fetch_demucs', 'load_peer']
 
 # %% ../../nbs/networks/peers.ipynb #3660fef9
-import contextlib
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -47,15 +46,23 @@ def peer_notes(
     "What somebody should know who uses a model of others."
     peer = PEERS[name]
     lines = [f"{name}: {peer.licence}; trained on {peer.trained_on}"]
-    return lines + [f"{name} was trained on MUSDB18's test songs: its scores there mean nothing"] * peer.saw_test
+    return (
+        lines + [f"{name} was trained on MUSDB18's test songs: its scores there mean nothing"] * peer.saw_test
+    )
 
 # %% ../../nbs/networks/peers.ipynb #2119e89a
 CLASSES = ("demucs.htdemucs.HTDemucs", "demucs.hdemucs.HDemucs", "demucs.demucs.Demucs")
 
 def _demucs():
     "Demucs' package. `UserError` if it isn't installed."
-    try: import demucs.hf, demucs.pretrained, demucs.states
-    except ImportError as e: raise UserError(f"models of Demucs need its package (no {e.name} here): pip install 'deepdemix[peers]'") from None
+    try:
+        import demucs.hf
+        import demucs.pretrained
+        import demucs.states
+    except ImportError as e:
+        raise UserError(
+            f"models of Demucs need its package (no {e.name} here): pip install 'deepdemix[peers]'"
+        ) from None
     return demucs
 
 def demucs_class(
@@ -63,7 +70,8 @@ def demucs_class(
     path, # of the file that names it
 ): # the class
     "One of Demucs' networks. `UserError` for any other class."
-    if name not in CLASSES: raise UserError(f"{path} asks for {name!r}, which is none of Demucs' networks; it is not loaded")
+    if name not in CLASSES:
+        raise UserError(f"{path} asks for {name!r}, which is none of Demucs' networks; it is not loaded")
     module, _, kind = name.rpartition(".")
     return getattr(__import__(module, fromlist=[kind]), kind)
 
@@ -71,10 +79,13 @@ def _build(package, path) -> nn.Module:
     "The network of a package: class, arguments, weights."
     state = package["state"]
     if state.get("__quantized"):
-        try: import diffq
-        except ImportError: raise UserError(f"{path} is quantised, which needs one more package: pip install diffq") from None
+        try:
+            import diffq  # noqa: F401
+        except ImportError:
+            raise UserError(f"{path} is quantised, which needs one more package: pip install diffq") from None
     try: return _demucs().states.load_model(package).float().eval()
-    except (RuntimeError, TypeError, KeyError) as e: raise UserError(f"{path} does not fit Demucs' network: {str(e).splitlines()[0][:200]}") from e
+    except (RuntimeError, TypeError, KeyError) as e:
+        raise UserError(f"{path} does not fit Demucs' network: {str(e).splitlines()[0][:200]}") from e
 
 def read_demucs(
     path, # ends in .safetensors or .th
@@ -86,12 +97,14 @@ def read_demucs(
 def _read_safetensors(path, demucs):
     "Class, arguments and tensors of a safetensors file."
     import json
+
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(path), framework="pt") as file:
             about, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
         args, kwargs = (demucs.hf._decode_json(json.loads(about[x])) for x in ("args", "kwargs"))
-    except (SafetensorError, OSError, KeyError, ValueError) as e: raise UserError(f"{path} is none of Demucs' files ({type(e).__name__}: {e})") from e
+    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        raise UserError(f"{path} is none of Demucs' files ({type(e).__name__}: {e})") from e
     if "structure" in about:
         structure = json.loads(about["structure"])
         _check_structure(structure, path)
@@ -100,22 +113,31 @@ def _read_safetensors(path, demucs):
 
 def _check_structure(node, path):
     "`UserError` where the structure of quantised weights asks for a class from elsewhere."
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if key == "_class" and not str(value).startswith(("torch.", "diffq.", "demucs.")): raise UserError(f"{path} asks for {value!r}; it is not loaded")
+    for key, value in (
+        node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    ):
+        if key == "_class" and not str(value).startswith(("torch.", "diffq.", "demucs.")):
+            raise UserError(f"{path} asks for {value!r}; it is not loaded")
         _check_structure(value, path)
 
 def _read_pickle(path, demucs):
     "The package of a .th file, through `weights_only`."
     safe = [demucs_class(name, path) for name in CLASSES] + [Fraction]
     try:
-        with torch.serialization.safe_globals(safe): package = torch.load(str(path), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(safe):
+            package = torch.load(str(path), map_location="cpu", weights_only=True)
         if package["klass"] not in safe[:3]: raise KeyError("klass")
         return package
-    except Exception as e: raise UserError(f"{path} is none of Demucs' checkpoints, or holds more than weights ({type(e).__name__}: {str(e).splitlines()[0][:160]})") from e
+    except Exception as e:
+        raise UserError(
+            f"{path} is none of Demucs' checkpoints, or holds more than weights ({type(e).__name__}:"
+            f" {str(e).splitlines()[0][:160]})"
+        ) from e
 
 # %% ../../nbs/networks/peers.ipynb #70322de6
 class PeerNetwork(nn.Module):
-    "Demucs' networks as one: waveform `(b, c, time)` -> stems `(b, s, c, time)`; songs are cut as Demucs cuts them."
+    """Demucs' networks as one: waveform `(b, c, time)` -> stems `(b, s, c, time)`; songs are cut as Demucs
+    cuts them."""
     hop, cut = 1, "triangle"
     def __init__(self,
         models, # Demucs' networks
@@ -125,8 +147,12 @@ class PeerNetwork(nn.Module):
         super().__init__()
         first = models[0]
         self.models, self.notes = nn.ModuleList(models), list(notes)
-        self.sources, self.sample_rate, self.channels = tuple(first.sources), int(first.samplerate), first.audio_channels
-        self.register_buffer("weights", torch.tensor(weights or [[1.] * len(self.sources)] * len(models)), persistent=False)
+        self.sources = tuple(first.sources)
+        self.sample_rate = int(first.samplerate)
+        self.channels = first.audio_channels
+        self.register_buffer(
+            "weights", torch.tensor(weights or [[1.0] * len(self.sources)] * len(models)), persistent=False
+        )
         self.segment = min(int(m.segment * m.samplerate) for m in models)
 
     def window(self, frames:int) -> int:
@@ -165,8 +191,12 @@ def fetch_demucs(
     for place in (_from_hub, _from_older_place):
         try: return place(name, _demucs())
         except UserError: raise
-        except Exception as e: errors.append(f"{type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''}".rstrip(": "))
-    raise UserError(f"the weights of {name} can't be fetched, and are not in the cache ({'; '.join(dict.fromkeys(errors))})")
+        except Exception as e:
+            errors.append(
+                f"{type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''}".rstrip(": ")
+            )
+    raise UserError(f"the weights of {name} can't be fetched, and are not in the cache"
+                    f" ({'; '.join(dict.fromkeys(errors))})")
 
 def _from_hub(name, demucs):
     "Safetensors from the Hub."
@@ -185,13 +215,17 @@ def _from_older_place(name, demucs):
     home.mkdir(parents=True, exist_ok=True)
     for url in (known[x] for x in bag["models"]):
         files.append(home / url.rsplit("/", 1)[1])
-        if not files[-1].exists(): torch.hub.download_url_to_file(url, str(files[-1]), files[-1].stem.split("-")[1], progress=False)
+        if not files[-1].exists():
+            torch.hub.download_url_to_file(url, str(files[-1]), files[-1].stem.split("-")[1], progress=False)
     return files, bag.get("weights")
 
 def load_peer(
     name, # of `PEERS`, or the path of one of Demucs' files
 ) -> PeerNetwork:
     "Another project's model, ready to run."
-    if str(name) not in PEERS: return PeerNetwork([read_demucs(name)], notes=[f"{Path(name).name}: licence and training data unknown"])
+    if str(name) not in PEERS:
+        return PeerNetwork(
+            [read_demucs(name)], notes=[f"{Path(name).name}: licence and training data unknown"]
+        )
     files, weights = fetch_demucs(str(name))
     return PeerNetwork([read_demucs(x) for x in files], weights, peer_notes(str(name)))

@@ -17,7 +17,8 @@ from ..foundations.waveforms import SAMPLE_RATE
 
 # %% ../../nbs/networks/protocol.ipynb #75fe231a
 class MaskNetwork(nn.Module):
-    "A separator that multiplies the mixture's spectrogram with a predicted mask; a subclass writes `predict`."
+    """A separator that multiplies the mixture's spectrogram with a predicted mask; a subclass writes
+    `predict`."""
     def __init__(self,
                  sizes=None, # the subclass's own arguments, kept in `args` beside those below
                  *,
@@ -43,7 +44,8 @@ class MaskNetwork(nn.Module):
 def fold_channels(x, # any tensor
                   axis, # where its channels are
                   channels): # how many the network sees at a time
-    "`x` with `channels` channels and the others folded into the batch, and the function that brings a result `(b, …, channels, …)` back."
+    """`x` with `channels` channels and the others folded into the batch, and the function that brings a
+    result `(b, …, channels, …)` back."""
     found = x.shape[axis]
     if found == channels: return x, lambda y, axis: y
     if channels == 1:
@@ -51,7 +53,9 @@ def fold_channels(x, # any tensor
         return folded, lambda y, axis: y.squeeze(axis).unflatten(0, (-1, found)).movedim(1, axis)
     if found == 1:
         return x.repeat_interleave(channels, axis), lambda y, axis: y.mean(axis, keepdim=True)
-    raise UserError(f"the network sees {channels} channels together, the audio has {found}: give it {channels} or 1")
+    raise UserError(
+        f"the network sees {channels} channels together, the audio has {found}: give it {channels} or 1"
+    )
 
 # %% ../../nbs/networks/protocol.ipynb #2faa0c3a
 @patch
@@ -62,7 +66,8 @@ def magnitudes(self:MaskNetwork, waveform):
 
 @patch
 def mask(self:MaskNetwork, magnitude):
-    "The mask `(b, n_t, n_f, n_ac, s)` of a mixture's magnitude `(b, n_t, n_f, n_ac)`, for any number of channels."
+    """The mask `(b, n_t, n_f, n_ac, s)` of a mixture's magnitude `(b, n_t, n_f, n_ac)`, for any number of
+    channels."""
     folded, unfold = fold_channels(magnitude, 3, self.channels)
     return unfold(self.predict(folded), 3)
 

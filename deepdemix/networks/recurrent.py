@@ -12,10 +12,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .protocol import MaskNetwork, fold_channels
-from .layers import RecurrentStack
-from ..foundations.separation_losses import register_loss
 from ..foundations.registry import register_network
+from ..foundations.separation_losses import register_loss
+from .layers import RecurrentStack
+from .protocol import MaskNetwork, fold_channels
 
 # %% ../../nbs/networks/recurrent.ipynb #b07ac104
 def band_edges(
@@ -66,7 +66,9 @@ class FrameEncoder(nn.Module):
         super().__init__()
         self.scale = nn.BatchNorm1d(features)
         self.squeeze = nn.Sequential(nn.Linear(features, hidden), nn.LayerNorm(hidden), nn.Tanh())
-        self.recurrent = RecurrentStack(hidden, hidden // 2, layers, bidirectional=True, dropout=dropout if layers > 1 else 0.)
+        self.recurrent = RecurrentStack(
+            hidden, hidden // 2, layers, bidirectional=True, dropout=dropout if layers > 1 else 0.0
+        )
 
     def forward(self,
         levels:torch.Tensor, # (batch, n_t, features)
@@ -94,13 +96,15 @@ class Recurrent(MaskNetwork):
         **front, # sources and sample_rate, as in `MaskNetwork`
     ):
         sizes = dict(single=single, hidden=hidden, layers=layers, dropout=dropout, bandwidth=bandwidth)
-        super().__init__(sizes, channels=channels, window_length=window_length, hop_length=hop_length, window_type=window_type, **front)
+        super().__init__(sizes, channels=channels, window_length=window_length, hop_length=hop_length,
+                         window_type=window_type, **front)
         self.bands = Bands(self.n_f, single)
         top = self.n_f if bandwidth is None else bandwidth * window_length / self.sample_rate
         self.heard = int((band_edges(self.n_f, single)[1:] <= top).sum())
         painted = self.bands.n_bands * channels * len(self.sources)
         self.encoder = FrameEncoder(self.bands.n_bands * channels, hidden, layers, dropout)
-        self.paint = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, painted))
+        self.paint = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(),
+                                   nn.Dropout(dropout), nn.Linear(hidden, painted))
 
 # %% ../../nbs/networks/recurrent.ipynb #25b24648
 @patch
@@ -137,10 +141,13 @@ def l1_phase_sensitive(
     mixture:torch.Tensor, # (batch, channels, time)
     sources:torch.Tensor, # (batch, sources, channels, time)
 ) -> torch.Tensor: # a scalar
-    "Mean | mask * |X| - Re(S conj(X)) / |X| |, over the mixture's mean magnitude: the same for a loud and a quiet song."
+    """Mean | mask * |X| - Re(S conj(X)) / |X| |, over the mixture's mean magnitude: the same for a loud and
+    a quiet song."""
     with torch.no_grad():
         x, s = network.stft(mixture), network.stft.stems(sources)
         magnitude = x.abs()
         turn = (x / magnitude.clamp_min(1e-8)).unsqueeze(-1)
         target = s.real * turn.real + s.imag * turn.imag
-    return (network.mask(magnitude) * magnitude.unsqueeze(-1) - target).abs().mean() / magnitude.mean().clamp_min(1e-8)
+    return (
+        network.mask(magnitude) * magnitude.unsqueeze(-1) - target
+    ).abs().mean() / magnitude.mean().clamp_min(1e-8)

@@ -13,12 +13,12 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from ..foundations.waveforms import SAMPLE_RATE
 from ..audio import SOURCES, STFT
 from ..foundations.files import UserError
-from .protocol import fold_channels
 from ..foundations.profiles import ACROSS_SONGS, register_defaults
 from ..foundations.registry import register_network
+from ..foundations.waveforms import SAMPLE_RATE
+from .protocol import fold_channels
 
 # %% ../../nbs/networks/tfc_tdf.ipynb #8bcefab2
 def _normed(layer:nn.Module, n_out:int) -> nn.Sequential:
@@ -26,7 +26,8 @@ def _normed(layer:nn.Module, n_out:int) -> nn.Sequential:
     return nn.Sequential(layer, nn.BatchNorm2d(n_out), nn.ReLU())
 
 class TFCTDF(nn.Module):
-    "Maps (batch, n, n_t, n_f) -> the same shape: convolutions, then linear layers over the frequencies beside a shortcut."
+    """Maps (batch, n, n_t, n_f) -> the same shape: convolutions, then linear layers over the frequencies
+    beside a shortcut."""
     def __init__(self,
         n:int, # maps
         n_f:int, # frequencies
@@ -36,8 +37,12 @@ class TFCTDF(nn.Module):
     ):
         super().__init__()
         narrow = max(1, n_f // squeeze)
-        self.tfc = nn.Sequential(*(_normed(nn.Conv2d(n, n, kernel, padding=kernel // 2), n) for _ in range(layers)))
-        self.tdf = nn.Sequential(_normed(nn.Linear(n_f, narrow, bias=False), n), _normed(nn.Linear(narrow, n_f, bias=False), n))
+        self.tfc = nn.Sequential(
+            *(_normed(nn.Conv2d(n, n, kernel, padding=kernel // 2), n) for _ in range(layers))
+        )
+        self.tdf = nn.Sequential(
+            _normed(nn.Linear(n_f, narrow, bias=False), n), _normed(nn.Linear(narrow, n_f, bias=False), n)
+        )
 
     def forward(self, x):
         x = self.tfc(x)
@@ -45,7 +50,8 @@ class TFCTDF(nn.Module):
 
 # %% ../../nbs/networks/tfc_tdf.ipynb #8aff7bd2
 class TFCTDFEncoder(nn.Module):
-    "The way down: (batch, n_in, n_t, n_f) -> maps of every size, the largest first; the last are the bottleneck's."
+    """The way down: (batch, n_in, n_t, n_f) -> maps of every size, the largest first; the last are the
+    bottleneck's."""
     def __init__(self,
         n_in:int, # channels that come in
         n_f:int, # frequencies; a whole multiple of 2**depth
@@ -80,8 +86,12 @@ class TFCTDFDecoder(nn.Module):
     ):
         super().__init__()
         maps = [growth * (i + 1) for i in reversed(range(depth + 1))]
-        self.ups = nn.ModuleList(_normed(nn.ConvTranspose2d(a, b, 2, stride=2), b) for a, b in zip(maps, maps[1:]))
-        self.blocks = nn.ModuleList(TFCTDF(n, n_f >> (depth - 1 - i), layers, kernel, squeeze) for i, n in enumerate(maps[1:]))
+        self.ups = nn.ModuleList(
+            _normed(nn.ConvTranspose2d(a, b, 2, stride=2), b) for a, b in zip(maps, maps[1:])
+        )
+        self.blocks = nn.ModuleList(
+            TFCTDF(n, n_f >> (depth - 1 - i), layers, kernel, squeeze) for i, n in enumerate(maps[1:])
+        )
         self.last = nn.Conv2d(growth, n_out, 1)
 
     def forward(self, maps):
@@ -92,7 +102,8 @@ class TFCTDFDecoder(nn.Module):
 # %% ../../nbs/networks/tfc_tdf.ipynb #0315006f
 @register_network("tfc_tdf")
 class TFCTDFNet(nn.Module):
-    "A U-net on real and imaginary parts [Choi et al. 2020; Kim et al. 2021]: waveform (batch, channels, time) -> stems (batch, sources, channels, time)."
+    """A U-net on real and imaginary parts [Choi et al. 2020; Kim et al. 2021]: waveform (batch, channels,
+    time) -> stems (batch, sources, channels, time)."""
     def __init__(self,
         depth:int=5, # halvings of frames and frequencies
         growth:int=32, # maps of the first size, and how many more each size has
@@ -110,17 +121,31 @@ class TFCTDFNet(nn.Module):
         window_type:str="hann", # of the STFT
     ):
         super().__init__()
-        self.stft, sizes = STFT(window_length, hop_length, window_type), dict(depth=depth, growth=growth, layers=layers, kernel=kernel, squeeze=squeeze)
-        if not 0 < bins <= self.stft.n_f or bins % 2**depth: raise UserError(f"tfc_tdf: bins={bins}: give a multiple of {2**depth} (2**depth), at most {self.stft.n_f}, which is what the window has")
-        if output not in ("direct", "mask"): raise UserError(f"tfc_tdf: output={output!r}: it is direct or mask")
-        front = dict(sources=list(sources), sample_rate=sample_rate, channels=channels, window_length=window_length, hop_length=hop_length, window_type=window_type)
+        self.stft = STFT(window_length, hop_length, window_type)
+        sizes = dict(depth=depth, growth=growth, layers=layers, kernel=kernel, squeeze=squeeze)
+        if not 0 < bins <= self.stft.n_f or bins % 2**depth:
+            raise UserError(
+                f"tfc_tdf: bins={bins}: give a multiple of {2**depth} (2**depth), at most {self.stft.n_f},"
+                " which is what the window has"
+            )
+        if output not in ("direct", "mask"):
+            raise UserError(f"tfc_tdf: output={output!r}: it is direct or mask")
+        front = dict(sources=list(sources), sample_rate=sample_rate, channels=channels,
+                     window_length=window_length, hop_length=hop_length, window_type=window_type)
         self.args = json.loads(json.dumps(dict(sizes, bins=bins, output=output, joint=joint) | front))
-        self.sources, self.sample_rate, self.channels, self.bins, self.depth, self.output = tuple(sources), sample_rate, channels, bins, depth, output
+        self.sources = tuple(sources)
+        self.sample_rate = sample_rate
+        self.channels = channels
+        self.bins = bins
+        self.depth = depth
+        self.output = output
         self.gain = 10 / (self.stft.scale * self.stft.window.norm().item())
         nets = 1 if joint else len(self.sources)
         self.latent = nets * growth * (depth + 1)
         self.encoder = nn.ModuleList(TFCTDFEncoder(2 * channels, bins, **sizes) for _ in range(nets))
-        self.decoder = nn.ModuleList(TFCTDFDecoder(2 * channels * len(self.sources) // nets, bins, **sizes) for _ in range(nets))
+        self.decoder = nn.ModuleList(
+            TFCTDFDecoder(2 * channels * len(self.sources) // nets, bins, **sizes) for _ in range(nets)
+        )
         if output == "mask": self.begin_with_shares()
 
 # %% ../../nbs/networks/tfc_tdf.ipynb #836b0991
@@ -148,7 +173,9 @@ def estimate(self:TFCTDFNet,
 ) -> torch.Tensor: # complex (batch, n_t, n_f, channels, sources)
     "The stems' spectrograms."
     x, (_, n_t, n_f, c) = self.picture(spectrogram), spectrogram.shape
-    drawn = torch.cat([decode(encode(x)) for encode, decode in zip(self.encoder, self.decoder)], 1)[:, :, :n_t].float()
+    drawn = torch.cat([decode(encode(x)) for encode, decode in zip(self.encoder, self.decoder)], 1)[
+        :, :, :n_t
+    ].float()
     drawn = F.pad(drawn, (0, n_f - self.bins)).unflatten(1, (-1, c, 2)).permute(0, 4, 5, 2, 1, 3)
     drawn = torch.view_as_complex(drawn.contiguous())
     return drawn * spectrogram.unsqueeze(-1) if self.output == "mask" else drawn / self.gain
@@ -171,9 +198,14 @@ def embed(self:TFCTDFNet,
     return torch.cat([encode(x)[-1].mean((2, 3)) for encode in self.encoder], 1)
 
 # %% ../../nbs/networks/tfc_tdf.ipynb #581495d1
-PUBLISHED = dict(vocals=dict(window_length=6144), drums=dict(window_length=4096, depth=4), bass=dict(window_length=16384), other=dict(window_length=8192))
-SMALL = dict(depth=4, growth=16, layers=2, squeeze=8, bins=1536, output="mask", window_length=4096, hop_length=1024)
-TINY = dict(depth=2, growth=6, layers=1, squeeze=8, bins=384, output="mask", window_length=1024, hop_length=512)
+PUBLISHED = dict(vocals=dict(window_length=6144), drums=dict(window_length=4096, depth=4),
+                 bass=dict(window_length=16384), other=dict(window_length=8192))
+SMALL = dict(
+    depth=4, growth=16, layers=2, squeeze=8, bins=1536, output="mask", window_length=4096, hop_length=1024
+)
+TINY = dict(
+    depth=2, growth=6, layers=1, squeeze=8, bins=384, output="mask", window_length=1024, hop_length=512
+)
 
 register_defaults("tfc_tdf", ACROSS_SONGS | dict(loss="l1_waveform"),
                   demo=dict(network_args=TINY, epochs=4), laptop=dict(network_args=SMALL))

@@ -36,7 +36,8 @@ def _wiener(y, x, exponent, load):
     return filtered + (x - filtered.sum(1))[:, None] / y.shape[1]
 
 def _directed(y, x, power, share, load):
-    "Covariances times the inverse of their sum times the mixture, for two channels: all 2 x 2 matrices are Hermitian."
+    """Covariances times the inverse of their sum times the mixture, for two channels: all 2 x 2 matrices are
+    Hermitian."""
     own, cross = power.sum(-2), (y[:, :, 0] * y[:, :, 1].conj()).sum(-2)
     scale = own.sum(2).clamp_min(1e-20)
     left, right = (own / scale[:, :, None]).unsqueeze(-2).unbind(2)

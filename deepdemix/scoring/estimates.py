@@ -16,11 +16,11 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch.nn import functional as F
 
-from ..foundations.waveforms import SAMPLE_RATE, to_channels
 from ..audio import SOURCES
-from ..foundations.files import UserError
 from ..foundations.codecs import read
+from ..foundations.files import UserError
 from ..foundations.song_files import AUDIO
+from ..foundations.waveforms import SAMPLE_RATE, to_channels
 
 # %% ../../nbs/scoring/estimates.ipynb #337e8f00
 ENDINGS = re.compile(r"(\.stem)?\.(wav|flac|mp3|m4a|mp4|ogg|opus|aiff?)$|\.stem$", re.IGNORECASE)
@@ -45,7 +45,8 @@ def find_stems(
     for place, folders, files in os.walk(root):
         folders[:] = sorted(x for x in folders if not x.startswith("."))
         if len(Path(place).relative_to(root).parts) >= depth: folders.clear()
-        sounds = [Path(place) / x for x in sorted(files) if Path(x).suffix.lower() in AUDIO and not x.startswith(".")]
+        sounds = [Path(place) / x for x in sorted(files)
+                  if Path(x).suffix.lower() in AUDIO and not x.startswith(".")]
         stems = defaultdict(list)
         for path in sounds: stems[path.stem.lower()].append(path)
         stems = {name: paths for name, paths in stems.items() if name in STEMS}
@@ -65,21 +66,29 @@ def folder_titles(
 TOLERANCE = 0.1
 
 class Estimates:
-    "The stems in a folder as a separator: mixture `(channels, time)` and its title in, {stem: `(channels, time)`} out."
+    """The stems in a folder as a separator: mixture `(channels, time)` and its title in, {stem: `(channels,
+    time)`} out."""
     def __init__(self,
         folder, # that another tool has filled
         sample_rate:float=SAMPLE_RATE, # of the data, in Hz; other rates are resampled
     ):
-        self.folder, self.sample_rate, self.changes, self.used = Path(folder).expanduser(), sample_rate, Counter(), set()
+        self.folder = Path(folder).expanduser()
+        self.sample_rate = sample_rate
+        self.changes = Counter()
+        self.used = set()
         if not self.folder.is_dir(): raise UserError(f"{folder}: no such folder of stems")
         self.places = find_stems(self.folder)
         if not self.places:
-            raise UserError(f"{folder}: no stems here; expected folders of songs, with {', '.join(SOURCES)} in them (any audio format)")
+            raise UserError(
+                f"{folder}: no stems here; expected folders of songs, with {', '.join(SOURCES)} in them (any"
+                " audio format)"
+            )
         self.titles = defaultdict(list)
         for place in self.places:
             for title in dict.fromkeys(folder_titles(place, self.folder)): self.titles[title].append(place)
 
-    def __repr__(self): return f"Estimates({self.folder}: {len(self.places)} songs with {', '.join(self.stems)})"
+    def __repr__(self):
+        return f"Estimates({self.folder}: {len(self.places)} songs with {', '.join(self.stems)})"
 
     @property
     def stems(self) -> list:
@@ -124,11 +133,15 @@ def read_stem(
     "One stem as the data have it. `UserError` for two files of one name and for what can't be read."
     if len(paths) > 1: raise UserError(f"{name} is there twice: {', '.join(x.name for x in paths)}")
     (channels, frames), rate = mixture.shape, round(estimates.sample_rate)
-    x, found = read(paths[0], strict=False, report=lambda warning: estimates.changes.update([f"{type(warning).__name__}: {name}"]))
+    x, found = read(paths[0], strict=False,
+                    report=lambda warning: estimates.changes.update([f"{type(warning).__name__}: {name}"]))
     if found != rate:
         estimates.changes[f"resampled from {found} Hz"] += 1
         x = read(paths[0], sample_rate=rate, strict=False, report=lambda warning: None)[0]
-    if x.shape[0] != channels: estimates.changes["mono, given to both channels" if x.shape[0] < channels else "mixed to mono"] += channels > 1
+    if x.shape[0] != channels:
+        estimates.changes["mono, given to both channels" if x.shape[0] < channels else "mixed to mono"] += (
+            channels > 1
+        )
     fitted = fit_length(to_channels(x, channels), frames, round(TOLERANCE * rate), paths[0].name)
     if x.shape[-1] != frames: estimates.changes["cut or filled with silence at the end"] += 1
     return fitted
@@ -157,4 +170,7 @@ def notes(self:Estimates) -> list:
     left = [str(x.relative_to(self.folder)) for x in self.places if x not in self.used]
     if not left or not self.used: return lines
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-    return [*lines, f"{self.folder.name}: {len(left)} folders are no songs of these data: {', '.join(left[:3])}{more}"]
+    return [
+        *lines,
+        f"{self.folder.name}: {len(left)} folders are no songs of these data: {', '.join(left[:3])}{more}",
+    ]

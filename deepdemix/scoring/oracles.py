@@ -45,19 +45,23 @@ def _basis(size: int, cells: int, mode: str) -> Tensor:
 
 
 def _cells(x: Tensor, time: Tensor, freq: Tensor) -> Tensor:
-    "Sums of `x` (batch, n_t, n_f, …) over the cells of a grid: (batch, cells in time, cells in frequency, …)."
+    """Sums of `x` (batch, n_t, n_f, …) over the cells of a grid: (batch, cells in time, cells in frequency,
+    …)."""
     return torch.einsum("btf...,ta,fd->bad...", x, time, freq)
 
 # %% ../../nbs/scoring/oracles.ipynb #1444ef65
 def _coupled(power: Tensor, right: Tensor, time: Tensor, freq: Tensor) -> Tensor:
-    "Least squares where neighbouring cells share bins; `power` (batch, n_t, n_f, channels), `right` (batch, *grid, channels, sources)."
+    """Least squares where neighbouring cells share bins; `power` (batch, n_t, n_f, channels), `right`
+    (batch, *grid, channels, sources)."""
     def pairs(basis): return torch.einsum("xa,xb->xab", basis, basis).flatten(1)
     gram = _cells(power, pairs(time), pairs(freq)).double().movedim(-1, 1)
     rows, columns = time.shape[1], freq.shape[1]
-    gram = gram.unflatten(2, (rows, rows)).unflatten(4, (columns, columns)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    gram = (gram.unflatten(2, (rows, rows)) .unflatten(4, (columns, columns)) .transpose(3, 4) .flatten(4, 5)
+            .flatten(2, 3))
     ridge = 1e-7 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + 1e-20
     right = right.double().movedim(3, 1).flatten(2, 3)
-    return torch.linalg.solve(gram + ridge * torch.eye(rows * columns, dtype=torch.float64), right).unflatten(2, (rows, columns)).movedim(1, 3)
+    return (torch.linalg.solve(gram + ridge * torch.eye(rows * columns, dtype=torch.float64), right)
+            .unflatten(2, (rows, columns)) .movedim(1, 3))
 
 # %% ../../nbs/scoring/oracles.ipynb #8045169b
 def grid_mask(
@@ -75,14 +79,20 @@ def grid_mask(
     return torch.einsum("badcs,ta,fd->btfcs", values.clamp(0, 1), time, freq)
 
 # %% ../../nbs/scoring/oracles.ipynb #a7d5a218
-MASKS = {"ideal binary mask": binary_mask, "ideal ratio mask": ratio_mask, "best real mask": real_mask, "ideal complex mask": complex_mask}
+MASKS = {
+    "ideal binary mask": binary_mask, "ideal ratio mask": ratio_mask, "best real mask": real_mask,
+    "ideal complex mask": complex_mask,
+}
 GRIDS = {"oracle 12x12": "nearest", "oracle 12x12, bilinear": "linear"}
 PLAIN = ("silence", "mixture", "mixture / 4")
 REFERENCES = PLAIN + tuple(GRIDS) + tuple(MASKS)
 
 
-def _masked(stems: Tensor, mixture: Tensor, stft: STFT, masks: list[Callable], chunk: int, **kwargs) -> Tensor:
-    "Mixture (channels, time) through masks that know the stems, chunk by chunk: (masks, sources, channels, time)."
+def _masked(
+    stems: Tensor, mixture: Tensor, stft: STFT, masks: list[Callable], chunk: int, **kwargs
+) -> Tensor:
+    """Mixture (channels, time) through masks that know the stems, chunk by chunk: (masks, sources, channels,
+    time)."""
     count, channels, _ = stems.shape
     def apply(x):
         x = x.unflatten(1, (count + 1, channels))
@@ -108,7 +118,9 @@ def reference_estimates(
     grids = [name for name in GRIDS if name in rows]
     if local:
         chunk = max(20 * sample_rate, 8 * stft.window_length)
-        out = _masked(stems, mixture, stft, [MASKS[n] for n in local], round(chunk), context=stft.window_length)
+        out = _masked(
+            stems, mixture, stft, [MASKS[n] for n in local], round(chunk), context=stft.window_length
+        )
         found |= dict(zip(local, out))
     if grids:
         masks = [lambda s, x, mode=GRIDS[n]: grid_mask(s, x, mode=mode) for n in grids]

@@ -14,8 +14,8 @@ from torch import nn
 from ..audio import SOURCE_COLORS, STFT, show_spectrogram
 from ..evaluation import Windowed, _estimator
 from .scores import Scores, _one_split
-from ..tasks import scored_song
 from .verdicts import _pick
+from ..tasks import scored_song
 
 # %% ../../nbs/scoring/pictures.ipynb #1bc0d77b
 @contextmanager
@@ -33,21 +33,29 @@ def plot_scores(
     scores: Scores,       # of one or more models, with reference rows
     metric: str="SDR",    # which
     split: str=None,      # the only one if not given
-    lines: tuple=("mixture / 4", "oracle 12x12", "ideal ratio mask"),  # reference rows to draw where they were scored
+    # reference rows to draw where they were scored
+    lines: tuple=("mixture / 4", "oracle 12x12", "ideal ratio mask"),
     ax=None,              # where; a new figure if not given
 ):
     "Box and strip plot of songs per source, with reference rows as lines."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     ax = ax or plt.subplots(figsize=(4.9, 3.8), dpi=75, layout="constrained")[1]
-    rows = scores.rows[(scores.rows.metric == metric) & (scores.rows.split == (split or _one_split(scores, scores)))]
-    own = rows[rows.model.isin(scores.models)].groupby(["model", "source", "song"], sort=False).value.mean().reset_index()
-    style = dict(data=own, x="source", y="value", hue="model", order=scores.sources, ax=ax, palette="colorblind")
+    rows = scores.rows[
+        (scores.rows.metric == metric) & (scores.rows.split == (split or _one_split(scores, scores)))
+    ]
+    own = (rows[rows.model.isin(scores.models)] .groupby(["model", "source", "song"], sort=False)
+           .value.mean() .reset_index())
+    style = dict(
+        data=own, x="source", y="value", hue="model", order=scores.sources, ax=ax, palette="colorblind"
+    )
     sns.boxplot(**style, showfliers=False, boxprops={"alpha": .35}, linewidth=1, legend=False)
     with _seeded(): sns.stripplot(**style, dodge=len(scores.models) > 1, size=3, jitter=.15)
     for name, dash in zip([n for n in lines if n in scores.references], ("-", "--", ":", "-.")):
         medians = rows[rows.model == name].groupby("source").value.median()
         xs = [k for k, s in enumerate(scores.sources) if np.isfinite(medians.get(s, np.nan))]
-        ax.hlines([medians[scores.sources[k]] for k in xs], [k - .45 for k in xs], [k + .45 for k in xs], colors="black", linestyles=dash, lw=1, label=name)
+        ax.hlines([medians[scores.sources[k]] for k in xs], [k - 0.45 for k in xs], [k + 0.45 for k in xs],
+                  colors="black", linestyles=dash, lw=1, label=name)
     ax.set(xlabel="", ylabel=f"{metric} (dB)")
     ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     return ax
@@ -69,7 +77,8 @@ def plot_songs(
     songs = x.index.intersection(y.index)
     ax = ax or plt.subplots(figsize=(4, 3.6), dpi=75, layout="constrained")[1]
     for source in x.columns.intersection(y.columns):
-        ax.scatter(x.loc[songs, source], y.loc[songs, source], s=14, alpha=.8, color=SOURCE_COLORS.get(source), label=source)
+        ax.scatter(x.loc[songs, source], y.loc[songs, source], s=14, alpha=0.8,
+                   color=SOURCE_COLORS.get(source), label=source)
     ends = np.nanpercentile(np.concatenate([x.to_numpy().ravel(), y.to_numpy().ravel()]), [0, 100])
     ax.plot(ends, ends, color="grey", lw=1)
     ax.set(xlabel=f"{model_a}: {metric} (dB)", ylabel=f"{model_b}: {metric} (dB)")
@@ -99,14 +108,18 @@ def show_songs(
     metric: str="SDR",     # to rank by
     model: str=None,       # needed only if `scores` holds several models
 ):
-    "Spectrograms (kHz over seconds) of the best songs, then the worst, one a row: mixture, true and estimated source. Returns the figure."
+    """Spectrograms (kHz over seconds) of the best songs, then the worst, one a row: mixture, true and
+    estimated source. Returns the figure."""
     import matplotlib.pyplot as plt
     if isinstance(separate, nn.Module): separate = Windowed(separate)
     at, split = {(s.split, s.title): i for i, s in enumerate(store.songs)}, store.songs[0].split
-    picks, table = scores.extremes(n, metric, model, split, source), scores.by_song(metric, model, split)[source]
-    fig, axes = plt.subplots(len(picks), 3, figsize=(4.9, 1.25 * len(picks) + .2), dpi=60, layout="constrained", squeeze=False, sharey=True)
+    picks = scores.extremes(n, metric, model, split, source)
+    table = scores.by_song(metric, model, split)[source]
+    fig, axes = plt.subplots(len(picks), 3, figsize=(4.9, 1.25 * len(picks) + 0.2), dpi=60,
+                             layout="constrained", squeeze=False, sharey=True)
     for row, song in zip(axes, picks):
         _spectrograms(separate, store, at[split, song], source, scores.info, row)
         row[0].set_ylabel(f"{song[:16]}\n{table[song]:.1f} dB", fontsize=9)
-    for ax, name in zip(axes[0], ("mixture", f"{source}, true", f"{source}, estimated")): ax.set_title(name, fontsize=9)
+    for ax, name in zip(axes[0], ("mixture", f"{source}, true", f"{source}, estimated")):
+        ax.set_title(name, fontsize=9)
     return fig

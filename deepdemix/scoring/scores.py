@@ -6,7 +6,8 @@
 __all__ = ['COLUMNS', 'FORMAT', 'Scores', 'with_interval', 'museval_song']
 
 # %% ../../nbs/scoring/scores.ipynb #65681318
-import json, math
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,10 +29,13 @@ COLUMNS = ["model", "seed", "split", "song", "source", "metric", "value"]
 @dataclass(repr=False)
 class Scores:
     "Scores of one or more models: tidy rows, how they were made, and what failed."
-    rows: object                                 # a pandas.DataFrame: columns model, seed, split, song, source, metric, value (dB)
+    # a pandas.DataFrame: columns model, seed, split, song, source, metric, value (dB)
+    rows: object
     info: dict = field(default_factory=dict)     # protocol, data digest, versions, and what the caller adds
-    failed: list = field(default_factory=list)   # {"model", "seed", "song", "reason"} of each song without a score
-    frames: dict = field(default_factory=dict)   # (model, seed, split, song) -> {source: {metric: [dB per frame]}}
+    # {"model", "seed", "song", "reason"} of each song without a score
+    failed: list = field(default_factory=list)
+    # (model, seed, split, song) -> {source: {metric: [dB per frame]}}
+    frames: dict = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]: return [m for m in self.rows.model.unique() if m not in REFERENCES]
@@ -45,7 +49,10 @@ class Scores:
     def only(self, **where) -> "Scores":
         "The part with the given values, such as `model=\"ddm\"` or `split=[\"train\", \"test\"]`."
         keep = np.ones(len(self.rows), bool)
-        for column, value in where.items(): keep &= self.rows[column].isin(value if isinstance(value, (list, tuple, set)) else [value]).to_numpy()
+        for column, value in where.items():
+            keep &= (
+                self.rows[column].isin(value if isinstance(value, (list, tuple, set)) else [value]).to_numpy()
+            )
         rows = self.rows[keep].reset_index(drop=True)
         keys = set(map(tuple, rows[["model", "seed", "split", "song"]].drop_duplicates().to_numpy()))
         return Scores(rows, self.info, self.failed, {k: f for k, f in self.frames.items() if k in keys})
@@ -53,7 +60,8 @@ class Scores:
     def __add__(self, other: "Scores") -> "Scores":
         "Both together; what occurs in both is kept once, from the right one."
         import pandas as pd
-        rows = pd.concat([self.rows, other.rows]).drop_duplicates(COLUMNS[:-1], keep="last").reset_index(drop=True)
+        rows = (pd.concat([self.rows, other.rows]) .drop_duplicates(COLUMNS[:-1], keep="last")
+                .reset_index(drop=True))
         failed = self.failed + [f for f in other.failed if f not in self.failed]
         return Scores(rows, _merged(self.info, other.info), failed, {**self.frames, **other.frames})
 
@@ -68,17 +76,23 @@ def _record(key: tuple, names: tuple, values: dict, frames: dict) -> dict:
     "One song's entry of scores.json: numbers, None where there is none."
     def plain(x): return float(x) if math.isfinite(x) else None
     scores = {n: {m: plain(v[i]) for m, v in values.items()} for i, n in enumerate(names)}
-    seconds = {n: {m: [None if not math.isfinite(x) else round(x, 5) for x in v[i].tolist()] for m, v in frames.items()} for i, n in enumerate(names)}
-    return dict(zip(("model", "seed", "split", "song"), key)) | {"scores": scores} | ({"frames": seconds} if frames else {})
+    seconds = {
+        n: {m: [None if not math.isfinite(x) else round(x, 5) for x in v[i].tolist()]
+            for m, v in frames.items()}
+        for i, n in enumerate(names)
+    }
+    return (dict(zip(("model", "seed", "split", "song"), key)) | {"scores": scores}
+            | ({"frames": seconds} if frames else {}))
 
 
 def _from_records(records: list, info: dict, failed: list) -> Scores:
     "Scores from the entries of scores.json."
     import pandas as pd
     keys = [(r["model"], r["seed"], r["split"], r["song"]) for r in records]
-    rows = [(*k, source, metric, np.nan if value is None else value)
-            for k, r in zip(keys, records) for source, found in r["scores"].items() for metric, value in found.items()]
-    return Scores(pd.DataFrame(rows, columns=COLUMNS), info, failed, {k: r["frames"] for k, r in zip(keys, records) if "frames" in r})
+    rows = [(*k, source, metric, np.nan if value is None else value) for k, r in zip(keys, records)
+            for source, found in r["scores"].items() for metric, value in found.items()]
+    return Scores(pd.DataFrame(rows, columns=COLUMNS), info, failed,
+                  {k: r["frames"] for k, r in zip(keys, records) if "frames" in r})
 
 # %% ../../nbs/scoring/scores.ipynb #daaa701e
 def _one_split(a: Scores, b: Scores) -> str:
@@ -90,7 +104,8 @@ def _one_split(a: Scores, b: Scores) -> str:
 # %% ../../nbs/scoring/scores.ipynb #873baa8b
 @patch
 def array(self: Scores, metric: str, model: str, split: str=None) -> tuple[np.ndarray, list]:
-    "Values (seeds, songs, sources) of a model with NaN where there is none, and the titles; the test songs if there are several splits."
+    """Values (seeds, songs, sources) of a model with NaN where there is none, and the titles; the test songs
+    if there are several splits."""
     split = split or _one_split(self, self)
     rows = self.rows[(self.rows.metric == metric) & (self.rows.model == model) & (self.rows.split == split)]
     if rows.empty: raise UserError(f"no {metric} of {model!r} on the {split} songs")
@@ -110,7 +125,8 @@ def by_song(self: Scores, metric: str="SDR", model: str=None, split: str=None):
 @patch
 def _single(self: Scores) -> str:
     "The one model's name."
-    if len(self.models) != 1: raise UserError(f"name one of the models: {', '.join(self.models) or 'there is none'}")
+    if len(self.models) != 1:
+        raise UserError(f"name one of the models: {', '.join(self.models) or 'there is none'}")
     return self.models[0]
 
 # %% ../../nbs/scoring/scores.ipynb #2ab5abfc
@@ -131,14 +147,20 @@ def extremes(self: Scores, n: int=5, *args, **kwargs) -> list[str]:
 # %% ../../nbs/scoring/scores.ipynb #d7bbbd34
 @patch
 def summary(self: Scores, metrics=None, intervals: bool=False):
-    "Table of numbers: (split, model) down, (metric, overall or source) across; `intervals` adds low and high."
+    """Table of numbers: (split, model) down, (metric, overall or source) across; `intervals` adds low and
+    high."""
     import pandas as pd
     metrics = list(metrics or self.rows.metric.unique())
     out = {}
-    for split, model, metric in self.rows[["split", "model", "metric"]].drop_duplicates().itertuples(index=False):
-        if metric in metrics: out.setdefault((split, model), {}).update(self._numbers(metric, model, split, intervals))
+    for split, model, metric in (
+        self.rows[["split", "model", "metric"]].drop_duplicates().itertuples(index=False)
+    ):
+        if metric in metrics:
+            out.setdefault((split, model), {}).update(self._numbers(metric, model, split, intervals))
     table = pd.DataFrame.from_dict(out, orient="index")
-    table.columns, table.index = pd.MultiIndex.from_tuples(table.columns), pd.MultiIndex.from_tuples(table.index, names=["split", "model"])
+    table.columns, table.index = pd.MultiIndex.from_tuples(table.columns), pd.MultiIndex.from_tuples(
+        table.index, names=["split", "model"]
+    )
     return table[[c for m in metrics for c in table.columns if c[0] == m]]
 
 # %% ../../nbs/scoring/scores.ipynb #5a15f9a5
@@ -148,7 +170,11 @@ def _numbers(self: Scores, metric: str, model: str, split: str, intervals: bool)
     values, _ = self.array(metric, model, split)
     each, whole = average_songs(values, metric).mean(0), self._separates(model) == self.sources
     found = {(metric, OVERALL): float(nan_average(each)) if whole else np.nan}
-    if intervals: found |= dict(zip([(metric, "low"), (metric, "high")], overall_interval(values, metric) if whole else (np.nan, np.nan)))
+    if intervals:
+        found |= dict(
+            zip([(metric, "low"), (metric, "high")],
+                overall_interval(values, metric) if whole else (np.nan, np.nan))
+        )
     return found | {(metric, name): float(x) for name, x in zip(self.sources, each)}
 
 
@@ -202,10 +228,16 @@ def _notes(self: Scores, metrics: list) -> list[str]:
     counts = ", ".join(f"{n} {s} songs" if n != 1 else f"1 {s} song" for s, n in songs.items())
     how = f"{self.info.get('channels', '?')}, mixture: {self.info.get('mixture', '?')}"
     seeds = set(self.rows[self.rows.model.isin(self.models)].groupby("model").seed.nunique())
-    runs = "" if seeds <= {1} else " and runs" if 1 not in seeds else ", and over runs where a model has several"
+    runs = (
+        "" if seeds <= {1} else " and runs" if 1 not in seeds else ", and over runs where a model has several"
+    )
     average = "Median over songs" + (" (uSDR: mean)" if "uSDR" in metrics else "")
-    notes = [f"{counts}; {how}. {average}; overall is the mean over sources, in brackets its 95 % interval over songs{runs}."]
-    notes += [f"{m} is scored on {', '.join(own)} only." for m in self.models if (own := self._separates(m)) != self.sources]
+    notes = [
+        f"{counts}; {how}. {average}; overall is the mean over sources, in brackets its 95 % interval over"
+        f" songs{runs}."
+    ]
+    notes += [f"{m} is scored on {', '.join(own)} only." for m in self.models
+              if (own := self._separates(m)) != self.sources]
     notes += [*self._mask_note(), *self.info.get("notes", ())]
     return notes + [f"no score: {f['song']} ({f['model']}): {f['reason']}" for f in self.failed]
 
@@ -239,13 +271,18 @@ def table(self: Scores,
         order = [(s, m) for s in all.rows.split.unique() for m in all.references if (s, m) in numbers.index]
         groups.append([(all._label(m, s), all._cells(numbers.loc[(s, m)], metrics)) for s, m in order])
     if paper: groups.append(_paper_rows(all, metrics))
-    return Table([g for g in groups if g], [(m, c) for m in metrics for c in [OVERALL, *all.sources]], caption, tuple(all._notes(metrics)))
+    return Table([g for g in groups if g], [(m, c) for m in metrics for c in [OVERALL, *all.sources]],
+                 caption, tuple(all._notes(metrics)))
 
 def _paper_rows(scores: Scores, metrics: list) -> list:
     "The paper's numbers on the splits that were scored."
     splits = list(scores.rows.split.unique())
-    return [(f"paper: {model}" + (f", {split}" if len(splits) > 1 else ""), {(m, c): _number(x) for m, row in found.items() if m in metrics for c, x in row.items()})
-            for (model, split), found in PAPER_TABLE.items() if split in splits]
+    return [
+        (f"paper: {model}" + (f", {split}" if len(splits) > 1 else ""),
+         {(m, c): _number(x) for m, row in found.items() if m in metrics for c, x in row.items()})
+        for (model, split), found in PAPER_TABLE.items()
+        if split in splits
+    ]
 
 # %% ../../nbs/scoring/scores.ipynb #0ece2188
 @patch
@@ -266,8 +303,8 @@ def records(self: Scores) -> list[dict]:
     for r in self.rows.itertuples(index=False):
         entry = out.setdefault((r.model, r.seed, r.split, r.song), {})
         entry.setdefault(r.source, {})[r.metric] = None if np.isnan(r.value) else float(r.value)
-    return [dict(zip(("model", "seed", "split", "song"), (k[0], int(k[1]), *k[2:]))) | {"scores": v} | ({"frames": self.frames[k]} if k in self.frames else {})
-            for k, v in out.items()]
+    return [dict(zip(("model", "seed", "split", "song"), (k[0], int(k[1]), *k[2:]))) | {"scores": v}
+            | ({"frames": self.frames[k]} if k in self.frames else {}) for k, v in out.items()]
 
 # %% ../../nbs/scoring/scores.ipynb #563db0d0
 @patch
@@ -299,7 +336,8 @@ def load(cls: Scores,
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e: raise UserError(f"{path}: there is no such file") from e
     except (ValueError, OSError) as e: raise UserError(f"{path}: not a scores file ({e})") from e
-    if not isinstance(content, dict) or content.get("format") != FORMAT: raise UserError(f"{path}: not a scores file of this version ({FORMAT})")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a scores file of this version ({FORMAT})")
     return _from_records(content["songs"], content["info"], content["failed"])
 
 # %% ../../nbs/scoring/scores.ipynb #58992924
@@ -310,9 +348,11 @@ def museval_song(
 ) -> dict:
     "One song in the format of museval's `TrackStore`; what was not computed is NaN."
     def frame(found, k):
-        metrics = {m: math.nan if found.get(m) is None or found[m][k] is None else found[m][k] for m in ("SDR", "SIR", "ISR", "SAR")}
+        metrics = {m: math.nan if found.get(m) is None or found[m][k] is None else found[m][k]
+                   for m in ("SDR", "SIR", "ISR", "SAR")}
         return {"time": k * hop, "duration": window, "metrics": metrics}
-    targets = [{"name": name, "frames": [frame(found, k) for k in range(len(found["SDR"]))]} for name, found in frames.items()]
+    targets = [{"name": name, "frames": [frame(found, k) for k in range(len(found["SDR"]))]}
+               for name, found in frames.items()]
     return {"targets": targets, "museval_version": f"deepdemix {__version__}"}
 
 # %% ../../nbs/scoring/scores.ipynb #03ac9152
@@ -326,7 +366,8 @@ def save_songs(self: Scores,
         home = Path(folder) / f"{_safe(model)}-{seed}" if several else Path(folder)
         paths.append(home / _safe(split) / f"{_safe(song)}.json")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(paths[-1]) as part: part.write_text(json.dumps(museval_song(frames), indent=2), encoding="utf-8")
+        with atomic_path(paths[-1]) as part:
+            part.write_text(json.dumps(museval_song(frames), indent=2), encoding="utf-8")
     return paths
 
 
@@ -338,12 +379,17 @@ def _safe(name: str) -> str:
 def _museval_record(path: Path, key: tuple, sources: tuple) -> dict:
     "One song's entry of scores.json from a file of museval. `UserError` if it is none."
     try: targets = json.loads(path.read_text(encoding="utf-8"))["targets"]
-    except (ValueError, KeyError, TypeError, OSError) as e: raise UserError(f"{path}: not one of museval's files ({type(e).__name__}: {e})") from e
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise UserError(f"{path}: not one of museval's files ({type(e).__name__}: {e})") from e
     found = {}
     for target in targets:
         if target["name"] not in sources: continue
-        seconds = {m: [float(x["metrics"][m]) for x in target["frames"]] for m in ("SDR", "ISR", "SIR", "SAR")}
-        found[target["name"]] = {m: torch.tensor([v], dtype=torch.float64) for m, v in seconds.items() if np.isfinite(v).any()}
+        seconds = {
+            m: [float(x["metrics"][m]) for x in target["frames"]] for m in ("SDR", "ISR", "SIR", "SAR")
+        }
+        found[target["name"]] = {
+            m: torch.tensor([v], dtype=torch.float64) for m, v in seconds.items() if np.isfinite(v).any()
+        }
     names = [n for n in sources if n in found]
     entry = dict(zip(("model", "seed", "split", "song"), key)) | {"scores": {}, "frames": {}}
     for name in names:
@@ -355,7 +401,8 @@ def _museval_record(path: Path, key: tuple, sources: tuple) -> dict:
 
 @patch(cls_method=True)
 def from_museval(cls: Scores,
-    folder,                   # FOLDER/SPLIT/TITLE.json, or FOLDER/TITLE.json, as museval's `EvalStore` has them
+    # FOLDER/SPLIT/TITLE.json, or FOLDER/TITLE.json, as museval's `EvalStore` has them
+    folder,
     name: str=None,           # of the row; by default the folder's
     split: str="test",        # of files that lie in no folder of a split
     sources: tuple=SOURCES,   # targets to take
@@ -365,5 +412,11 @@ def from_museval(cls: Scores,
     paths = sorted(folder.rglob("*.json")) if folder.is_dir() else []
     if not paths: raise UserError(f"{folder}: no folder with museval's files (TITLE.json) in it")
     name = name or folder.name
-    records = [_museval_record(p, (name, 0, p.parent.name if p.parent.name in ("train", "valid", "test") else split, p.stem), tuple(sources)) for p in paths]
+    records = [
+        _museval_record(
+            p, (name, 0, p.parent.name if p.parent.name in ("train", "valid", "test") else split, p.stem),
+            tuple(sources),
+        )
+        for p in paths
+    ]
     return _from_records(records, {"channels": "stereo", "mixture": "stream"}, [])

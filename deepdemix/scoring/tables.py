@@ -14,7 +14,10 @@ from fastcore.basics import patch
 OVERALL = "overall"
 
 # %% ../../nbs/scoring/tables.ipynb #f42c71ba
-PAPER_SOURCE = "Villa-Renteria, DeepDeMix: Music Source Separation via Contrastive Pretraining (Stanford CS230, 2022), Table 1"
+PAPER_SOURCE = (
+    "Villa-Renteria, DeepDeMix: Music Source Separation via Contrastive Pretraining (Stanford CS230, 2022),"
+    " Table 1"
+)
 _columns = (OVERALL, "bass", "drums", "other", "vocals")
 _printed = {
     ("Baseline", "train"): ((-1.47, 1.63, -2.12, -3.28, 1.04), (-1.88, -1.60, -3.05, -3.66, 0.78)),
@@ -24,7 +27,8 @@ _printed = {
     ("DDM (pt)", "train"): ((1.52, 2.12, 1.90, 1.91, 1.48), (1.41, 1.96, 1.23, 1.79, 0.67)),
     ("DDM (pt)", "test"): ((1.42, 2.01, 1.24, 1.59, 1.24), (1.20, 1.86, 0.92, 1.37, 0.65)),
 }
-PAPER_TABLE = {key: {metric: dict(zip(_columns, row)) for metric, row in zip(("SDR", "SI-SDR"), rows)} for key, rows in _printed.items()}
+PAPER_TABLE = {key: {metric: dict(zip(_columns, row)) for metric, row in zip(("SDR", "SI-SDR"), rows)}
+               for key, rows in _printed.items()}
 
 # %% ../../nbs/scoring/tables.ipynb #de8d63cd
 class Table:
@@ -39,15 +43,21 @@ class Table:
     def __str__(self) -> str:
         "Aligned text."
         metrics = list(dict.fromkeys(m for m, _ in self.columns))
-        rows = [[label, *(cells.get(c, "–") for c in self.columns)] for group in self.groups for label, cells in group]
+        rows = [[label, *(cells.get(c, "–") for c in self.columns)] for group in self.groups
+                for label, cells in group]
         head = ["", *(c for _, c in self.columns)]
         widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-        def line(cells): return "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
+        def line(cells):
+            return "  ".join(
+                c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))
+            )
         def block(m): return sum(w + 2 for w, (k, _) in zip(widths[1:], self.columns) if k == m) - 2
         top = " " * (widths[0] + 2) + "  ".join(f" {m} (dB) ".center(block(m), "-") for m in metrics)
         lines, rows = [], iter(rows)
         for group in self.groups: lines += ["-" * len(line(head)), *(line(next(rows)) for _ in group)]
-        return "\n".join([self.caption] * bool(self.caption) + [top.rstrip(), line(head), *lines, *self.notes])
+        return "\n".join(
+            [self.caption] * bool(self.caption) + [top.rstrip(), line(head), *lines, *self.notes]
+        )
 
     __repr__ = __str__
 
@@ -56,13 +66,19 @@ class Table:
 def _repr_html_(self: Table) -> str:
     "A table for notebooks and pages."
     metrics = list(dict.fromkeys(m for m, _ in self.columns))
-    top = "".join(f'<th colspan="{sum(k == m for k, _ in self.columns)}" style="text-align:center">{m} (dB)</th>' for m in metrics)
+    top = "".join(
+        f'<th colspan="{sum(k == m for k, _ in self.columns)}" style="text-align:center">{m} (dB)</th>'
+        for m in metrics
+    )
     head = "".join(f'<th style="text-align:right">{html.escape(c)}</th>' for _, c in self.columns)
     body = ""
     for group in self.groups:
         for k, (label, cells) in enumerate(group):
             edge = ' style="border-top:2px solid #888"' if not k else ""
-            tds = "".join(f'<td style="text-align:right;{"font-weight:600" if c[1] == OVERALL else ""}">{html.escape(cells.get(c, "–"))}</td>' for c in self.columns)
+            tds = "".join(
+                f'<td style="text-align:right;{"font-weight:600" if c[1] == OVERALL else ""}">{html.escape(cells.get(c, "–"))}</td>'
+                for c in self.columns
+            )
             body += f'<tr{edge}><td style="text-align:left">{html.escape(label)}</td>{tds}</tr>'
     notes = "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
     return f'<table><caption>{html.escape(self.caption)}</caption><thead><tr><th></th>{top}</tr><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>{notes}'

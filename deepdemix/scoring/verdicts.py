@@ -6,7 +6,8 @@
 __all__ = ['REMEDIES', 'Verdict', 'compare']
 
 # %% ../../nbs/scoring/verdicts.ipynb #013a7c80
-import html, math
+import html
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,7 +48,8 @@ class Verdict:
 
     def to_dict(self) -> dict:
         "For JSON."
-        return {**vars(self), "per_source": {k: v.to_dict() for k, v in self.per_source.items()}, "sentence": self.sentence}
+        return {**vars(self), "per_source": {k: v.to_dict() for k, v in self.per_source.items()},
+                "sentence": self.sentence}
 
 # %% ../../nbs/scoring/verdicts.ipynb #5d1f3a02
 @patch
@@ -55,7 +57,8 @@ def conclusion(self: Verdict) -> str:
     "What follows from the interval, in one sentence."
     if math.isnan(self.low): return "One song has no interval: no difference is shown."
     seen = f"with these songs and runs a change of {self.detectable:.2f} dB would probably have been seen"
-    if self.significant: return f"That is shown, but within ±{MARGIN} dB: too little to matter." if self.negligible else ""
+    if self.significant:
+        return f"That is shown, but within ±{MARGIN} dB: too little to matter." if self.negligible else ""
     if self.negligible: return f"The whole interval lies within ±{MARGIN} dB: no difference that matters."
     return f"The interval includes zero: no difference is shown; {seen}."
 
@@ -63,7 +66,8 @@ def conclusion(self: Verdict) -> str:
 @patch(as_prop=True)
 def sentence(self: Verdict) -> str:
     "The verdict in plain words."
-    change = f"{self.name or self.b} changes {self.metric} by {self.difference:+.2f} dB [{self.low:.2f}, {self.high:.2f}] against {self.a}"
+    change = (f"{self.name or self.b} changes {self.metric} by {self.difference:+.2f} dB [{self.low:.2f},"
+              f" {self.high:.2f}] against {self.a}")
     covers = "" if min(self.seeds) > 1 else " (one training run: the interval covers other songs only)"
     return f"{change}{covers}; {self.improved} of {self.songs} songs improve. {self.conclusion()}".rstrip()
 
@@ -73,7 +77,8 @@ def _rows(self: Verdict) -> list[list[str]]:
     "The per-source table."
     rows = [["", "difference (dB)", "95 % interval", "Wilcoxon p", "songs improved"]]
     for name, v in {OVERALL: self, **self.per_source}.items():
-        rows.append([name, f"{v.difference:+.2f}", f"[{v.low:.2f}, {v.high:.2f}]", f"{v.p:.2g}", f"{v.improved} of {v.songs}"])
+        rows.append([name, f"{v.difference:+.2f}", f"[{v.low:.2f}, {v.high:.2f}]", f"{v.p:.2g}",
+                     f"{v.improved} of {v.songs}"])
     return rows
 
 
@@ -82,7 +87,9 @@ def __str__(self: Verdict) -> str:
     "The sentence, the table behind it, and what to keep in mind."
     rows = self._rows()
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    table = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+    table = [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows
+    ]
     return "\n".join([self.sentence, "", *table, "", *self.notes])
 
 Verdict.__repr__ = Verdict.__str__
@@ -91,8 +98,16 @@ Verdict.__repr__ = Verdict.__str__
 @patch
 def _repr_html_(self: Verdict) -> str:
     "The same for notebooks."
-    cells = ["".join(f"<{'td' if k else 'th'} style='text-align:{'right' if i else 'left'}'>{html.escape(c)}</{'td' if k else 'th'}>" for i, c in enumerate(r)) for k, r in enumerate(self._rows())]
-    return f"<p><b>{html.escape(self.sentence)}</b></p><table>{''.join(f'<tr>{c}</tr>' for c in cells)}</table>" + "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
+    cells = [
+        "".join(f"<{'td' if k else 'th'}"
+                f" style='text-align:{'right' if i else 'left'}'>{html.escape(c)}</{'td' if k else 'th'}>"
+                for i, c in enumerate(r))
+        for k, r in enumerate(self._rows())
+    ]
+    return (
+        f"<p><b>{html.escape(self.sentence)}</b></p><table>{''.join(f'<tr>{c}</tr>' for c in cells)}</table>"
+        + "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
+    )
 
 # %% ../../nbs/scoring/verdicts.ipynb #223930fe
 def _pick(scores, model: str | None) -> tuple[Scores, str]:
@@ -127,12 +142,15 @@ def _match(
     metric: str,  # which
     models: tuple,# names of A and B
     split: str,   # of the data
-) -> tuple:       # values of A and of B (runs, songs, sources), whether runs share their seeds, all titles of A and of B, sources
+# values of A and of B (runs, songs, sources), whether runs share their seeds, all titles of A and of B,
+# sources
+) -> tuple:
     "Values of two models on the songs and sources that both have, runs in one order."
     (x, titles), (y, others) = a.array(metric, models[0], split), b.array(metric, models[1], split)
     common = [s for s in titles if s in others]
     sources = [s for s in a._separates(models[0]) if s in b._separates(models[1])]
-    if not common or not sources: raise UserError(f"the two have no {'source' if common else 'song'} in common")
+    if not common or not sources:
+        raise UserError(f"the two have no {'source' if common else 'song'} in common")
     seeds, theirs = _seeds(a, metric, models[0], split), _seeds(b, metric, models[1], split)
     if same := sorted(seeds) == sorted(theirs): y = y[[theirs.index(s) for s in seeds]]
     x = x[:, [titles.index(s) for s in common]][:, :, [a.sources.index(s) for s in sources]]
@@ -147,8 +165,11 @@ def _verdict_notes(x, y, titles, others, numbers, average, same_data, same_seeds
     if not same_data: notes.append("The scores come from different versions or selections of the data.")
     left = len(set(titles) ^ set(others))
     if left: notes.append(f"{left} songs have a score in only one of the two and were left out.")
-    runs, pairs = f"Seeds: {len(x)} and {len(y)}", "paired by seed" if same_seeds else "not paired, their seeds differ"
-    if min(len(x), len(y)) < 2: return [*notes, f"{runs}. With one training run of a model the interval covers other songs, not other runs."]
+    runs = f"Seeds: {len(x)} and {len(y)}"
+    pairs = "paired by seed" if same_seeds else "not paired, their seeds differ"
+    if min(len(x), len(y)) < 2:
+        return [*notes,
+                f"{runs}. With one training run of a model the interval covers other songs, not other runs."]
     return [*notes, f"{runs}, {pairs}; the interval covers other songs and other training runs."]
 
 # %% ../../nbs/scoring/verdicts.ipynb #5d1f3a07
@@ -177,4 +198,5 @@ def compare(
     each = {s: verdict([k], numbers[:, k]) for k, s in enumerate(sources)}
     overall = nan_average(numbers)
     same_data = a.info.get("data") == b.info.get("data")
-    return verdict(slice(None), overall, per_source=each, notes=_verdict_notes(x, y, *titles, overall, average, same_data, same))
+    return verdict(slice(None), overall, per_source=each,
+                   notes=_verdict_notes(x, y, *titles, overall, average, same_data, same))

@@ -8,7 +8,17 @@ __all__ = ['LISTS', 'SILENT', 'GIVE_UP', 'COLUMNS', 'Job', 'read_list', 'list_jo
            'alone', 'Manifest', 'read_manifest', 'Tally', 'separate_catalogue']
 
 # %% ../../nbs/serving/catalogue.ipynb #fbbd4f27
-import contextlib, hashlib, inspect, json, math, os, platform, shutil, socket, time, uuid
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import shutil
+import socket
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +48,14 @@ class Job:
     def folder(self): return Path(self.parent) / folder_name(self.path)
 
 def read_list(
-    path, # a text file: a song a line, relative to the list's folder or absolute; lines that begin with # are passed over
+    # a text file: a song a line, relative to the list's folder or absolute; lines that begin with # are
+    # passed over
+    path,
 ) -> list: # of (path, its place under the output)
     "The songs of a list. `UserError` if it can't be read, or has none."
     try: lines = [x.strip() for x in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as e: raise UserError(f"{path}: can't be read as a list of songs ({e})") from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: can't be read as a list of songs ({e})") from e
     lines = [x for x in dict.fromkeys(lines) if x and not x.startswith("#")]
     if not lines: raise UserError(f"{path}: this list names no songs")
     root = Path(os.path.abspath(path)).parent
@@ -62,7 +75,8 @@ def list_jobs(
     sources, # folders, lists and songs
     out, # where the stems go; what lies in here is not searched
 ) -> list: # of `Job`
-    "The songs of a catalogue, each once. `UserError` for an empty folder, and where two songs would share a folder."
+    """The songs of a catalogue, each once. `UserError` for an empty folder, and where two songs would share
+    a folder."""
     songs = dict(pair for source in sources for pair in _songs(source, out))
     out, same, jobs = Path(os.path.abspath(out)), {}, []
     for place in songs.values(): same.setdefault(os.path.splitext(place)[0], set()).add(place)
@@ -71,7 +85,10 @@ def list_jobs(
         jobs.append(Job(path, str((out / place) if clash else (out / place).parent)))
     folders = {}
     for job in jobs:
-        if (other := folders.setdefault(job.folder, job)) is not job: raise UserError(f"{other.path} and {job.path} would both go to {job.folder}: separate them into two folders")
+        if (other := folders.setdefault(job.folder, job)) is not job:
+            raise UserError(
+                f"{other.path} and {job.path} would both go to {job.folder}: separate them into two folders"
+            )
     return jobs
 
 # %% ../../nbs/serving/catalogue.ipynb #8e1820d7
@@ -134,7 +151,8 @@ def level(
 def model_digest(
     folder, # of a model
 ) -> str:
-    "SHA-256 of a model's weights and of its recipe: another model, another digest. Another project's model goes by its name."
+    """SHA-256 of a model's weights and of its recipe: another model, another digest. Another project's model
+    goes by its name."""
     path = Path(folder)
     if not path.exists(): return hashlib.sha256(f"{path.name} of another project".encode()).hexdigest()
     if path.is_dir(): files = [path / x for x in ("model.safetensors", "recipe.json")]
@@ -143,11 +161,14 @@ def model_digest(
 
 def versions():
     "What must be the same on all machines for the stems to be the same."
-    return {"deepdemix": deepdemix.__version__, "torch": torch.__version__.split("+")[0], "python": ".".join(platform.python_version_tuple()[:2])}
+    return {"deepdemix": deepdemix.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "python": ".".join(platform.python_version_tuple()[:2])}
 
 # %% ../../nbs/serving/catalogue.ipynb #d4867563
 class SongWorker:
-    "Separates one song of a catalogue at a time. The model is loaded once, when the first song comes that is not finished."
+    """Separates one song of a catalogue at a time. The model is loaded once, when the first song comes that
+    is not finished."""
     def __init__(self,
                  out, # folder of the stems, as every worker sees it
                  model="default", # a bundled model, a run folder, or "hf:owner/name"
@@ -156,7 +177,8 @@ class SongWorker:
                  loading=None, # options of `Separator`: device, threads, overlap, batch_size
                  **options): # options of `Separator.separate_file`
         folder = find_model(model, peers=True)
-        self.model = os.path.abspath(folder) if folder.exists() and str(model) not in pretrained_names() else str(model)
+        self.model = (os.path.abspath(folder) if folder.exists() and str(model) not in pretrained_names()
+                      else str(model))
         self.state, self.run, self.overwrite = Path(out) / ".catalogue", run, overwrite
         self.loading, self.options, self.separator = loading or {}, options, None
         self.digest = model_digest(folder)
@@ -170,7 +192,8 @@ class SongWorker:
         if row and (row["run"] == self.run or not self.overwrite): return row
         if self.separator is None: self.separator = Separator.from_pretrained(self.model, **self.loading)
         if not os.path.exists(job.path): return dict(status="failed", reason=f"{job.path}: no such file")
-        before, song = fingerprint(job.path), self.separator._one_of_many(job.path, job.parent, set(), dict(self.options, overwrite=True))
+        before = fingerprint(job.path)
+        song = self.separator._one_of_many(job.path, job.parent, set(), dict(self.options, overwrite=True))
         return self._record(job, before, song)
 
 # %% ../../nbs/serving/catalogue.ipynb #c50c47d3
@@ -179,19 +202,24 @@ def _record(self:SongWorker, job, before, song):
     "The row of a song that has been worked on; its record too, if there are stems."
     error = song.get("error")
     if "outputs" not in song: return dict(status="failed", reason=error)
-    row = dict(status="damaged" if error else "done", reason=error, folder=song["folder"], outputs=list(song["outputs"].values()),
-               duration=round(song["duration"], 3), sample_rate=song["sample_rate"], channels=song["channels"], seconds=round(song["seconds"], 3),
+    row = dict(status="damaged" if error else "done", reason=error, folder=song["folder"],
+               outputs=list(song["outputs"].values()), duration=round(song["duration"], 3),
+               sample_rate=song["sample_rate"], channels=song["channels"], seconds=round(song["seconds"], 3),
                model=self.digest, run=self.run, worker=f"{socket.gethostname()}:{os.getpid()}")
     row |= {f"level_{name}": level(path) for name, path in song["outputs"].items()}
     with atomic_path(state_file(self.state, key_of(job.path))) as part:
-        part.write_text(json.dumps({"input": job.path, "from": before, "settings": self.settings, "row": row}, indent=1), encoding="utf-8")
+        part.write_text(
+            json.dumps({"input": job.path, "from": before, "settings": self.settings, "row": row}, indent=1),
+            encoding="utf-8",
+        )
     return row
 
 # %% ../../nbs/serving/catalogue.ipynb #1a8ab03d
 GIVE_UP = 3
 
 class Careful:
-    "Calls a function for one job at a time and never raises: an error is the result. A job that has ended its process three times is given up."
+    """Calls a function for one job at a time and never raises: an error is the result. A job that has ended
+    its process three times is given up."""
     def __init__(self,
                  call, # takes a job
                  notes): # folder for notes on what is in work, shared by all workers
@@ -206,7 +234,8 @@ class Careful:
                 file.seek(0)
                 tries = len(file.readlines())
                 if tries < GIVE_UP: file.write(f"{socket.gethostname()} {os.getpid()}\n")
-            if tries >= GIVE_UP: return UserError(f"it ended its worker {tries} times (a crash, or no memory left)")
+            if tries >= GIVE_UP:
+                return UserError(f"it ended its worker {tries} times (a crash, or no memory left)")
             return self.call(job)
         except UserError as e: return e
         except Exception as e: return UserError(f"{type(e).__name__}: {e}")
@@ -226,8 +255,9 @@ def alone(
     finally: shutil.rmtree(careful.notes, ignore_errors=True)
 
 # %% ../../nbs/serving/catalogue.ipynb #f79d16b7
-COLUMNS = dict(input="string", status="string", reason="string", skipped="bool", folder="string", outputs="list", duration="float", sample_rate="int", channels="int",
-               seconds="float", model="string", worker="string")
+COLUMNS = dict(input="string", status="string", reason="string", skipped="bool", folder="string",
+               outputs="list", duration="float", sample_rate="int", channels="int", seconds="float",
+               model="string", worker="string")
 
 class Manifest:
     "A table that is written row by row; `close` gives it its name."
@@ -235,7 +265,8 @@ class Manifest:
                  folder, # where manifest.parquet (or .csv) goes
                  levels, # names of the stems
                  group=10000): # rows that are written together
-        try: import pyarrow
+        try:
+            import pyarrow
         except ImportError: pyarrow = None
         self.arrow, self.group, self.rows, self.writer = pyarrow, group, [], None
         self.columns = COLUMNS | {f"level_{name}": "float" for name in levels}
@@ -259,7 +290,9 @@ def flush(self:Manifest):
     if not self.arrow: return self._flush_csv()
     import pyarrow.parquet
     pa = self.arrow
-    kinds = dict(string=pa.string(), bool=pa.bool_(), float=pa.float64(), int=pa.int64(), list=pa.list_(pa.string()))
+    kinds = dict(
+        string=pa.string(), bool=pa.bool_(), float=pa.float64(), int=pa.int64(), list=pa.list_(pa.string())
+    )
     schema = pa.schema([(name, kinds[kind]) for name, kind in self.columns.items()])
     self.writer = self.writer or pyarrow.parquet.ParquetWriter(self.part, schema)
     if self.rows: self.writer.write_table(pa.Table.from_pylist(self.rows, schema))
@@ -284,8 +317,14 @@ def read_manifest(
 
 # %% ../../nbs/serving/catalogue.ipynb #71ccaf75
 class Tally:
-    "How many songs are behind us, and how long the rest will take: a line every ten seconds at most, on standard error."
-    def __init__(self, total, show=True, every=10.0): self.total, self.show, self.every, self.counts, self.start = total, show, every, dict(done=0, skipped=0, failed=0), None
+    """How many songs are behind us, and how long the rest will take: a line every ten seconds at most, on
+    standard error."""
+    def __init__(self, total, show=True, every=10.0):
+        self.total = total
+        self.show = show
+        self.every = every
+        self.counts = dict(done=0, skipped=0, failed=0)
+        self.start = None
 
     def __call__(self, what, now=None): # done, skipped or failed; seconds
         now = time.monotonic() if now is None else now
@@ -300,9 +339,13 @@ class Tally:
         seen, worked = sum(self.counts.values()), self.counts["done"] + self.counts["failed"]
         left = elapsed * (self.total - seen) / max(worked - 1, 1)
         words = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
-        return f"{seen} of {self.total} songs ({words})" + (f", {_time(left)} left" if worked > 1 and seen < self.total else "")
+        return f"{seen} of {self.total} songs ({words})" + (
+            f", {_time(left)} left" if worked > 1 and seen < self.total else ""
+        )
 
-def _time(seconds): return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+def _time(seconds):
+    return (f"{seconds:.0f} s" if seconds < 100
+            else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h")
 
 # %% ../../nbs/serving/catalogue.ipynb #54af5d9d
 def separate_catalogue(
@@ -315,9 +358,11 @@ def separate_catalogue(
     loading=None, # options of `Separator`
     **options, # of `Separator.separate_file`: two_stems, stems, residual_to, format, subtype, clip
 ) -> dict: # counts of songs, `failed` lines, `manifest`
-    "Separate all songs that are not finished, and write the manifest of all. `UserError` for what can be told before."
+    """Separate all songs that are not finished, and write the manifest of all. `UserError` for what can be
+    told before."""
     if options.get("stems") is not None: options["stems"] = stem_list(options["stems"])
-    jobs, names, out = list_jobs(sources, out), _stem_names(model, loading, options), Path(os.path.abspath(out))
+    jobs, names, out = (list_jobs(sources, out), _stem_names(model, loading, options),
+                        Path(os.path.abspath(out)))
     state, manifest, tally, failed = out / ".catalogue", Manifest(out, names), Tally(len(jobs), progress), []
     try: state.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"{out}: can't write here: {e.strerror}") from e
@@ -344,5 +389,6 @@ def _stem_names(model, loading, options):
 def _row(job, row, run):
     "What the manifest says about a job, whose result is a row or an error."
     if isinstance(row, Exception): row = dict(status="failed", reason=str(row))
-    if row.get("reason") and job.path not in row["reason"]: row = dict(row, reason=f"{job.path}: {row['reason']}")
+    if row.get("reason") and job.path not in row["reason"]:
+        row = dict(row, reason=f"{job.path}: {row['reason']}")
     return dict(row, input=job.path, skipped=row.get("run", run) != run)

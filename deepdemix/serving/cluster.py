@@ -7,7 +7,18 @@ __all__ = ['SEVERAL', 'check_address', 'keep_private', 'cluster', 'ask', 'object
            'RayWorker', 'OnRay']
 
 # %% ../../nbs/serving/cluster.ipynb #fc4ec9a2
-import contextlib, logging, math, os, pickle, secrets, shutil, signal, socket, tempfile, threading, uuid
+import contextlib
+import logging
+import math
+import os
+import pickle
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +32,12 @@ from .catalogue import Careful, fingerprint, versions
 # %% ../../nbs/serving/cluster.ipynb #a286554b
 def _ray():
     "The module ray, quiet, or a `UserError` on how to get it."
-    for name, value in dict(USAGE_STATS_ENABLED=0, ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0, BACKEND_LOG_LEVEL="fatal", agent_register_timeout_ms=120000).items(): os.environ.setdefault(f"RAY_{name}", str(value))
-    try: import ray, ray.data
+    for name, value in dict(USAGE_STATS_ENABLED=0, ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0,
+                            BACKEND_LOG_LEVEL="fatal", agent_register_timeout_ms=120000).items():
+        os.environ.setdefault(f"RAY_{name}", str(value))
+    try:
+        import ray
+        import ray.data
     except ImportError as e: raise UserError(f"this needs Ray ({e}): pip install 'deepdemix[ray]'") from None
     return ray
 
@@ -30,17 +45,30 @@ def check_address(
     address, # "auto", "HOST:PORT" or "ray://HOST:PORT"
     seconds=5.0, # to wait for an answer
 ):
-    "`UserError` if nothing listens at an address, or something that can't be Ray, in seconds and not after minutes."
+    """`UserError` if nothing listens at an address, or something that can't be Ray, in seconds and not after
+    minutes."""
     if address == "auto": return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit(): raise UserError(f"{address!r} is no address of a cluster: use HOST:PORT, as `ray start --head` prints it, or auto")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"{address!r} is no address of a cluster: use HOST:PORT, as `ray start --head` prints it, or auto"
+        )
     try:
         with socket.create_connection((host, int(port)), seconds) as s: speaks = _speaks_http2(s)
-    except (OSError, OverflowError) as e: raise UserError(f"{address}: nothing answers there ({e}); start a cluster there with `ray start --head`, or leave the address out") from None
-    if not speaks: raise UserError(f"{address}: something answers there, but it is not Ray; use the address that `ray start --head` prints")
+    except (OSError, OverflowError) as e:
+        raise UserError(
+            f"{address}: nothing answers there ({e}); start a cluster there with `ray start --head`, or leave"
+            " the address out"
+        ) from None
+    if not speaks:
+        raise UserError(
+            f"{address}: something answers there, but it is not Ray; use the address that `ray start --head`"
+            " prints"
+        )
 
 def _speaks_http2(connection):
-    "Whether who answers speaks HTTP/2, as Ray's servers do: the answer to the greeting is a frame of settings. With TLS one can't see that from here."
+    """Whether who answers speaks HTTP/2, as Ray's servers do: the answer to the greeting is a frame of
+    settings. With TLS one can't see that from here."""
     if os.environ.get("RAY_USE_TLS") == "1": return True
     try:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
@@ -74,14 +102,20 @@ def cluster(
     cores=1, # of our own
     gpus=0, # of our own
 ):
-    "The module ray while it is connected to a cluster; ours is gone afterwards. `UserError` if it can't be had."
+    """The module ray while it is connected to a cluster; ours is gone afterwards. `UserError` if it can't be
+    had."""
     if address:
         check_address(address)
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     ray = _ray()
-    if ray.is_initialized(): yield ray; return
-    folder = None if address else tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-    own = dict(num_cpus=cores, num_gpus=gpus, object_store_memory=128 * 2**20, include_dashboard=False, _temp_dir=folder)
+    if ray.is_initialized():
+        yield ray
+        return
+    folder = (
+        None if address else tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    )
+    own = dict(num_cpus=cores, num_gpus=gpus, object_store_memory=128 * 2**20, include_dashboard=False,
+               _temp_dir=folder)
     with contextlib.nullcontext() if address else keep_private(ray):
         try:
             _start(ray, address, dict(address=address) if address else own)
@@ -92,7 +126,8 @@ def cluster(
 
 # %% ../../nbs/serving/cluster.ipynb #ff849f73
 def _start(ray, address, options, tries=4):
-    "Connect; where the machine is too busy to start in half a minute, try again. The handler of SIGTERM stays what it was."
+    """Connect; where the machine is too busy to start in half a minute, try again. The handler of SIGTERM
+    stays what it was."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if main else None
     logging.getLogger("ray").setLevel(logging.CRITICAL)
@@ -102,7 +137,8 @@ def _start(ray, address, options, tries=4):
         if not address: _end_processes(options["_temp_dir"])
         if not address and tries > 1: return _start(ray, address, options, tries - 1)
         reason = " ".join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f"{address}: can't join this cluster ({reason})" if address else f"Ray can't start here ({reason}); is the machine very busy?") from e
+        raise UserError(f"{address}: can't join this cluster ({reason})" if address
+                        else f"Ray can't start here ({reason}); is the machine very busy?") from e
     finally:
         if main and callable(handler): signal.signal(signal.SIGTERM, handler)
 
@@ -122,19 +158,33 @@ def ask(question, call):
     except OSError: mine = None
     try: identity = getattr(call, "identity", versions)()
     except Exception as e: identity = {"error": str(e)}
-    return dict(host=socket.gethostname(), sees=sees, wrote=mine, identity=identity,
-                missing=[path for path, found in question["inputs"].items() if found and (fingerprint(path) or [None])[0] != found[0]])
+    return dict(
+        host=socket.gethostname(), sees=sees, wrote=mine, identity=identity,
+        missing=[path for path, found in question["inputs"].items()
+                 if found and (fingerprint(path) or [None])[0] != found[0]],
+    )
 
 def objections(question, answers):
     "One line for each thing that a machine lacks."
     for a in answers:
         host, folder = a["host"], Path(question["folder"])
-        if a.get("error"): yield f"{host} can't run deepdemix ({a['error']}): install the same version on all machines"; continue
+        if a.get("error"):
+            yield f"{host} can't run deepdemix ({a['error']}): install the same version on all machines"
+            continue
         if not a["sees"] or not a["wrote"] or not (folder / a["wrote"]).is_file():
-            yield f"{host} doesn't share the folder {folder.parents[1]}: the output must be on a disk that all machines see at the same path and may write to"
-        if a["missing"]: yield f"{host} doesn't see {a['missing'][0]}: the songs must be on a disk that all machines see at the same path"
+            yield (
+                f"{host} doesn't share the folder {folder.parents[1]}: the output must be on a disk that all"
+                " machines see at the same path and may write to"
+            )
+        if a["missing"]:
+            yield (
+                f"{host} doesn't see {a['missing'][0]}: the songs must be on a disk that all machines see at"
+                " the same path"
+            )
         for what, mine in question["identity"].items():
-            if (theirs := a["identity"].get(what)) != mine: yield f"{host} has {what} {theirs or 'missing'} and this machine {mine}: install the same on all machines"
+            if (theirs := a["identity"].get(what)) != mine:
+                yield (f"{host} has {what} {theirs or 'missing'} and this machine {mine}: install the same on"
+                       " all machines")
 
 # %% ../../nbs/serving/cluster.ipynb #85c8afaf
 @contextlib.contextmanager
@@ -143,7 +193,9 @@ def question_of(call, state, inputs):
     folder = Path(state) / f"asking-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     (folder / "marker").touch()
-    try: yield dict(folder=str(folder), marker="marker", inputs={x: fingerprint(x) for x in inputs}, identity=getattr(call, "identity", versions)())
+    try:
+        yield dict(folder=str(folder), marker="marker", inputs={x: fingerprint(x) for x in inputs},
+                   identity=getattr(call, "identity", versions)())
     finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/serving/cluster.ipynb #304bc9a1
@@ -152,11 +204,15 @@ def check_machines(ray, call, state, inputs, seconds=120):
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     with question_of(call, state, inputs) as question:
         nodes, answers = [n for n in ray.nodes() if n["Alive"]], []
-        there = lambda n: ray.remote(ask).options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False))
+        there = lambda n: ray.remote(ask).options(
+            num_cpus=0, max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False),
+        )
         asked = [(n["NodeManagerHostname"], there(n).remote(question, call)) for n in nodes]
         for host, answer in asked:
             try: answers.append(ray.get(answer, timeout=seconds))
-            except Exception as e: answers.append(dict(host=host, error=" ".join(str(e).split())[-200:] or type(e).__name__))
+            except Exception as e:
+                answers.append(dict(host=host, error=" ".join(str(e).split())[-200:] or type(e).__name__))
         if wrong := list(objections(question, answers)): raise UserError("; ".join(wrong))
 
 # %% ../../nbs/serving/cluster.ipynb #4b1a0b0d
@@ -170,13 +226,16 @@ class RayWorker(Careful):
 def _spread(ray, call, jobs, notes, workers, threads, gpus):
     "Yield (number, result) from the actors of a cluster."
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars, context.execution_options.verbose_progress, context.execution_no_progress_timeout_s = False, False, -1
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = -1
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     size = max(1, min(64, len(jobs) // (16 * workers)))
     rows = [{"number": k, "job": ray.cloudpickle.dumps(job)} for k, job in enumerate(jobs)]
     data = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size))
     pool = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2)
-    data = data.map(RayWorker, fn_constructor_kwargs=dict(call=call, notes=str(notes)), compute=pool, num_cpus=threads, num_gpus=gpus or None)
+    data = data.map(RayWorker, fn_constructor_kwargs=dict(call=call, notes=str(notes)), compute=pool,
+                    num_cpus=threads, num_gpus=gpus or None)
     for row in data.iter_rows(): yield int(row["number"]), pickle.loads(row["result"])
 
 # %% ../../nbs/serving/cluster.ipynb #d82d6208
@@ -191,15 +250,24 @@ class OnRay:
     def __call__(self, call, jobs, state, inputs=()):
         "Yield (number of a job, its result or a `UserError`), each once, as they come."
         notes, seen = Path(state) / "tries" / uuid.uuid4().hex[:12], set()
-        with cluster(self.address, self.threads * (self.workers or self.room(available_cores(), torch.cuda.device_count(), len(jobs))), torch.cuda.device_count() if self.gpus else 0) as ray:
+        with cluster(self.address, self.threads
+                     * (self.workers or self.room(available_cores(), torch.cuda.device_count(), len(jobs))),
+                     torch.cuda.device_count() if self.gpus else 0) as ray:
             if self.address: check_machines(ray, call, state, inputs)
             workers = self.room(*(ray.cluster_resources().get(x, 0) for x in ("CPU", "GPU")), len(jobs))
             try:
                 for number, result in _spread(ray, call, jobs, notes, workers, self.threads, self.gpus):
-                    if number not in seen: seen.add(number); yield number, result
-            except ray.exceptions.RayError as e: raise UserError(f"the cluster broke off ({' '.join(str(e).split())[:200]}); what is finished is kept: run the same command again") from e
+                    if number not in seen:
+                        seen.add(number)
+                        yield number, result
+            except ray.exceptions.RayError as e:
+                raise UserError(
+                    f"the cluster broke off ({' '.join(str(e).split())[:200]}); what is finished is kept: run"
+                    " the same command again"
+                ) from e
             finally: shutil.rmtree(notes, ignore_errors=True)
-        for number in sorted(set(range(len(jobs))) - seen): yield number, UserError("the cluster gave no answer about it")
+        for number in sorted(set(range(len(jobs))) - seen):
+            yield number, UserError("the cluster gave no answer about it")
 
 # %% ../../nbs/serving/cluster.ipynb #304499e9
 @patch
@@ -207,5 +275,9 @@ def room(self:OnRay, cores, gpus, jobs):
     "How many workers: as many as wanted or as fit, and no more than jobs. `UserError` for more than fit."
     fit = int(min(cores // self.threads, gpus // self.gpus if self.gpus else math.inf))
     need = f"{self.threads} cores" + (f" and {self.gpus:g} GPUs" if self.gpus else "") + " each"
-    if (self.workers or 1) > fit and (self.address or self.gpus or self.workers is None): raise UserError(f"{self.workers or 1} workers with {need} don't fit: there are {cores:g} cores and {gpus:g} GPUs; ask for fewer with --workers or --threads")
+    if (self.workers or 1) > fit and (self.address or self.gpus or self.workers is None):
+        raise UserError(
+            f"{self.workers or 1} workers with {need} don't fit: there are {cores:g} cores and {gpus:g} GPUs;"
+            " ask for fewer with --workers or --threads"
+        )
     return max(1, min(self.workers or fit, jobs))

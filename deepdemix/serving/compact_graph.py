@@ -6,7 +6,8 @@
 __all__ = ['PART', 'PathGraph', 'CompactGraph']
 
 # %% ../../nbs/serving/compact_graph.ipynb #51d7a78d
-import copy, math
+import copy
+import math
 
 import torch
 from fastcore.basics import patch
@@ -25,7 +26,8 @@ class PathGraph(nn.Module):
         self.norm, self.rnn, self.out = path.norm, LSTM(path.rnn.rnn), path.out
         self.width = path.rnn.rnn.input_size
 
-    def forward(self, x): return x + reshape_as(self.out(self.rnn(reshape(self.norm(x), 0, -1, self.width))), x)
+    def forward(self, x):
+        return x + reshape_as(self.out(self.rnn(reshape(self.norm(x), 0, -1, self.width))), x)
 
 class CompactGraph(nn.Module):
     "A `Compact` network, Wiener filter included: `(b, c, time)` -> `(b, s, c, time)`."
@@ -39,7 +41,9 @@ class CompactGraph(nn.Module):
         self.stack, self.refine = network.stack, network.refine
         encoder = network.encoder
         self.split, self.attention = encoder.split, encoder.attention
-        self.time, self.band = (nn.ModuleList(map(PathGraph, paths)) for paths in (encoder.time, encoder.band))
+        self.time, self.band = (
+            nn.ModuleList(map(PathGraph, paths)) for paths in (encoder.time, encoder.band)
+        )
         self._scale(encoder.scale)
         self._heads(network.maskers)
         self.register_buffer("widths", self.cells.widths[:, None, None].clone())
@@ -94,7 +98,8 @@ def encoded(self:CompactGraph,
 ) -> torch.Tensor: # (ceil(t / stack), b, bands, width)
     "The encoder's output."
     more, planes = self.stack - 1, self.c ** 2
-    if more: x = torch.cat([x] + [x[..., -1:]] * more, -1)[..., :(x.shape[-1] + more) // self.stack * self.stack]
+    if more:
+        x = torch.cat([x] + [x[..., -1:]] * more, -1)[..., :(x.shape[-1] + more) // self.stack * self.stack]
     x = reshape(x, 0, self.k, self.n, planes, -1).permute(0, 1, 4, 3, 2)
     x = reshape(x, 0, self.k, -1, self.stack * self.n * planes)
     x = ((x - self.mean) * self.scale + self.shift) @ self.split.weight + self.split.bias
@@ -110,7 +115,8 @@ def planes(self:CompactGraph,
     x:torch.Tensor, # of `encoded`
     n_t:int, # frames
 ) -> torch.Tensor: # (b, cells, s, c + 2 * c * c, t)
-    "What the maskers say of each cell: the shares of the channels, then real and imaginary parts of matrices."
+    """What the maskers say of each cell: the shares of the channels, then real and imaginary parts of
+    matrices."""
     s, k, rows = self.s, self.k, self.c + 2 * self.c ** 2
     value, gate = self.listen(self.norm(x)).split([self.listen.out_features // 2] * 2, -1)
     y = reshape(value * gate.sigmoid(), 0, 0, 0, s, -1).permute(1, 3, 2, 4, 0)
@@ -218,7 +224,9 @@ def filtered(self:CompactGraph,
     solved = self.solved(mixture, found.transpose(2, 3) @ share, load)
     turns = zip(stems, self.turns(found[:, :, :-1]), solved.split([2, 2], 2))
     rest = self.refine * load / s
-    return [y * keep + reshape_as(turn @ solved, y) * wanted + (z * rest).unsqueeze(2) for y, turn, z in turns]
+    return [
+        y * keep + reshape_as(turn @ solved, y) * wanted + (z * rest).unsqueeze(2) for y, turn, z in turns
+    ]
 
 @patch
 def turns(self:CompactGraph,
@@ -241,7 +249,9 @@ def estimate(self:CompactGraph,
     parts, done = self.stems(real, imaginary), []
     while parts and self.refine:
         n = next((n for n in range(len(parts), 1, -1) if sum(size for _, _, size in parts[:n]) <= PART), 1)
-        joined = [[torch.cat(x, 1) if n > 1 else x[0] for x in zip(*part)] for part in list(zip(*parts[:n]))[:2]]
+        joined = [
+            [torch.cat(x, 1) if n > 1 else x[0] for x in zip(*part)] for part in list(zip(*parts[:n]))[:2]
+        ]
         parts, done = parts[n:], done + [self.filtered(*joined)]
     done += [stems for _, stems, _ in parts]
     return torch.cat([part for k in (0, 1) for part in [stems[k] for stems in done]], 1)

@@ -64,16 +64,20 @@ def playable(
         x = x if x.shape[0] <= 2 else x.mean(0, keepdim=True)
         return (x if rate == sample_rate else resample(x, sample_rate, rate)) * gain
     wide = any(x.shape[0] > 2 for stems in sets.values() for x in stems.values())
-    remarks = {f"Everything is {-20 * math.log10(gain):.1f} dB lower than it was, so that nothing clips.": gain < 1,
-               f"The sound is resampled from {sample_rate} Hz to {rate} Hz.": rate != sample_rate,
-               "More than two channels are played as one.": wide}
+    remarks = {
+        f"Everything is {-20 * math.log10(gain):.1f} dB lower than it was, so that nothing clips.": gain < 1,
+        f"The sound is resampled from {sample_rate} Hz to {rate} Hz.": rate != sample_rate,
+        "More than two channels are played as one.": wide,
+    }
     changed = {name: {stem: ready(x) for stem, x in stems.items()} for name, stems in sets.items()}
     return changed, rate, [words for words, holds in remarks.items() if holds]
 
 # %% ../../nbs/serving/desk.ipynb #15285c4e
 FLAC = dict(format="FLAC", subtype="PCM_16")
-ENCODINGS = {"flac": FLAC, "flac24": FLAC | dict(subtype="PCM_24"),
-             "mp3": dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="VARIABLE", compression_level=0.3)}
+ENCODINGS = {
+    "flac": FLAC, "flac24": FLAC | dict(subtype="PCM_24"),
+    "mp3": dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="VARIABLE", compression_level=0.3),
+}
 
 def encode(
     waveform, # (channels, time), at most two channels
@@ -116,7 +120,8 @@ def desk_data(
     remarks:list, # sentences that the page shows
 ) -> dict: # JSON can hold it
     "What the script of a page reads."
-    def stem(name, part, x): return dict(name=part, note=str((notes or {}).get(name, {}).get(part, ""))) | sound(name, part, x)
+    def stem(name, part, x):
+        return dict(name=part, note=str((notes or {}).get(name, {}).get(part, ""))) | sound(name, part, x)
     tracks = [dict(name=name, stems=[stem(name, *x) for x in stems.items()]) for name, stems in sets.items()]
     length = next(iter(next(iter(sets.values())).values())).shape[-1]
     return dict(sets=tracks, rate=sample_rate, duration=length / sample_rate, title=title, format=format,
@@ -139,7 +144,8 @@ LONG = ("The song is long, so its sound lies in this page as MP3, and is saved s
         "The command `deepdemix listen` plays and saves it without loss.")
 
 def desk_html(
-    sets:Mapping, # {set: {stem: waveform (channels, time)}}; the first is heard first; a bare waveform is an untouched song
+    # {set: {stem: waveform (channels, time)}}; the first is heard first; a bare waveform is an untouched song
+    sets:Mapping,
     sample_rate:int, # Hz
     title:str="Listening desk", # stands above, and in the names of what is saved
     notes:dict|None=None, # {set: {stem: a few words beside its name}}, such as its score
@@ -161,4 +167,5 @@ def embed(
 ) -> str: # HTML
     "A page as a frame inside another page, such as a notebook."
     style = f"width:100%;height:{height}px;border:0;border-radius:10px"
-    return f'<div><iframe title="Listening desk" srcdoc="{html.escape(page)}" style="{style}" allow="autoplay"></iframe></div>'
+    return (f'<div><iframe title="Listening desk" srcdoc="{html.escape(page)}" style="{style}"'
+            ' allow="autoplay"></iframe></div>')

@@ -11,7 +11,7 @@ import itertools
 import re
 import tempfile
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -115,7 +115,9 @@ def make(self:DeskSong,
 def _models_for(self:DeskSong, opened, models):
     "{label: Separator} for a song; empty if its stems are there already."
     if opened.stems and not opened.references:
-        self.about = "stems, played as they are" if opened.label == "stems" else f"separated with {opened.label}"
+        self.about = (
+            "stems, played as they are" if opened.label == "stems" else f"separated with {opened.label}"
+        )
         return {}
     self.step("loading the model")
     models[self.model] = as_separators({self.model: models[self.model]})[self.model]
@@ -216,7 +218,8 @@ def _song_list(self:SongQueue, open):
         about = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(line))
         chosen = " checked" if i == 0 else ""
         label = html.escape(label, quote=True)
-        return f'<label><input type="radio" name="model" value="{label}"{chosen}> <b>{label}</b> <span>{about}</span></label>'
+        return (f'<label><input type="radio" name="model" value="{label}"{chosen}> <b>{label}</b>'
+                f' <span>{about}</span></label>')
     lines = describe_models(self.models).items()
     models = "\n".join(choice(i, *line) for i, line in enumerate(lines))
     return fill(desk_text("songs.html"), models=models, open="open" if open else "")

@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import patch
 
 from ..audio import SOURCE_COLORS, SOURCES, STFT
-from ..foundations.files import UserError
-from ..foundations.loudness import SILENCE, Loudness
 from ..augmentation import Mixer, level_gain
 from ..foundations.effects import fit_length, shift
+from ..foundations.files import UserError
+from ..foundations.loudness import SILENCE, Loudness
 from ..foundations.store import Store
 from .desk import desk_html, embed
 from .songs import as_separators, open_song, score_notes
@@ -31,13 +31,22 @@ def remix(
     stretch=1.0, # new length / old length
     reference=None, # LUFS that 0 dB stands for; None: the level that a stem has in the song
 ) -> torch.Tensor: # (sources, channels, time)
-    "An excerpt as `Mixer` would mix it with these numbers: what grows longer is cut, what grows shorter ends in silence, and the sum stays below full scale."
+    """An excerpt as `Mixer` would mix it with these numbers: what grows longer is cut, what grows shorter
+    ends in silence, and the sum stays below full scale."""
     stems = torch.as_tensor(stems).float()
-    frames, levels = stems.shape[-1], [levels] * len(stems) if isinstance(levels, (int, float)) else list(levels)
-    if len(levels) != len(stems): raise UserError(f"{len(levels)} levels for {len(stems)} sources: give one number, or one for each")
-    shifted = stems if (pitch, stretch) == (0, 1) else torch.stack([shift(x, sample_rate, pitch, stretch) for x in stems])
-    shifted, level = shifted[..., :frames], ("gain", (0, 0)) if reference is None else ("lufs", reference, (0, 0))
-    gains = [level_gain(level, db, lufs) for db, lufs in zip(levels, Loudness(shifted.contiguous(), sample_rate)())]
+    frames, levels = stems.shape[-1], (
+        [levels] * len(stems) if isinstance(levels, (int, float)) else list(levels)
+    )
+    if len(levels) != len(stems):
+        raise UserError(f"{len(levels)} levels for {len(stems)} sources: give one number, or one for each")
+    shifted = (stems if (pitch, stretch) == (0, 1)
+               else torch.stack([shift(x, sample_rate, pitch, stretch) for x in stems]))
+    shifted, level = shifted[..., :frames], (
+        ("gain", (0, 0)) if reference is None else ("lufs", reference, (0, 0))
+    )
+    gains = [
+        level_gain(level, db, lufs) for db, lufs in zip(levels, Loudness(shifted.contiguous(), sample_rate)())
+    ]
     mixed = fit_length(shifted * torch.tensor(gains, dtype=torch.float32)[:, None, None], frames)
     return mixed / mixed.sum(0).abs().max().clamp(min=1.0)
 
@@ -50,7 +59,8 @@ def masks_of(
     "What share of each bin of a mixture each stem holds, all channels together."
     stft = stft or STFT(2048, 512)
     parts = stft(torch.as_tensor(stems).float()).abs().square().mean(-1).sqrt()
-    whole = parts.sum(0) if mixture is None else stft(torch.as_tensor(mixture).float()).abs().square().mean(-1).sqrt()
+    whole = (parts.sum(0) if mixture is None
+             else stft(torch.as_tensor(mixture).float()).abs().square().mean(-1).sqrt())
     return (parts / whole.clamp(min=1e-8)).clamp(max=1)
 
 # %% ../../nbs/serving/exploring.ipynb #0e3162b8
@@ -60,17 +70,22 @@ def show_masks(
     names=SOURCES, # of the sources
     seconds=None, # length of the excerpt; None: from an `STFT` of 2048/512
 ):
-    "Draw masks over seconds and kHz, one row a source, from black (nothing) to white (all); returns the figure."
+    """Draw masks over seconds and kHz, one row a source, from black (nothing) to white (all); returns the
+    figure."""
     import matplotlib.pyplot as plt
     shades = plt.get_cmap("gray", 16)
-    fig, axes = plt.subplots(len(names), len(masks), figsize=(min(4.9, 1.7 + 1.6 * len(masks)), 0.5 + 1.25 * len(names)), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(names), len(masks),
+                             figsize=(min(4.9, 1.7 + 1.6 * len(masks)), 0.5 + 1.25 * len(names)), sharex=True,
+                             sharey=True, layout="constrained", squeeze=False)
     for column, (words, found) in zip(axes.T, masks.items()):
         extent = (0, seconds or found.shape[1] * 512 / sample_rate, 0, sample_rate / 2000)
         for ax, mask, name in zip(column, found, names):
-            picture = ax.imshow(mask.T.numpy(), origin="lower", aspect="auto", cmap=shades, vmin=0, vmax=1, extent=extent, interpolation="nearest")
+            picture = ax.imshow(mask.T.numpy(), origin="lower", aspect="auto", cmap=shades, vmin=0, vmax=1,
+                                extent=extent, interpolation="nearest")
         column[0].set_title(words)
         column[-1].set_xlabel("time (s)")
-    for ax, name in zip(axes[:, 0], names): ax.set_ylabel(f"{name}\nkHz", color=SOURCE_COLORS.get(name), fontweight="bold")
+    for ax, name in zip(axes[:, 0], names):
+        ax.set_ylabel(f"{name}\nkHz", color=SOURCE_COLORS.get(name), fontweight="bold")
     fig.colorbar(picture, ax=axes, label="share of the mixture", shrink=0.8)
     return fig
 
@@ -79,16 +94,20 @@ def excerpts(
     data, # a `Store`, or whatever `open_song` takes
     sample_rate=None, # Hz, of a waveform or stems
 ):
-    "(names of the sources, Hz, [(title, samples)], function (song, first sample, samples) -> stems (sources, channels, time))."
-    if isinstance(data, Store): return data.sources, data.sample_rate, [(s.title, s.frames) for s in data.songs], data.stems
+    """(names of the sources, Hz, [(title, samples)], function (song, first sample, samples) -> stems
+    (sources, channels, time))."""
+    if isinstance(data, Store):
+        return data.sources, data.sample_rate, [(s.title, s.frames) for s in data.songs], data.stems
     song = open_song(data, sample_rate)
     stems = song.stems or {"mixture": song.mixture}
     sound = torch.stack([x.expand(song.mixture.shape[0], -1) for x in stems.values()])
-    return tuple(stems), song.sample_rate, [(song.title, song.mixture.shape[-1])], lambda _, at, n: sound[..., at:at + n]
+    return (tuple(stems), song.sample_rate, [(song.title, song.mixture.shape[-1])],
+            lambda _, at, n: sound[..., at : at + n])
 
 # %% ../../nbs/serving/exploring.ipynb #ff8da998
 class Explorer:
-    "The widgets of `explore_mix` and `explore_masks`: `box` shows them; a change of any field makes the mix and the desk anew."
+    """The widgets of `explore_mix` and `explore_masks`: `box` shows them; a change of any field makes the
+    mix and the desk anew."""
     def __init__(self,
         data, # a `Store`, or whatever `open_song` takes
         separator=None, # a `Separator` to send the mix through
@@ -99,13 +118,23 @@ class Explorer:
         import ipywidgets as w
         self.names, self.rate, self.songs, self.read = excerpts(data, sample_rate)
         if not self.songs: raise UserError("there is no song in this store")
-        self.data, self.separator, self.seconds, self.height, self.number, self.paused = data, separator, seconds, height, -1, False
+        self.data = data
+        self.separator = separator
+        self.seconds = seconds
+        self.height = height
+        self.number = -1
+        self.paused = False
         self.sources = self.mixed = self.estimates = self.page = None
         self._fields()
         self.message, self.view, self.picture = w.Label(), w.HTML(), w.HTML()
-        rows = [w.HBox(list(part), layout=w.Layout(flex_flow="row wrap")) for part in ((self.song, self.start, self.pitch, self.stretch), (self.kind, *self.levels.values(), self.draw), (self.mask, self.message))]
+        rows = [
+            w.HBox(list(part), layout=w.Layout(flex_flow="row wrap"))
+            for part in ((self.song, self.start, self.pitch, self.stretch),
+                         (self.kind, *self.levels.values(), self.draw), (self.mask, self.message))
+        ]
         self.box = w.VBox([*rows, self.picture, self.view])
-        for field in (self.song, self.start, self.pitch, self.stretch, self.kind, *self.levels.values()): field.observe(self._on_change, "value")
+        for field in (self.song, self.start, self.pitch, self.stretch, self.kind, *self.levels.values()):
+            field.observe(self._on_change, "value")
         self.draw.on_click(lambda _: self.draw_next())
         self.mask.observe(lambda _: self.draw_masks(), "value")
 
@@ -114,14 +143,22 @@ class Explorer:
 def _fields(self: Explorer):
     "The fields, each with its name before it."
     import ipywidgets as w
-    def number(words, value, low, high, step, width="190px"): return w.BoundedFloatText(value=value, min=low, max=high, step=step, description=words, style={"description_width": "initial"}, layout=w.Layout(width=width))
-    def choice(words, options, width): return w.Dropdown(options=options, description=words, style={"description_width": "initial"}, layout=w.Layout(width=width))
+    def number(words, value, low, high, step, width="190px"):
+        return w.BoundedFloatText(value=value, min=low, max=high, step=step, description=words,
+                                  style={"description_width": "initial"}, layout=w.Layout(width=width))
+    def choice(words, options, width):
+        return w.Dropdown(options=options, description=words, style={"description_width": "initial"},
+                          layout=w.Layout(width=width))
     self.song = choice("Song", [(title, k) for k, (title, _) in enumerate(self.songs)], "300px")
     self.start = number("From, in seconds", 0.0, 0.0, max(n for _, n in self.songs) / self.rate, 0.5)
-    self.pitch, self.stretch = number("Pitch, in semitones", 0.0, -12.0, 12.0, 0.5), number("Length, times", 1.0, 0.5, 2.0, 0.05)
+    self.pitch = number("Pitch, in semitones", 0.0, -12.0, 12.0, 0.5)
+    self.stretch = number("Length, times", 1.0, 0.5, 2.0, 0.05)
     self.kind = choice("Levels around", [("the song's balance", None), ("-20 LUFS", -20.0)], "250px")
-    self.levels = {name: number(f"{name.capitalize()}, in dB", 0.0, -40.0, 20.0, 1.0, "170px") for name in self.names}
-    self.draw = w.Button(description="Draw as in training", tooltip="Song, place, pitch, length and levels by chance, as Mixer draws them")
+    self.levels = {
+        name: number(f"{name.capitalize()}, in dB", 0.0, -40.0, 20.0, 1.0, "170px") for name in self.names
+    }
+    self.draw = w.Button(description="Draw as in training",
+                         tooltip="Song, place, pitch, length and levels by chance, as Mixer draws them")
     self.mask = choice("Masks of", ["all stems", *self.names], "200px")
     self.draw.layout.display = None if isinstance(self.data, Store) else "none"
     self.mask.layout.display = None if self.separator is not None else "none"
@@ -133,12 +170,15 @@ def _on_change(self: Explorer, change):
 # %% ../../nbs/serving/exploring.ipynb #443e3eec
 @patch
 def make(self: Explorer):
-    "Make the mix that the fields ask for: `sources` as they are in the song, `mixed` as they are now, and `estimates` if there is a separator."
+    """Make the mix that the fields ask for: `sources` as they are in the song, `mixed` as they are now, and
+    `estimates` if there is a separator."""
     total, frames = self.songs[self.song.value][1], round(self.seconds * self.rate)
     first = min(round(self.start.value * self.rate), max(0, total - frames))
     self.sources = self.read(self.song.value, first, min(frames, total))
-    self.mixed = remix(self.sources, self.rate, [field.value for field in self.levels.values()], self.pitch.value, self.stretch.value, self.kind.value)
-    if self.separator is not None: self.estimates = self.separator.separate(self.mixed.sum(0), self.rate, progress=False)
+    self.mixed = remix(self.sources, self.rate, [field.value for field in self.levels.values()],
+                       self.pitch.value, self.stretch.value, self.kind.value)
+    if self.separator is not None:
+        self.estimates = self.separator.separate(self.mixed.sum(0), self.rate, progress=False)
 
 # %% ../../nbs/serving/exploring.ipynb #27ae6a96
 def loudness_notes(
@@ -152,13 +192,20 @@ def loudness_notes(
 # %% ../../nbs/serving/exploring.ipynb #c0e7de4c
 @patch
 def sets(self: Explorer) -> tuple: # (sets, notes) for `desk_html`
-    "What lies on the desk: the mix and the song as it was, or what the separator makes of the mix and its true stems."
+    """What lies on the desk: the mix and the song as it was, or what the separator makes of the mix and its
+    true stems."""
     mixed, before = (dict(zip(self.names, x)) for x in (self.mixed, self.sources))
     whole = {"mixture": self.mixed.sum(0)}
-    if self.separator is None: return {"the mix": mixed, "as in the song": before, **({"the mix, as one track": whole} if len(mixed) > 1 else {})}, {"the mix": loudness_notes(mixed, self.rate), "as in the song": loudness_notes(before, self.rate)}
+    if self.separator is None:
+        return {
+            "the mix": mixed, "as in the song": before,
+            **({"the mix, as one track": whole} if len(mixed) > 1 else {}),
+        }, {"the mix": loudness_notes(mixed, self.rate), "as in the song": loudness_notes(before, self.rate)}
     label = self.separator.name
     if len(mixed) == 1: return {label: self.estimates, "mixture": whole}, {}
-    return {label: self.estimates, "true stems": mixed, "mixture": whole}, {label: score_notes(self.estimates, mixed, self.rate)}
+    return {label: self.estimates, "true stems": mixed, "mixture": whole}, {
+        label: score_notes(self.estimates, mixed, self.rate)
+    }
 
 # %% ../../nbs/serving/exploring.ipynb #a651c0f2
 @patch
@@ -178,15 +225,25 @@ def draw_masks(self: Explorer):
     "Draw the separator's masks of the mix, beside the best ones if the true stems are known."
     import matplotlib.pyplot as plt
     if self.estimates is None: return
-    found = {f"masks of {self.separator.name}": masks_of(torch.stack(list(self.estimates.values())), self.mixed.sum(0))}
+    found = {
+        f"masks of {self.separator.name}": masks_of(
+            torch.stack(list(self.estimates.values())), self.mixed.sum(0)
+        )
+    }
     names = list(self.estimates)
     if tuple(names) == self.names: found["from the true stems"] = masks_of(self.mixed)
-    if self.mask.value in names: found, names = {words: x[names.index(self.mask.value)][None] for words, x in found.items()}, [self.mask.value]
+    if self.mask.value in names:
+        found, names = {words: x[names.index(self.mask.value)][None] for words, x in found.items()}, [
+            self.mask.value
+        ]
     fig = show_masks(found, self.rate, names, self.mixed.shape[-1] / self.rate)
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=90)
     plt.close(fig)
-    self.picture.value = f'<img style="max-width:100%" alt="Masks of {html.escape(", ".join(names))} over time and frequency" src="data:image/png;base64,{b64encode(buffer.getvalue()).decode()}">'
+    self.picture.value = (
+        f'<img style="max-width:100%" alt="Masks of {html.escape(", ".join(names))} over time and frequency"'
+        f' src="data:image/png;base64,{b64encode(buffer.getvalue()).decode()}">'
+    )
 
 @patch
 def draw_next(self: Explorer):
@@ -197,7 +254,8 @@ def draw_next(self: Explorer):
     self.paused = True
     try:
         self.song.value, self.start.value = pieces[0].song, round(pieces[0].seconds, 2)
-        self.pitch.value, self.stretch.value = round(pieces[0].variant.pitch, 2), round(pieces[0].variant.stretch, 2)
+        self.pitch.value = round(pieces[0].variant.pitch, 2)
+        self.stretch.value = round(pieces[0].variant.stretch, 2)
         for field, piece in zip(self.levels.values(), pieces): field.value = round(piece.snr, 2)
     finally: self.paused = False
     self.show()

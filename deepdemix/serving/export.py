@@ -19,23 +19,26 @@ import torch
 from torch import nn
 
 from ..foundations.files import UserError, atomic_path
+from ..foundations.inference import plan_chunks, segment_of
+from ..foundations.model_names import find_model
 from ..networks.onnx_file import OnnxNetwork, open_session
 from ..separation import Separator
-from ..foundations.model_names import find_model
-from ..foundations.inference import plan_chunks, segment_of
 from .graph_layers import centred
 from .graphs import real_graph
 
 # %% ../../nbs/serving/export.ipynb #96a20c81
 class WithoutSTFT(nn.Module):
-    "What lies between a network's STFTs: its `mask` of a magnitude, or its `estimate` from a complex spectrogram."
+    """What lies between a network's STFTs: its `mask` of a magnitude, or its `estimate` from a complex
+    spectrogram."""
     names = "magnitude", "mask"
     def __init__(self, network):
         super().__init__()
         self.network = network
         found = [m for m in ("mask", "estimate") if hasattr(network, "stft") and hasattr(network, m)]
         if not found:
-            raise UserError("only networks between two STFTs can be exported: those that predict masks, or spectrograms")
+            raise UserError(
+                "only networks between two STFTs can be exported: those that predict masks, or spectrograms"
+            )
         self.method = found[0]
 
     def forward(self, x): return getattr(self.network, self.method)(x)
@@ -96,7 +99,9 @@ def describe(
     "What the metadata of a file hold."
     plan = plan_chunks(network)
     about = dict(format=1, name=name, licence=licence, sources=",".join(network.sources))
-    about |= dict(sample_rate=network.sample_rate, channels=network.channels, segment=segment_of(network) or "")
+    about |= dict(
+        sample_rate=network.sample_rate, channels=network.channels, segment=segment_of(network) or ""
+    )
     about |= dict(hop=plan["align"]) | {k: plan[k] for k in ("chunk", "overlap", "context")}
     about["parameters"] = sum(p.numel() for p in network.parameters())
     return {k: str(v) for k, v in about.items()}
@@ -107,7 +112,8 @@ def export(network, # waveform -> stems
            licence="not stated", # of the weights, for the file's metadata
            name="network", # of the model, likewise
            half=False): # ONNX: weights in half precision, for half the size
-    "Write a network; returns the path. `UserError` where it can't be, or where the result differs by more than 1e-4."
+    """Write a network; returns the path. `UserError` where it can't be, or where the result differs by more
+    than 1e-4."""
     path = Path(path)
     _refuse(network, path, half)
     network = copy.deepcopy(network).cpu().eval()
@@ -178,8 +184,11 @@ def _index_add(g, x, dim, index, source, alpha=None):
 # %% ../../nbs/serving/export.ipynb #b651a62e
 def _onnx(graph, path, about, half):
     "Write an ONNX file; the file as a function, run by onnxruntime."
-    try: import onnx, onnxruntime
-    except ImportError: raise UserError("ONNX needs two more packages: pip install 'deepdemix[export]'") from None
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        raise UserError("ONNX needs two more packages: pip install 'deepdemix[export]'") from None
     if isinstance(graph, WithoutSTFT): graph = WithoutSTFT(centred(graph.network)).eval()
     inputs, (taken, given) = graph.example(2, 50), graph.names
     names = dict(input_names=[taken], output_names=[given], dynamic_axes=graph.free_axes())

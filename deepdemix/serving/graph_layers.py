@@ -6,7 +6,8 @@
 __all__ = ['reshape', 'reshape_as', 'LSTM', 'CentredNorm', 'centred', 'RealSTFT']
 
 # %% ../../nbs/serving/graph_layers.ipynb #2317475a
-import copy, math
+import copy
+import math
 
 import torch
 from fastcore.basics import patch
@@ -86,7 +87,9 @@ class CentredNorm(nn.Module):
         scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())
         self.register_buffer("mean", norm.running_mean.clone())
         self.register_buffer("scale", scale)
-        self.register_buffer("shift", torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().clone())
+        self.register_buffer(
+            "shift", torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().clone()
+        )
 
     def forward(self, x):
         mean, scale, shift = (v.view(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.scale, self.shift))
@@ -145,7 +148,8 @@ def _outer(self:RealSTFT):
 
 @patch
 def _rows(self:RealSTFT):
-    "Where each bin is among the rows (d, c), and each row among the bins; first all real parts, then all imaginary ones."
+    """Where each bin is among the rows (d, c), and each row among the bins; first all real parts, then all
+    imaginary ones."""
     k = torch.arange(self.n_f)
     k = torch.where(k % self.p < self.c, k, self.n - k)
     rows = k // self.p * self.c + k % self.p
@@ -196,6 +200,8 @@ def inverse(self:RealSTFT,
     "The waveforms."
     y = self.back @ reshape(spectrum.index_select(1, self.bins), 0, 2 * self.q, -1)
     y = (self.waves() * self.twice * self.synthesis).transpose(1, 2) @ reshape(y, 0, self.q, 2 * self.c, -1)
-    y = reshape(y, 0, self.q, self.n // self.q, math.prod(shape), -1).split([self.hop // self.q] * self.shifts, 2)
+    y = reshape(y, 0, self.q, self.n // self.q, math.prod(shape), -1).split(
+        [self.hop // self.q] * self.shifts, 2
+    )
     y = self.overlapped(y) / self.overlapped(self.norm * torch.ones_like(spectrum[0, 0, 0]))[:, :, None]
     return reshape(y.permute(0, 3, 4, 2, 1), 0, *shape, -1)[..., :samples]

@@ -36,7 +36,9 @@ class MaskGraph(nn.Module):
         mask = self.network.predict((real * real + imaginary * imaginary).sqrt().permute(0, 3, 1, 2))
         mask = mask.permute(0, 2, 4, 3, 1)
         stems = torch.cat([mask * part.unsqueeze(2) for part in (real, imaginary)], 1)
-        return self.stft.inverse(reshape(stems, 0, 0, math.prod(self.shape), -1), waveform.shape[2], self.shape)
+        return self.stft.inverse(
+            reshape(stems, 0, 0, math.prod(self.shape), -1), waveform.shape[2], self.shape
+        )
 
 # %% ../../nbs/serving/graphs.ipynb #9a4f001b
 class TFCTDFGraph(nn.Module):
@@ -80,7 +82,9 @@ class EnsembleGraph(CompactGraph):
             raise UserError("of ensembles, only those of compact networks can be written in real numbers")
         alike = {(m.stft.extra_repr(), str(m.cells.parts), m.refine) for m in members}
         if alike != {(network.stft.extra_repr(), str(members[0].cells.parts), 0.)}:
-            raise UserError("the members of this ensemble cut the spectrum in different ways, or filter by themselves")
+            raise UserError(
+                "the members of this ensemble cut the spectrum in different ways, or filter by themselves"
+            )
         super().__init__(members[0])
         self.refine, self.others = network.refine, nn.ModuleList(CompactGraph(m) for m in members[1:])
 
@@ -106,7 +110,8 @@ GRAPHS[ConvTasNet] = WaveGraph
 def real_graph(
     network:nn.Module, # waveform (b, c, time) -> stems (b, s, c, time)
 ) -> nn.Module: # the same, without complex numbers
-    "A module that computes what a network does, in a form that ONNX can hold. `UserError` where there is none."
+    """A module that computes what a network does, in a form that ONNX can hold. `UserError` where there is
+    none."""
     for kind, graph in GRAPHS.items():
         if isinstance(network, kind): return graph(network).eval()
     raise UserError(f"a {type(network).__name__} works with complex numbers, which ONNX has not")

@@ -6,7 +6,8 @@
 __all__ = ['GATE', 'weights_digest', 'Teacher', 'loudest_second', 'LabelTake', 'song_titles', 'label_songs']
 
 # %% ../../nbs/serving/labelling.ipynb #1a2f9403
-import hashlib, math
+import hashlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,9 @@ class LabelTake(Take):
     def reader(self):
         x, spools, rate = _labelled(self)
         least, heard = loudest_second(x, rate) + self.gate, []
-        return dict.fromkeys(spools, len(x)), lambda name: _gated(self, spools.pop(name), rate, least, heard, not spools)
+        return dict.fromkeys(spools, len(x)), lambda name: _gated(
+            self, spools.pop(name), rate, least, heard, not spools
+        )
 
 # %% ../../nbs/serving/labelling.ipynb #ddde3b45
 def _labelled(take):
@@ -102,10 +105,12 @@ def _labelled(take):
     path = next(iter(take.stems.values()))[0]
     try: return take.by.label(path, take.folder)
     except (UserError, OSError): raise
-    except Exception as e: raise UserError(f"{path}: {take.teacher} fails on it ({type(e).__name__}: {str(e)[:200]})") from e
+    except Exception as e:
+        raise UserError(f"{path}: {take.teacher} fails on it ({type(e).__name__}: {str(e)[:200]})") from e
 
 def _gated(take, spool, rate, least, heard, last):
-    "A stem and its rate; silence where its loudest second is below the gate. `UserError` if no stem of the song passes."
+    """A stem and its rate; silence where its loudest second is below the gate. `UserError` if no stem of the
+    song passes."""
     with spool: x = torch.cat(list(spool), -1)
     passes = loudest_second(x, rate) >= least
     heard.append(passes)
@@ -130,19 +135,24 @@ def label_songs(
     songs, # files, and folders that are searched
     out, # folder of the store
     teacher="default", # a `Teacher`, or a model's name
-    gate:float=GATE, # dB, 0 or less: a stem whose loudest second is further below the song's counts as missing
+    # dB, 0 or less: a stem whose loudest second is further below the song's counts as missing
+    gate:float=GATE,
     sample_rate:int=SAMPLE_RATE, # Hz, of the store
     dtype:str="float32", # or "int16": half the size
     repair:bool=False, # check the digests of finished songs too
     progress:bool=True, # show a bar
 ) -> Store: # every song is for training
-    "Make a store of pseudo-stems, or go on with it. `UserError` if no song can be labelled; those that can't are in its index, as `skipped`."
+    """Make a store of pseudo-stems, or go on with it. `UserError` if no song can be labelled; those that
+    can't are in its index, as `skipped`."""
     if not -200 <= gate <= 0: raise UserError(f"gate={gate:g}: use 0 dB or less, above -200")
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     given, out = [songs] if isinstance(songs, (str, Path)) else list(songs), Path(out).expanduser()
     paths = find_songs(given, out, {*teacher.separator.sources, *SOURCES})
     more = dict(by=teacher, gate=float(gate), folder=str(out))
-    takes = [LabelTake(t, "train", dict.fromkeys(teacher.sources, (p, 0)), **more) for t, p in zip(song_titles(paths, given), paths)]
+    takes = [LabelTake(t, "train", dict.fromkeys(teacher.sources, (p, 0)), **more)
+             for t, p in zip(song_titles(paths, given), paths)]
     about = dict(name=teacher.name, digest=teacher.digest, gate=float(gate), notes=teacher.notes)
-    settings = dict(sample_rate=sample_rate, dtype=dtype, sources=teacher.sources, repair=repair, progress=progress)
+    settings = dict(
+        sample_rate=sample_rate, dtype=dtype, sources=teacher.sources, repair=repair, progress=progress
+    )
     return prepare(takes, out, skip_bad=True, workers=1, teacher=about, **settings)

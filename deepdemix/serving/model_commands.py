@@ -6,7 +6,9 @@
 __all__ = ['STEM_OPTIONS', 'separate', 'models', 'label', 'join', 'export', 'listen']
 
 # %% ../../nbs/serving/model_commands.ipynb #ee092977
-import argparse, os, re
+import argparse
+import os
+import re
 
 from ..foundations.command_line import _with_stdin
 from ..foundations.console import say
@@ -19,7 +21,8 @@ def _on_ray(
 ):
     "The cluster that the options ask for, or None."
     from deepdemix.foundations.files import UserError
-    if not args.ray and (args.address or args.workers): raise UserError("--address and --workers go with --ray")
+    if not args.ray and (args.address or args.workers):
+        raise UserError("--address and --workers go with --ray")
     if not args.ray: return None
     from deepdemix.serving.cluster import OnRay
     return OnRay(args.address, args.workers, threads, gpus)
@@ -57,12 +60,18 @@ def separate(
     if args.skip_existing and args.overwrite: raise UserError("--skip-existing and --overwrite: choose one")
     if args.listen and (args.ray or args.json): raise UserError("--listen goes without --ray and --json")
     if _on_ray(args): return _separate_on_ray(args)
-    separator = load_separator(args.model, args.backend, device=args.device, **_chosen(args, "overlap", "batch_size", "threads"))
+    separator = load_separator(
+        args.model, args.backend, device=args.device, **_chosen(args, "overlap", "batch_size", "threads")
+    )
     for line in getattr(separator.network, "notes", ()): say(line)
     _sort_words(args, separator.sources)
     options = {k: getattr(args, k) for k in (*STEM_OPTIONS, "overwrite", "skip_existing")}
     with _with_stdin(args.files) as (files, named):
-        summary = named(separator.separate_files(files, args.out, progress=not args.json, **options, **_chosen(args, "track")))
+        summary = named(
+            separator.separate_files(
+                files, args.out, progress=not args.json, **options, **_chosen(args, "track")
+            )
+        )
     status = _told(summary, args.json)
     if args.listen: _listen_to(summary, separator, args)
     return status
@@ -92,7 +101,9 @@ def _separated_songs(
     "What there is to hear."
     from deepdemix.serving.songs import SeparatedSong
     heard = [song for song in summary["songs"] if song.get("outputs")]
-    return [SeparatedSong(x["outputs"], x["input"], summary["model"], x.get("gain", 1.0), track) for x in heard]
+    return [
+        SeparatedSong(x["outputs"], x["input"], summary["model"], x.get("gain", 1.0), track) for x in heard
+    ]
 
 def _listen_to(
     summary:dict, # of `Separator.separate_files`
@@ -110,19 +121,28 @@ def _separate_on_ray(
 ):
     "Take a catalogue apart on a cluster."
     import json
-    from deepdemix.serving.catalogue import separate_catalogue
+
+    from deepdemix.foundations.devices import pick_device
     from deepdemix.foundations.files import UserError
     from deepdemix.separation import Separator
-    from deepdemix.foundations.devices import pick_device
+    from deepdemix.serving.catalogue import separate_catalogue
     if args.stems: _sort_words(args, Separator.from_pretrained(args.model, device="cpu").sources)
     if "-" in args.files: raise UserError("standard input is for one song, without --ray")
-    if args.backend != "auto": raise UserError("--backend goes without --ray: export the model, and name the file with --model")
+    if args.backend != "auto":
+        raise UserError("--backend goes without --ray: export the model, and name the file with --model")
     device = args.device if args.device != "auto" else "cpu" if args.address else pick_device("auto").type
     loading = dict(device=device, threads=args.threads or 1) | _chosen(args, "overlap", "batch_size")
     options = {k: getattr(args, k) for k in STEM_OPTIONS} | _chosen(args, "track")
-    summary = separate_catalogue(args.files, args.out, args.model, _on_ray(args, args.threads or 1, int(device == "cuda")), args.overwrite, not args.json, loading, **options)
+    summary = separate_catalogue(args.files, args.out, args.model,
+                                 _on_ray(args, args.threads or 1, int(device == "cuda")), args.overwrite,
+                                 not args.json, loading, **options)
     for line in () if args.json else summary["reasons"]: say(f"deepdemix: {line}")
-    print(json.dumps(summary, indent=1) if args.json else f"{summary['done']} songs done, {summary['skipped']} were finished before, {summary['failed']} failed: {summary['manifest']}")
+    print(
+        json.dumps(summary, indent=1)
+        if args.json
+        else (f"{summary['done']} songs done, {summary['skipped']} were finished before, {summary['failed']}"
+              f" failed: {summary['manifest']}")
+    )
     return 0 if not summary["reasons"] else 1 if summary["failed"] < summary["songs"] else 2
 
 # %% ../../nbs/serving/model_commands.ipynb #715218b9
@@ -131,14 +151,16 @@ def models(
 ):
     "List the bundled models and the networks that can be trained."
     from deepdemix.foundations.model_names import describe_pretrained
-    from deepdemix.networks.peers import PEERS
     from deepdemix.foundations.registry import NETWORKS, known_networks
+    from deepdemix.networks.peers import PEERS
     print("bundled models, for separate and evaluate:")
     for name, line in describe_pretrained().items(): print(f"  {name:12} {line}")
     print("models of other projects, for separate, evaluate and listen (pip install 'deepdemix[peers]'):")
-    for name, peer in PEERS.items(): print(f"  {name:12} {peer.what}; trained on {peer.trained_on}; {peer.licence}")
+    for name, peer in PEERS.items():
+        print(f"  {name:12} {peer.what}; trained on {peer.trained_on}; {peer.licence}")
     print("networks, for train:")
-    for name in known_networks(): print(f"  {name:12} {next(iter((NETWORKS[name].__doc__ or '').strip().splitlines()), '')}".rstrip())
+    for name in known_networks():
+        print(f"  {name:12} {next(iter((NETWORKS[name].__doc__ or '').strip().splitlines()), '')}".rstrip())
 
 def label(
     args:argparse.Namespace, # songs, model, out, gate, dtype, device, threads, repair
@@ -156,16 +178,16 @@ def join(
     args:argparse.Namespace, # runs, out, refine
 ):
     "Make one model of several runs."
-    from deepdemix.networks.ensemble import join_runs
     from deepdemix.foundations.model_names import find_model
+    from deepdemix.networks.ensemble import join_runs
     print(join_runs([find_model(run) for run in args.runs], args.out, refine=args.refine))
 
 def export(
     args:argparse.Namespace, # model, out, half
 ):
     "Write a model as one ONNX file, or without its STFT as TorchScript."
-    from deepdemix.separation import Separator
     from deepdemix.foundations.model_names import find_model
+    from deepdemix.separation import Separator
     from deepdemix.serving.export import export, licence_of
     find_model(args.model)
     separator = Separator.from_pretrained(args.model, device="cpu")

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from ..audio import SOURCES
-from ..foundations.files import UserError
-from ..foundations.waveforms import check_rate
 from ..foundations.codecs import read, read_streams
-from ..metrics import sdr
-from ..foundations.song_files import AUDIO
-from ..separation import Separator, stream_of
+from ..foundations.files import UserError
 from ..foundations.model_names import describe_pretrained, find_model, pretrained_names
+from ..foundations.song_files import AUDIO
+from ..foundations.waveforms import check_rate
+from ..metrics import sdr
 from ..networks.peers import PEERS, SIX
+from ..separation import Separator, stream_of
 from .desk import as_sets, desk_html
 
 # %% ../../nbs/serving/songs.ipynb #4995d893
@@ -61,13 +61,15 @@ class SeparatedSong:
         opened = _from_stems(self.title, as_sets({self.title: stems})[self.title], rate, False)
         opened.label = self.model
         if not Path(self.song).is_file(): return opened
-        mixture, length = read(self.song, stream=stream_of(self.song, self.track))[0] * self.gain, opened.mixture.shape[-1]
+        mixture = read(self.song, stream=stream_of(self.song, self.track))[0] * self.gain
+        length = opened.mixture.shape[-1]
         if mixture.shape[-1] >= length: opened.mixture, opened.whole = mixture[..., :length], "original"
         return opened
 
 # %% ../../nbs/serving/songs.ipynb #aa0bbbd1
 def open_song(
-    song, # a file, a folder or archive of stems, a `SeparatedSong`, a waveform, {stem: waveform}, or a musdb track
+    # a file, a folder or archive of stems, a `SeparatedSong`, a waveform, {stem: waveform}, or a musdb track
+    song,
     sample_rate:int|None=None, # Hz, of a waveform or stems
     track:int=1, # of a file: which sound track, where a video has several
     references:bool=False, # the stems of a folder or dictionary are the true ones
@@ -78,7 +80,8 @@ def open_song(
     if hasattr(song, "audio") and hasattr(song, "targets"): return _from_musdb(song)
     if sample_rate is None: raise UserError("say what the sample_rate of the waveform is, in Hz")
     rate = check_rate(sample_rate)
-    if isinstance(song, Mapping): return _from_stems("Song", as_sets({"song": song})["song"], rate, references)
+    if isinstance(song, Mapping):
+        return _from_stems("Song", as_sets({"song": song})["song"], rate, references)
     return OpenedSong("Song", as_sets({"song": song})["song"]["mixture"], rate)
 
 # %% ../../nbs/serving/songs.ipynb #36dd1664
@@ -99,10 +102,15 @@ def _from_streams(path):
     "What a MUSDB stem file holds: the mixture, then drums, bass, other and vocals."
     streams, rate = read_streams(path)
     if len(streams) != 5:
-        raise UserError(f"{path}: a stem file has 5 streams (mixture, drums, bass, other, vocals), this one has {len(streams)}")
+        raise UserError(
+            f"{path}: a stem file has 5 streams (mixture, drums, bass, other, vocals), this one has"
+            f" {len(streams)}"
+        )
     length = min(x.shape[-1] for x in streams)
     mixture, *stems = (x[..., :length] for x in streams)
-    return OpenedSong(path.name.removesuffix(".stem.mp4"), mixture, rate, dict(zip(SOURCES, stems)), True, "true stems")
+    return OpenedSong(
+        path.name.removesuffix(".stem.mp4"), mixture, rate, dict(zip(SOURCES, stems)), True, "true stems"
+    )
 
 def _from_stems(title, stems, rate, references):
     "Stems, and a mixture: their own or their sum."
@@ -117,7 +125,8 @@ def stem_files(
     folder:Path,
 ) -> dict: # {stem: its file}, with a mixture if there is one; empty if there are no stems
     "The stems that lie in a folder."
-    named = {x.stem.lower(): x for x in sorted(folder.iterdir()) if x.suffix.lower() in AUDIO and not x.name.startswith(".")}
+    named = {x.stem.lower(): x for x in sorted(folder.iterdir())
+             if x.suffix.lower() in AUDIO and not x.name.startswith(".")}
     stems = {name: x for name, x in named.items() if name in SIX or re.fullmatch(r"no_\w+", name)}
     whole = {name: x for name, x in named.items() if name == "mixture"}
     return stems | whole if stems else {}
@@ -126,7 +135,10 @@ def _from_folder(path, references=False):
     "The stems of a folder."
     found = stem_files(path)
     if not found:
-        raise UserError(f"{path}: no stems in this folder; they are called {', '.join(SOURCES)}, with .wav or another suffix")
+        raise UserError(
+            f"{path}: no stems in this folder; they are called {', '.join(SOURCES)}, with .wav or another"
+            " suffix"
+        )
     stems, rate = _read_together(path, found)
     return _from_stems(path.name, as_sets({path.name: stems})[path.name], rate, references)
 
@@ -151,13 +163,15 @@ def _from_archive(path, references=False):
             with zipfile.ZipFile(path) as archive: _unpack(archive, home)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{path} is no archive that can be opened: {error}") from error
-        if not stem_files(home): raise UserError(f"{path}: no stems in this archive; they are called {', '.join(SOURCES)}")
+        if not stem_files(home):
+            raise UserError(f"{path}: no stems in this archive; they are called {', '.join(SOURCES)}")
         return _from_folder(home, references)
 
 def _unpack(archive, home):
     "What sounds in an archive, by its plain name."
     sounds = [x for x in archive.infolist() if Path(x.filename).suffix.lower() in AUDIO]
-    if sum(x.file_size for x in sounds) > ARCHIVE_LIMIT: raise UserError(f"{archive.filename} holds more than 8 GB")
+    if sum(x.file_size for x in sounds) > ARCHIVE_LIMIT:
+        raise UserError(f"{archive.filename} holds more than 8 GB")
     for entry in sounds:
         name = Path(entry.filename.replace("\\", "/")).name
         if name.startswith("."): continue
@@ -173,7 +187,10 @@ def find_desk_songs(
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = Path(path).expanduser()
         songs = list(_songs_in(path)) if path.is_dir() else [path]
-        if not songs: raise UserError(f"{path}: no songs and no stems in this folder; stems are called {', '.join(SOURCES)}")
+        if not songs:
+            raise UserError(
+                f"{path}: no songs and no stems in this folder; stems are called {', '.join(SOURCES)}"
+            )
         found += songs
     return list(dict.fromkeys(found))
 
@@ -194,7 +211,8 @@ def as_separators(
     "Models by their labels. `UserError` for those that don't exist."
     if isinstance(models, (str, os.PathLike, Separator)): models = [models]
     if not isinstance(models, Mapping): models = {label_of(x): x for x in models}
-    return {str(label): x if isinstance(x, Separator) else Separator.from_pretrained(x) for label, x in models.items()}
+    return {str(label): x if isinstance(x, Separator) else Separator.from_pretrained(x)
+            for label, x in models.items()}
 
 def label_of(
     model, # a name, run folder or `Separator`
@@ -239,20 +257,26 @@ def score_notes(
     def fits(name): return name in references and references[name].shape == estimates[name].shape
     shared = [name for name in estimates if fits(name)]
     if not shared or estimates[shared[0]].shape[-1] < sample_rate: return {}
-    values = sdr(*(torch.stack([x[name] for name in shared]) for x in (references, estimates)), sample_rate).tolist()
-    return {name: f"SDR {value:.1f} dB" for name, value in zip(shared, values) if math.isfinite(value) and value < 100}
+    values = sdr(
+        *(torch.stack([x[name] for name in shared]) for x in (references, estimates)), sample_rate
+    ).tolist()
+    return {name: f"SDR {value:.1f} dB" for name, value in zip(shared, values)
+            if math.isfinite(value) and value < 100}
 
 # %% ../../nbs/serving/songs.ipynb #cb55081c
 def song_sets(
     song:OpenedSong,
     separators:Mapping, # {label: Separator}
-    progress=None, # called with (seconds done, seconds in all), of all models together; may return False to stop
+    # called with (seconds done, seconds in all), of all models together; may return False to stop
+    progress=None,
 ) -> tuple: # (sets, notes) for `desk_html`
-    "A set for each model, one of the true stems if there are any, and the original; stems that are no truth are played as they are."
+    """A set for each model, one of the true stems if there are any, and the original; stems that are no
+    truth are played as they are."""
     if song.stems and not song.references: return {song.label: song.stems, song.whole: song.mixture}, {}
     sets, notes, seconds = {}, {}, song.mixture.shape[-1] / song.sample_rate
     for i, (label, separator) in enumerate(separators.items()):
-        report = (lambda done, total: progress(i * seconds + done, seconds * len(separators))) if progress else False
+        report = ((lambda done, total: progress(i * seconds + done, seconds * len(separators))) if progress
+                  else False)
         sets[label] = separator.separate(song.mixture, song.sample_rate, progress=report)
         if song.stems: notes[label] = score_notes(sets[label], song.stems, song.sample_rate)
     if song.stems: sets[song.label] = song.stems
@@ -262,7 +286,8 @@ def build_desk(
     song, # whatever `open_song` takes
     separators:Mapping, # {label: Separator}
     sample_rate:int|None=None, # Hz, of a waveform or stems
-    progress=None, # called with (seconds done, seconds in all), of all models together; may return False to stop
+    # called with (seconds done, seconds in all), of all models together; may return False to stop
+    progress=None,
     title:str|None=None, # instead of the song's own
     format:str="auto", # flac, mp3 or auto
     **opening, # track and references, of `open_song`

@@ -9,16 +9,15 @@ __all__ = ['CARD', 'command', 'origins_of', 'tell', 'tell_origins', 'made_by', '
 import shutil
 from pathlib import Path
 
-from ..foundations.files import atomic_path
-from ..foundations.store import Store
 from ..data import find_musdb, open_data
-from .records import name_origins
-from .score_model import score_model
-from ..foundations.runs import WEIGHTS
+from ..foundations.files import atomic_path
 from ..foundations.model_names import describe_pretrained
-from ..foundations.runs import ORIGINS, comes_along, file_digest, load_network, save_network
 from ..foundations.recipe import Recipe, read_record
 from ..foundations.registry import build_network
+from ..foundations.runs import ORIGINS, WEIGHTS, comes_along, file_digest, load_network, save_network
+from ..foundations.store import Store
+from .records import name_origins
+from .score_model import score_model
 
 # %% ../../nbs/studies/bundling.ipynb #cfaca0a4
 def command(
@@ -29,9 +28,11 @@ def command(
 ) -> str:
     "The command that makes a run again."
     names = {field: name for field in ORIGINS if (name := record["recipe"].get(field))}
-    given = "".join(f" --{field} {name if comes_along(name) else f'{owner}{field}_RUN'.upper()}" for field, name in names.items())
+    given = "".join(f" --{field} {name if comes_along(name) else f'{owner}{field}_RUN'.upper()}"
+                    for field, name in names.items())
     devices = f" --devices {count}" if (count := record.get("processes", 1)) > 1 else ""
-    return f'deepdemix {"pretrain" if record["recipe"]["kind"] == "pretraining" else "train"} --recipe {recipe}{given} --data "$MUSDB_PATH"{devices} --out {out}'
+    return (f'deepdemix {"pretrain" if record["recipe"]["kind"] == "pretraining" else "train"} --recipe'
+            f' {recipe}{given} --data "$MUSDB_PATH"{devices} --out {out}')
 
 # %% ../../nbs/studies/bundling.ipynb #1bbf527e
 def origins_of(
@@ -39,8 +40,10 @@ def origins_of(
     beside, # the folder that the run lies in
 ) -> dict: # "encoder" or "start": a run folder, or None where it is gone
     "The runs that a run began with, but for weights of the package."
-    named = {field: Path(name) for field in ORIGINS if (name := record["recipe"].get(field)) and not comes_along(name)}
-    found = {field: [there for there in (path, Path(beside) / path.name) if (there / "recipe.json").is_file()] for field, path in named.items()}
+    named = {field: Path(name) for field in ORIGINS
+             if (name := record["recipe"].get(field)) and not comes_along(name)}
+    found = {field: [there for there in (path, Path(beside) / path.name) if (there / "recipe.json").is_file()]
+             for field, path in named.items()}
     return {field: next(iter(there), None) for field, there in found.items()}
 
 # %% ../../nbs/studies/bundling.ipynb #3ed24451
@@ -52,8 +55,11 @@ def tell(
     out:str, # how the commands call its folder
 ) -> str: # Markdown
     "Keep the recipe of a run; its line in a card, and those of what it began with."
-    origins, recipe, words = origins_of(record, beside), Path(folder) / f"{name}.json", "'s ".join(name.replace("member", "member ").split("_"))
-    line = f'\n- its {words}: `{command(record, recipe, out, f"{name}_")}`, {record["epoch"]} epochs, {record["examples"]:,} examples, {record["hours"]:.1f} hours'
+    origins = origins_of(record, beside)
+    recipe = Path(folder) / f"{name}.json"
+    words = "'s ".join(name.replace("member", "member ").split("_"))
+    line = (f'\n- its {words}: `{command(record, recipe, out, f"{name}_")}`, {record["epoch"]} epochs,'
+            f' {record["examples"]:,} examples, {record["hours"]:.1f} hours')
     name_origins(record["recipe"])
     Recipe.from_dict(record["recipe"]).save(recipe)
     return line + tell_origins(origins, folder, f"{name}_")
@@ -64,7 +70,11 @@ def tell_origins(
     owner:str="", # what their names begin with, such as "start_"
 ) -> str: # Markdown
     "The lines of all that a run began with."
-    lines = (f"\n- its {field}: gone when this was written" if run is None else tell(read_record(run), run.parent, folder, owner + field, f"{owner}{field}_RUN".upper()) for field, run in origins.items())
+    lines = (
+        (f"\n- its {field}: gone when this was written" if run is None
+         else tell(read_record(run), run.parent, folder, owner + field, f"{owner}{field}_RUN".upper()))
+        for field, run in origins.items()
+    )
     return "".join(lines)
 
 # %% ../../nbs/studies/bundling.ipynb #33e8f359
@@ -75,14 +85,26 @@ def made_by(
     network_args:dict|None=None, # what `bundle` was given
 ) -> str: # Markdown
     "How long it took, and the commands that make the weights again."
-    run, record, changed = Path(run), read_record(run), f", network_args={network_args}" if network_args else ""
-    last = f"""`python -c "from deepdemix.studies.bundling import bundle; bundle('RUN', '{name}'{changed})"`"""
+    run, record, changed = (Path(run), read_record(run),
+                            f", network_args={network_args}" if network_args else "")
+    last = (
+        f"""`python -c "from deepdemix.studies.bundling import bundle; bundle('RUN', '{name}'{changed})"`"""
+    )
     if members := record.get("members"):
-        lines = "".join(tell(member, run.parent, folder, f"member{k}", f"RUN{k}") for k, member in enumerate(members, 1))
+        lines = "".join(
+            tell(member, run.parent, folder, f"member{k}", f"RUN{k}") for k, member in enumerate(members, 1)
+        )
         runs = " ".join(f"RUN{k}" for k in range(1, len(members) + 1))
-        return f'{lines}\n- made by: `deepdemix join {runs} --refine {record["network"][1]["refine"]:g} --out RUN`, then {last}'
-    trained = f'best of {record["epoch"]} epochs on the validation songs (epoch {record["best"]["epoch"]}), {record["examples"]:,} examples seen, {record["hours"]:.1f} hours'
-    return f'; {trained}\n- made by: `{command(record, f"deepdemix/weights/{name}/recipe.json", "RUN")}`, then {last}{tell_origins(origins_of(record, run.parent), folder)}'
+        return (
+            f'{lines}\n- made by: `deepdemix join {runs} --refine {record["network"][1]["refine"]:g} --out'
+            f' RUN`, then {last}'
+        )
+    trained = (f'best of {record["epoch"]} epochs on the validation songs (epoch {record["best"]["epoch"]}),'
+               f' {record["examples"]:,} examples seen, {record["hours"]:.1f} hours')
+    return (
+        f'; {trained}\n- made by: `{command(record, f"deepdemix/weights/{name}/recipe.json", "RUN")}`, then'
+        f' {last}{tell_origins(origins_of(record, run.parent), folder)}'
+    )
 
 # %% ../../nbs/studies/bundling.ipynb #d27bcfaa
 CARD = """# {name}
@@ -113,8 +135,10 @@ def card(
 ) -> str: # Markdown
     "The model card of a run."
     record, weights = read_record(run), Path(folder) / "model.safetensors"
-    return CARD.format(name=name, sentence=sentence, network=record["recipe"]["network"], parameters=record["parameters"], megabytes=weights.stat().st_size / 1e6,
-                       digest=file_digest(weights), tables=tables, made=made_by(run, name, results, network_args))
+    return CARD.format(name=name, sentence=sentence, network=record["recipe"]["network"],
+                       parameters=record["parameters"], megabytes=weights.stat().st_size / 1e6,
+                       digest=file_digest(weights), tables=tables,
+                       made=made_by(run, name, results, network_args))
 
 # %% ../../nbs/studies/bundling.ipynb #801308d1
 def halve(
@@ -157,7 +181,9 @@ def bundle(
     network_args:dict|None=None, # settings of the network that differ from those in training
 ) -> Path: # the folder of the bundled weights
     "Turn a run into bundled weights: half precision, scores on validation and test songs, a model card."
-    store, folder, kept = data if isinstance(data, Store) else open_data(data or find_musdb()), Path(root or WEIGHTS) / name, Path(results, name)
+    store = data if isinstance(data, Store) else open_data(data or find_musdb())
+    folder = Path(root or WEIGHTS) / name
+    kept = Path(results, name)
     sentence = sentence or describe_pretrained().get(name, "")
     kept.mkdir(parents=True, exist_ok=True)
     halve(run, folder, network_args or {})

@@ -21,22 +21,22 @@ import numpy as np
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from ..foundations.files import UserError, atomic_path
-from ..networks.conv_tasnet import SMALL
-from ..foundations.store import Store
-from ..scoring.tables import OVERALL
-from ..scoring.oracles import PLAIN, REFERENCES
-from ..scoring.scores import Scores, with_interval
-from ..scoring.verdicts import compare
 from ..evaluation import evaluate, reference_rows
-from .records import publish_run
+from ..foundations.files import UserError, atomic_path
+from ..foundations.profiles import recipe_for
 from ..foundations.recipe import Recipe, kept_settings, read_record
 from ..foundations.registry import build_network
+from ..foundations.run_metrics import read_metrics
+from ..foundations.runs import load_network, trained_on
+from ..foundations.store import Store
+from ..networks.conv_tasnet import SMALL
+from ..scoring.oracles import PLAIN, REFERENCES
+from ..scoring.scores import Scores, with_interval
+from ..scoring.tables import OVERALL
+from ..scoring.verdicts import compare
+from .records import publish_run
 from ..tasks import build_task
 from ..training import fit
-from ..foundations.runs import load_network, trained_on
-from ..foundations.run_metrics import read_metrics
-from ..foundations.profiles import recipe_for
 
 # %% ../../nbs/studies/contest.ipynb #471ac145
 @dataclass(frozen=True)
@@ -50,18 +50,25 @@ class Entry:
     @property
     def folder(self) -> str: return self.name.lower().replace(" ", "-")
 
-ENTRIES = (Entry("Open-Unmix", "open_unmix", dict(hidden=200, shared=True), dict(loss="mse_magnitude", lr=1e-3)),
-           Entry("Hybrid Demucs", "hybrid_demucs", dict(width=11), dict(loss="l1_waveform", lr=3e-4)),
-           Entry("Conv-TasNet", "conv_tasnet", SMALL, dict(loss="l1_waveform", lr=1e-3)),
-           Entry("Compact", "compact", {}, dict(loss="l1_cells", lr=2e-3)))
+ENTRIES = (
+    Entry("Open-Unmix", "open_unmix", dict(hidden=200, shared=True), dict(loss="mse_magnitude", lr=1e-3)),
+    Entry("Hybrid Demucs", "hybrid_demucs", dict(width=11), dict(loss="l1_waveform", lr=3e-4)),
+    Entry("Conv-TasNet", "conv_tasnet", SMALL, dict(loss="l1_waveform", lr=1e-3)),
+    Entry("Compact", "compact", {}, dict(loss="l1_cells", lr=2e-3)),
+)
 MOST_PARAMETERS = 5_000_000
 STARTS = {"scratch": "", "pretrained": " (pt)"}
 
 # %% ../../nbs/studies/contest.ipynb #4c95f792
-SHARED = dict(batch_size=8, valid_examples=8, precision="bf16-mixed", save_minutes=2.0, grad_clip=1.0, lr_schedule="warmup_cosine")
-COMMON = dict(epochs=10, validation="songs", ema=0.998,
-              mixer=dict(duration=3.0, coherent=0.3, level=["gain", [-6, 6]], pitch=[-2, 2], stretch=[0.88, 1.12], shift="tied", refresh=4000, swap=0.5, flip=0.5, gate=-60.0))
-CONTRAST = dict(epochs=5, kind="pretraining", loss="supcon", lr=3e-4, task_args=dict(per_class=4), mixer=dict(duration=3.0))
+SHARED = dict(batch_size=8, valid_examples=8, precision="bf16-mixed", save_minutes=2.0, grad_clip=1.0,
+              lr_schedule="warmup_cosine")
+COMMON = dict(
+    epochs=10, validation="songs", ema=0.998,
+    mixer=dict(duration=3.0, coherent=0.3, level=["gain", [-6, 6]], pitch=[-2, 2], stretch=[0.88, 1.12],
+               shift="tied", refresh=4000, swap=0.5, flip=0.5, gate=-60.0),
+)
+CONTRAST = dict(epochs=5, kind="pretraining", loss="supcon", lr=3e-4, task_args=dict(per_class=4),
+                mixer=dict(duration=3.0))
 SHARE = 0.2
 
 def part_recipes(
@@ -71,7 +78,8 @@ def part_recipes(
 ) -> dict: # "encoder" and "separator": `Recipe`
     "The two things that can be trained, without a budget."
     shared = dict(SHARED, network_args=entry.args, seed=seed)
-    recipes = dict(encoder=Recipe.from_dict({"network": entry.network, **shared, **CONTRAST}), separator=recipe_for(entry.network, "laptop", **{**shared, **COMMON, **entry.settings}))
+    recipes = dict(encoder=Recipe.from_dict({"network": entry.network, **shared, **CONTRAST}),
+                   separator=recipe_for(entry.network, "laptop", **{**shared, **COMMON, **entry.settings}))
     return {part: recipe.override(settings or {}) for part, recipe in recipes.items()}
 
 # %% ../../nbs/studies/contest.ipynb #75f80ba8
@@ -84,7 +92,8 @@ def step_seconds(
 ) -> list: # seconds
     "Times of `STEPS` steps from one to the next, mixing and all, after the `FIRST` ones."
     import torch
-    short = replace(recipe, epochs=1, examples_per_epoch=(FIRST + STEPS + 1) * recipe.batch_size, validation="mixes", ema=0., encoder=None)
+    short = replace(recipe, epochs=1, examples_per_epoch=(FIRST + STEPS + 1) * recipe.batch_size,
+                    validation="mixes", ema=0.0, encoder=None)
     task, marks, threads = build_task(short, store), [], torch.get_num_threads()
     loss = task.training_loss
     def timed(batch):
@@ -94,7 +103,8 @@ def step_seconds(
     task.training_loss = timed
     torch.set_num_threads(cores)
     try:
-        with tempfile.TemporaryDirectory() as tmp: fit(short, store, Path(tmp) / "run", task=task, progress=False)
+        with tempfile.TemporaryDirectory() as tmp:
+            fit(short, store, Path(tmp) / "run", task=task, progress=False)
     finally: torch.set_num_threads(threads)
     return list(np.diff(marks)[FIRST:])
 
@@ -109,11 +119,15 @@ def paces(
     "Measure everybody in turns, once; what paces.json holds is not measured again."
     path = Path(out) / "paces.json"
     if not path.exists():
-        parts = [(e.name, part, recipe) for e in entries for part, recipe in part_recipes(e, 0, settings).items()]
+        parts = [
+            (e.name, part, recipe) for e in entries for part, recipe in part_recipes(e, 0, settings).items()
+        ]
         taken = {e.name: dict(encoder=[], separator=[]) for e in entries}
         for _ in range(TURNS):
             for name, part, recipe in parts: taken[name][part] += step_seconds(recipe, store, cores)
-        found = {name: {part: float(np.median(t)) for part, t in both.items()} for name, both in taken.items()}
+        found = {
+            name: {part: float(np.median(t)) for part, t in both.items()} for name, both in taken.items()
+        }
         with atomic_path(path) as part: Path(part).write_text(json.dumps(found, indent=1) + "\n")
     return json.loads(path.read_text())
 
@@ -127,12 +141,19 @@ def contest_recipes(
     pace:dict, # seconds of a step of its "encoder" and its "separator"
     settings:dict|None=None, # further recipe fields for all
 ) -> dict: # "encoder" (if pretrained) and "separator": `Recipe`
-    "One budget, with `SHARE` of it for the encoder where there is one to pretrain. Raises `UserError` for an unknown start."
+    """One budget, with `SHARE` of it for the encoder where there is one to pretrain. Raises `UserError` for
+    an unknown start."""
     if start not in STARTS: raise UserError(f"no start is called '{start}'; known: {', '.join(STARTS)}")
-    shares, recipes = {"encoder": SHARE, "separator": 1 - SHARE} if start == "pretrained" else {"separator": 1.}, part_recipes(entry, seed)
-    if "encoder" in shares: recipes["separator"] = replace(recipes["separator"], encoder=str(Path(root) / "encoder"))
-    steps = {part: max(1, round(60 * minutes * share / pace[part] / recipes[part].epochs)) for part, share in shares.items()}
-    return {part: replace(recipes[part], examples_per_epoch=n * recipes[part].batch_size).override(settings or {}) for part, n in steps.items()}
+    shares = {"encoder": SHARE, "separator": 1 - SHARE} if start == "pretrained" else {"separator": 1.}
+    recipes = part_recipes(entry, seed)
+    if "encoder" in shares:
+        recipes["separator"] = replace(recipes["separator"], encoder=str(Path(root) / "encoder"))
+    steps = {part: max(1, round(60 * minutes * share / pace[part] / recipes[part].epochs))
+             for part, share in shares.items()}
+    return {
+        part: replace(recipes[part], examples_per_epoch=n * recipes[part].batch_size).override(settings or {})
+        for part, n in steps.items()
+    }
 
 # %% ../../nbs/studies/contest.ipynb #6de55748
 def _over(run:Path) -> bool:
@@ -153,10 +174,12 @@ def train_entry(
 ) -> Path: # the separator's run folder
     "Spend one budget. Raises `UserError` for a network that is too large."
     count = sum(p.numel() for p in build_network(entry.network, **entry.args).parameters())
-    if count > MOST_PARAMETERS: raise UserError(f"{entry.name} has {count:,} weights; at most {MOST_PARAMETERS:,} take part")
+    if count > MOST_PARAMETERS:
+        raise UserError(f"{entry.name} has {count:,} weights; at most {MOST_PARAMETERS:,} take part")
     root = Path(out) / entry.folder / start / f"seed{seed}"
     for name, recipe in sorted(contest_recipes(entry, start, minutes, seed, root, pace, settings).items()):
-        if not _over(root / name): fit(recipe, store, root / name, resume=True, logger=logger, progress=progress)
+        if not _over(root / name):
+            fit(recipe, store, root / name, resume=True, logger=logger, progress=progress)
     return root / "separator"
 
 # %% ../../nbs/studies/contest.ipynb #8b9dc557
@@ -180,8 +203,10 @@ def _take_turn(
             if (name, seed) in _scored(out): return False
             run = train_entry(store, out, entry, start, seed, **budget)
             about = dict(notes=trained_on(run, "Each model"))
-            found = evaluate(load_network(run), store.split("test"), "stereo", name=name, seed=seed, references=False, window=10., info=about)
-            with FileLock(out / ".lock"): (Scores.load(out / "scores.json") + found).save(out / "scores.json", digits=4)
+            found = evaluate(load_network(run), store.split("test"), "stereo", name=name, seed=seed,
+                             references=False, window=10.0, info=about)
+            with FileLock(out / ".lock"):
+                (Scores.load(out / "scores.json") + found).save(out / "scores.json", digits=4)
     except Timeout: return False
     return True
 
@@ -193,7 +218,10 @@ def _same_contest(path:Path, about:dict):
         old = json.loads(path.read_text())
         old["settings"] = kept_settings(old.get("settings", {}))
         other = [k for k in about if k != "seeds" and old.get(k) != about[k]]
-        if other: raise UserError(f"{path.parent} holds another contest (other {', '.join(other)}): choose another folder")
+        if other:
+            raise UserError(
+                f"{path.parent} holds another contest (other {', '.join(other)}): choose another folder"
+            )
     with atomic_path(path) as part: Path(part).write_text(json.dumps(about, indent=1))
 
 # %% ../../nbs/studies/contest.ipynb #861b345a
@@ -209,18 +237,29 @@ def run_contest(
     progress:bool=True, # show the training
     logger:str="csv", # "tensorboard" writes event files besides
 ): # a `Contest`
-    "Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a budget of nothing."
-    if minutes <= 0 or cores < 1 or seeds < 1: raise UserError(f"minutes={minutes:g}, cores={cores}, seeds={seeds}: a contest needs time, a core and 1 seed or more")
+    """Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a
+    budget of nothing."""
+    if minutes <= 0 or cores < 1 or seeds < 1:
+        raise UserError(
+            f"minutes={minutes:g}, cores={cores}, seeds={seeds}: a contest needs time, a core and 1 seed or"
+            " more"
+        )
     out, songs = Path(out), store.split("test")
     out.mkdir(parents=True, exist_ok=True)
-    about = dict(minutes=minutes, cores=cores, seeds=seeds, starts=list(starts), data=store.digest, entries=[[e.name, e.network, e.args, e.settings] for e in entries], settings=settings or {})
+    about = dict(minutes=minutes, cores=cores, seeds=seeds, starts=list(starts), data=store.digest,
+                 entries=[[e.name, e.network, e.args, e.settings] for e in entries], settings=settings or {})
     with FileLock(out / ".lock"):
         _same_contest(out / "contest.json", about)
         pace = paces(store, out, entries, cores, settings)
-        if not (out / "scores.json").exists(): reference_rows(songs, "stereo", rows=PLAIN).save(out / "scores.json", digits=4)
+        if not (out / "scores.json").exists():
+            reference_rows(songs, "stereo", rows=PLAIN).save(out / "scores.json", digits=4)
     turns = [(entry, start, seed) for seed in range(seeds) for entry in entries for start in starts]
     while left := [t for t in turns if (t[0].name + STARTS[t[1]], t[2]) not in _scored(out)]:
-        taken = [_take_turn(store, out, *t, minutes=minutes, pace=pace[t[0].name], settings=settings, progress=progress, logger=logger) for t in left]
+        taken = [
+            _take_turn(store, out, *t, minutes=minutes, pace=pace[t[0].name], settings=settings,
+                       progress=progress, logger=logger)
+            for t in left
+        ]
         if not any(taken): time.sleep(5)
     return Contest(out)
 
@@ -247,8 +286,12 @@ def footprint(
 ) -> dict: # parameters, real_time_factor, memory_gib; empty where there is no /proc
     "Measure a network with random weights, on Linux."
     if not Path("/proc/self/status").exists(): return {}
-    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps([network, args, seconds])], capture_output=True, text=True)
-    if done.returncode: raise UserError(f"{network} could not be measured: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps([network, args, seconds])], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"{network} could not be measured:"
+                        f" {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     return json.loads(done.stdout)
 
 # %% ../../nbs/studies/contest.ipynb #870b3630
@@ -265,12 +308,20 @@ class Contest:
     def table(self,
         metrics=("SDR",), # columns
     ): # a `Table`
-        "Everybody's scores on the test songs, in the order of the entries, with intervals over seeds and songs, and the reference rows."
+        """Everybody's scores on the test songs, in the order of the entries, with intervals over seeds and
+        songs, and the reference rows."""
         trained, rows = [e.name + words for e in self.entries for words in STARTS.values()], self.scores.rows
         runs = rows.query("model in @trained").groupby("model").seed.nunique()
         seeds = " to ".join(str(n) for n in sorted({runs.min(), runs.max()})) if len(runs) else "none yet"
-        rows = rows.sort_values("model", key=lambda names: names.map({name: k for k, name in enumerate([*trained, *REFERENCES])}), kind="stable")
-        return Scores(rows, self.scores.info, self.scores.failed).table(metrics, caption=f"{self.about['minutes']:g} min on {self.about['cores']} core{'s' * (self.about['cores'] > 1)} each, seeds: {seeds}")
+        rows = rows.sort_values(
+            "model", key=lambda names: names.map({name: k for k, name in enumerate([*trained, *REFERENCES])}),
+            kind="stable",
+        )
+        return Scores(rows, self.scores.info, self.scores.failed).table(
+            metrics,
+            caption=(f"{self.about['minutes']:g} min on {self.about['cores']}"
+                     f" core{'s' * (self.about['cores'] > 1)} each, seeds: {seeds}"),
+        )
 
 # %% ../../nbs/studies/contest.ipynb #54fdfe53
 @patch
@@ -297,16 +348,26 @@ def costs(self:Contest): # a data frame: a row for each network
 def summary(self:Contest,
     metric:str="SDR", # which
 ): # a data frame of texts; a dash where a run is missing
-    "Scores from scratch and pretrained, with 95 % intervals, the paired change from one to the other, and what a network costs."
+    """Scores from scratch and pretrained, with 95 % intervals, the paired change from one to the other, and
+    what a network costs."""
     import pandas as pd
     numbers = self.scores.summary([metric], intervals=True)[metric].droplevel("split")
-    scores = {name: with_interval(*numbers.loc[name, [OVERALL, "low", "high"]]) for name in self.scores.models}
-    changes, costs = {v.a: with_interval(v.difference, v.low, v.high) for v in self.verdicts(metric)}, self.costs()
+    scores = {
+        name: with_interval(*numbers.loc[name, [OVERALL, "low", "high"]]) for name in self.scores.models
+    }
+    changes = {v.a: with_interval(v.difference, v.low, v.high) for v in self.verdicts(metric)}
+    costs = self.costs()
     seeds = self.scores.rows.groupby("model").seed.nunique()
-    rows = {e.name: {"from scratch": scores.get(e.name, "–"), "pretrained": scores.get(e.name + " (pt)", "–"), "change": changes.get(e.name, "–"),
-                     "runs": " + ".join(str(seeds.get(e.name + words, 0)) for words in STARTS.values())} for e in self.entries}
+    rows = {
+        e.name: {"from scratch": scores.get(e.name, "–"),
+                 "pretrained": scores.get(e.name + " (pt)", "–"), "change": changes.get(e.name, "–"),
+                 "runs": " + ".join(str(seeds.get(e.name + words, 0)) for words in STARTS.values())}
+        for e in self.entries
+    }
     table = pd.DataFrame(rows).T
-    for name, words, form in ("parameters", "weights", lambda n: f"{n / 1e6:.2f} M"), ("real_time_factor", "RTF", "{:.3f}".format), ("memory_gib", "GiB", "{:.2f}".format):
+    for name, words, form in (("parameters", "weights", lambda n: f"{n / 1e6:.2f} M"),
+                              ("real_time_factor", "RTF", "{:.3f}".format),
+                              ("memory_gib", "GiB", "{:.2f}".format)):
         if name in costs: table[words] = costs[name].map(form)
     return table
 
@@ -319,16 +380,22 @@ def runs(self:Contest): # a data frame: a row for each run
     for path in sorted(self.out.glob("*/*/seed*/separator/recipe.json")):
         network, start, seed = path.parts[-5:-2]
         record = read_record(path.parent)
-        rows.append(dict(entry=network, start=start, seed=int(seed.removeprefix("seed")), steps=record["step"], examples=record["examples"], minutes=round(60 * record["hours"], 1),
-                         valid_sdr=record.get("best", {}).get("valid_sdr")))
-    return pd.DataFrame(rows, columns=["entry", "start", "seed", "steps", "examples", "minutes", "valid_sdr"]).set_index(["entry", "start", "seed"])
+        rows.append(
+            dict(entry=network, start=start, seed=int(seed.removeprefix("seed")), steps=record["step"],
+                 examples=record["examples"], minutes=round(60 * record["hours"], 1),
+                 valid_sdr=record.get("best", {}).get("valid_sdr"))
+        )
+    return pd.DataFrame(
+        rows, columns=["entry", "start", "seed", "steps", "examples", "minutes", "valid_sdr"]
+    ).set_index(["entry", "start", "seed"])
 
 # %% ../../nbs/studies/contest.ipynb #802e194a
 @patch
 def plot_training(self:Contest,
     ax=None, # of matplotlib
 ):
-    "The validation SDR of every separator over its share of the budget: a colour for each network, dashes once pretrained."
+    """The validation SDR of every separator over its share of the budget: a colour for each network, dashes
+    once pretrained."""
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.9, 4.4), dpi=80, layout="constrained")[1]
     for colour, entry in enumerate(self.entries):
@@ -337,8 +404,11 @@ def plot_training(self:Contest,
             for k, path in enumerate(runs):
                 found, spent = read_metrics(path.parent), SHARE if start == "pretrained" else 0.
                 share = spent + (1 - spent) * found.epoch / read_record(path.parent)["recipe"]["epochs"]
-                ax.plot(share, found.valid_sdr, f"C{colour}{'--' if words else '-'}", lw=1.3, label=entry.name + words if not k else None)
-    ax.set_xlabel("share of the budget"); ax.set_ylabel("SDR on the validation songs (dB)"); ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9, frameon=False)
+                ax.plot(share, found.valid_sdr, f"C{colour}{'--' if words else '-'}", lw=1.3,
+                        label=entry.name + words if not k else None)
+    ax.set_xlabel("share of the budget")
+    ax.set_ylabel("SDR on the validation songs (dB)")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9, frameon=False)
     return ax
 
 # %% ../../nbs/studies/contest.ipynb #6e682089
@@ -346,14 +416,19 @@ def plot_training(self:Contest,
 def publish(self:Contest,
     results, # folder for the small files
 ) -> Path: # the same
-    "Copy what is over of a contest, without its weights; `digests.json` holds their SHA-256. A copy can be gone on with, and published again."
+    """Copy what is over of a contest, without its weights; `digests.json` holds their SHA-256. A copy can be
+    gone on with, and published again."""
     results = Path(results)
-    digests = json.loads((self.out / "digests.json").read_text()) if (self.out / "digests.json").exists() else {}
-    for run in (r for s in sorted(self.out.glob("*/*/seed*/separator")) if _over(s) for r in sorted(s.parent.iterdir())):
+    digests = (
+        json.loads((self.out / "digests.json").read_text()) if (self.out / "digests.json").exists() else {}
+    )
+    for run in (r for s in sorted(self.out.glob("*/*/seed*/separator")) if _over(s)
+                for r in sorted(s.parent.iterdir())):
         name = run.relative_to(self.out).as_posix()
         if name in digests: shutil.copytree(run, results / name, dirs_exist_ok=True)
         else: digests[name] = publish_run(run, results / name, self.out)
     for file in ("contest.json", "paces.json", "scores.json", "costs.json"):
         if (self.out / file).exists(): shutil.copy(self.out / file, results / file)
-    with atomic_path(results / "digests.json") as part: Path(part).write_text(json.dumps(digests, indent=1) + "\n")
+    with atomic_path(results / "digests.json") as part:
+        Path(part).write_text(json.dumps(digests, indent=1) + "\n")
     return results

@@ -7,7 +7,10 @@ __all__ = ['RANDOM_TWINS', 'DEMO_SONGS', 'excerpt_path', 'separate_and_score', '
            'caution', 'run_demo']
 
 # %% ../../nbs/studies/demo.ipynb #9bcd0cbb
-import importlib.util, json, shutil, time
+import importlib.util
+import json
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +35,8 @@ from ..separation import Separator
 def excerpt_path() -> Path: # a .stem.mp4 of five streams: mixture, drums, bass, other, vocals
     "The real song inside the stempeg package; found without importing it, since its import needs ffmpeg."
     spec = importlib.util.find_spec("stempeg")
-    if spec is None: raise UserError("the demo's real song comes with the package stempeg: pip install stempeg")
+    if spec is None:
+        raise UserError("the demo's real song comes with the package stempeg: pip install stempeg")
     return next(Path(spec.submodule_search_locations[0]).glob("data/*.stem.mp4"))
 
 def separate_and_score(
@@ -46,8 +50,12 @@ def separate_and_score(
     estimates = torch.stack([read(done["outputs"][name])[0] for name in SOURCES]) / done["gain"]
     length = min(truth.shape[-1], estimates.shape[-1])
     pair = truth[..., :length], estimates[..., :length]
-    scores = {name: dict(zip(SOURCES, f(*pair).tolist())) for name, f in {"SDR": sdr, "SI-SDR": si_sdr}.items()}
-    return {k: done[k] for k in ("folder", "duration", "seconds", "real_time_factor")} | {"song": song.stem, "scores": scores}
+    scores = {
+        name: dict(zip(SOURCES, f(*pair).tolist())) for name, f in {"SDR": sdr, "SI-SDR": si_sdr}.items()
+    }
+    return {k: done[k] for k in ("folder", "duration", "seconds", "real_time_factor")} | {
+        "song": song.stem, "scores": scores,
+    }
 
 # %% ../../nbs/studies/demo.ipynb #8e2ab94c
 def demo_songs(
@@ -70,8 +78,12 @@ def songs_text(
     "The scores of separated songs as a table."
     lines = [f"{'':34}" + "".join(f"{name:>9}" for name in SOURCES)]
     for song in songs:
-        lines.append(f"{song['song']}: {song['duration']:.0f} s in {song['seconds']:.0f} s (real-time factor {song['real_time_factor']:.2f})")
-        for metric, values in song["scores"].items(): lines.append(f"{'  ' + metric + ' (dB)':34}" + "".join(f"{values[name]:9.2f}" for name in SOURCES))
+        lines.append(f"{song['song']}: {song['duration']:.0f} s in {song['seconds']:.0f} s (real-time factor"
+                     f" {song['real_time_factor']:.2f})")
+        for metric, values in song["scores"].items():
+            lines.append(
+                f"{'  ' + metric + ' (dB)':34}" + "".join(f"{values[name]:9.2f}" for name in SOURCES)
+            )
     return "\n".join(lines)
 
 # %% ../../nbs/studies/demo.ipynb #482244c0
@@ -86,7 +98,11 @@ class Promise:
     @property
     def kept(self) -> bool: return self.found >= self.needed
 
-    def __str__(self): return f"{'ok' if self.kept else 'NOT REACHED'}: {self.what}: {self.found:+.1f} {self.unit} (at least {self.needed:+.1f})"
+    def __str__(self):
+        return (
+            f"{'ok' if self.kept else 'NOT REACHED'}: {self.what}: {self.found:+.1f} {self.unit} (at least"
+            f" {self.needed:+.1f})"
+        )
 
 RANDOM_TWINS = 5
 
@@ -95,12 +111,19 @@ def promises(
     store:Store, # its songs
 ) -> list: # of `Promise`
     "What the demo promises: a baseline that separates, an encoder that knows instruments."
-    gain = experiment.scores.overall("SNR", "Baseline", "test") - experiment.scores.overall("SNR", "mixture / 4", "test")
+    gain = experiment.scores.overall("SNR", "Baseline", "test") - experiment.scores.overall(
+        "SNR", "mixture / 4", "test"
+    )
     encoder = load_network(experiment.runs()[experiment.seeds[0], "encoder"])
     knn = probe(encoder, store.split("train"), store.split("test"), randoms=RANDOM_TWINS).knn
     learnt, random = knn["encoder"], knn["random encoder"]
-    return [Promise("SNR of the baseline above mixture / 4", gain, 1., "dB"),
-            Promise(f"nearest neighbours know the instrument in {learnt:.0%} of excerpts, with {RANDOM_TWINS} random encoders in {random:.0%} on average", 100 * (learnt - random), 20., "points")]
+    return [
+        Promise("SNR of the baseline above mixture / 4", gain, 1.0, "dB"),
+        Promise(
+            f"nearest neighbours know the instrument in {learnt:.0%} of excerpts, with {RANDOM_TWINS} random"
+            f" encoders in {random:.0%} on average", 100 * (learnt - random), 20.0, "points",
+        ),
+    ]
 
 # %% ../../nbs/studies/demo.ipynb #caution01
 def caution(
@@ -111,7 +134,8 @@ def caution(
     found = {name: scores.overall("SNR", name, "test") for name in ("DDM", "DDM (pt)")}
     below = [name for name, value in found.items() if value < quarter]
     numbers = ", ".join(f"{name} {value:.2f} dB" for name, value in found.items())
-    weak = f" {' and '.join(below)} stay{'s' * (len(below) < 2)} below the mixture turned down to a quarter, without any network." if below else ""
+    weak = (f" {' and '.join(below)} stay{'s' * (len(below) < 2)} below the mixture turned down to a quarter,"
+            " without any network." if below else "")
     return (f"What the change above says about real songs: nothing. It comes from one short run on a synthetic band "
             f"(SNR: {numbers}; mixture / 4 {quarter:.2f} dB).{weak}\n"
             "For real songs see the page \"Does pretraining help?\" (nbs/pages/pretraining_helps.ipynb).")
@@ -123,7 +147,8 @@ def run_demo(
     out="demo", # a folder, made if it isn't there
     seed:int=0, # of songs and runs
 ) -> int: # 0, or 1 if a promise was not kept
-    "The first run, offline: train on the toy band, print Table 1, separate two songs; leaves stems, tables and plots in `out`."
+    """The first run, offline: train on the toy band, print Table 1, separate two songs; leaves stems, tables
+    and plots in `out`."""
     out, began = Path(out), time.monotonic()
     say = lambda line: print(f"[{time.monotonic() - began:4.0f} s] {line}", flush=True)
     say(f"{DEMO_SONGS} songs of the toy band")
@@ -132,8 +157,11 @@ def run_demo(
     experiment = run_experiment(store, out / "experiment", profile="demo")
     say("separating a real excerpt and a toy song with the bundled weights")
     songs, kept = demo_songs(out, seed), promises(experiment, store)
-    print("", experiment.text(), "", songs_text(songs), "", *kept, "", caution(experiment.scores), "", sep="\n")
+    print(
+        "", experiment.text(), "", songs_text(songs), "", *kept, "", caution(experiment.scores), "", sep="\n"
+    )
     with atomic_path(out / "songs.json") as part: Path(part).write_text(json.dumps(songs, indent=1))
-    for name in ("table.txt", "table.json", "table.png", "loss_curve.png"): shutil.copyfile(experiment.out / name, out / name)
+    for name in ("table.txt", "table.json", "table.png", "loss_curve.png"):
+        shutil.copyfile(experiment.out / name, out / name)
     say(f"stems, table (txt, json, png) and loss curve (png) are in {out.resolve()}")
     return int(not all(promise.kept for promise in kept))

@@ -10,13 +10,13 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from ..evaluation import evaluate, reference_rows
 from ..foundations.files import UserError
+from ..scoring.estimates import Estimates, plain_title
 from ..scoring.scores import Scores
 from ..scoring.verdicts import compare
-from ..evaluation import evaluate, reference_rows
-from .score_model import score_model
-from ..scoring.estimates import Estimates, plain_title
 from ..separation import Separator
+from .score_model import score_model
 
 # %% ../../nbs/studies/field.ipynb #af54dfd4
 def named(
@@ -33,7 +33,11 @@ def row_names(
     "One name a row. `UserError` where two are the same."
     names = [name or Path(place).name or place for name, place in entries]
     twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice: raise UserError(f"two rows would be called {twice[0]!r}: say NAME={dict(zip(names, entries))[twice[0]][1]} for one of them")
+    if twice:
+        raise UserError(
+            f"two rows would be called {twice[0]!r}: say NAME={dict(zip(names, entries))[twice[0]][1]} for"
+            " one of them"
+        )
     return names
 
 # %% ../../nbs/studies/field.ipynb #81b52891

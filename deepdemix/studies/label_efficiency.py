@@ -26,7 +26,10 @@ def song_subset(
     "A nested subset: the first `songs` of the training songs in an order that the seed draws."
     titles = [s.title for s in store.split("train").songs]
     if songs > len(titles): raise UserError(f"there are {len(titles)} training songs, fewer than {songs}")
-    chosen = {titles[k] for k in torch.randperm(len(titles), generator=torch.Generator().manual_seed(seed))[:songs].tolist()}
+    chosen = {
+        titles[k]
+        for k in torch.randperm(len(titles), generator=torch.Generator().manual_seed(seed))[:songs].tolist()
+    }
     return store.select([i for i, s in enumerate(store.songs) if s.split != "train" or s.title in chosen])
 
 # %% ../../nbs/studies/label_efficiency.ipynb #688419dc
@@ -40,14 +43,19 @@ def label_efficiency(
     progress:bool=True, # show progress
     logger:str="csv", # "tensorboard" writes event files besides
 ): # a data frame: songs, start, seed, and test SNR and SDR
-    "Train and score DDM on nested sets of songs; writes curve.csv, curve.png and about.json. Interrupted, it goes on where it stopped."
-    if seeds < 1 or min(songs, default=0) < 2: raise UserError(f"seeds={seeds} and songs={list(songs)}: use 1 seed or more, and 2 songs or more")
+    """Train and score DDM on nested sets of songs; writes curve.csv, curve.png and about.json. Interrupted,
+    it goes on where it stopped."""
+    if seeds < 1 or min(songs, default=0) < 2:
+        raise UserError(f"seeds={seeds} and songs={list(songs)}: use 1 seed or more, and 2 songs or more")
     rows, out = [], Path(out)
     everything = len(store.split("train"))
     for seed in range(seeds):
         for count in sorted({min(n, everything) for n in songs}):
             rows += _label_point(store, out, profile, seed, count, settings, progress, logger)
-    _write_about(out, dict(profile=profile, seeds=seeds, songs=sorted(songs), settings=settings or {}, data=store.digest))
+    _write_about(
+        out,
+        dict(profile=profile, seeds=seeds, songs=sorted(songs), settings=settings or {}, data=store.digest),
+    )
     return _save_curve(rows, out)
 
 # %% ../../nbs/studies/label_efficiency.ipynb #38bef6d4
@@ -66,17 +74,23 @@ def _label_point(
     "Train and score the three starts on one set of songs."
     few, rows = song_subset(store, count, seed), []
     whole = len(few) == len(store) # then "same songs" and "all songs" are one training
-    encoders = {"few": (store, out / "all") if whole else (few, out / f"songs{count}"), "all": (store, out / "all")}
-    for songs, folder in encoders.values(): train_steps(songs, folder, (find_step("encoder"),), profile, seed, settings, progress, logger)
+    encoders = {"few": (store, out / "all") if whole else (few, out / f"songs{count}"),
+                "all": (store, out / "all")}
+    for songs, folder in encoders.values():
+        train_steps(songs, folder, (find_step("encoder"),), profile, seed, settings, progress, logger)
     for start, (label, which) in STARTS.items():
         if whole and start == "all songs":
             rows.append({**rows[-1], "start": start})
             continue
         step = Step("ddm_" + start.replace(" ", "_"), "ddm", f"{label}, {start}, {count} songs")
         encoder = {"encoder": str(encoders[which][1] / f"seed{seed}" / "encoder")} if which else {}
-        train_steps(few, out / f"songs{count}", (step,), profile, seed, {**(settings or {}), **encoder}, progress, logger)
+        train_steps(few, out / f"songs{count}", (step,), profile, seed, {**(settings or {}), **encoder},
+                    progress, logger)
         scores = score_steps(few, out / f"songs{count}", (step,), seed, ("test",), progress)
-        rows.append(dict(songs=count, start=start, seed=seed, **{m: scores.only(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")}))
+        rows.append(
+            dict(songs=count, start=start, seed=seed,
+                 **{m: scores.only(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")})
+        )
     return rows
 
 # %% ../../nbs/studies/label_efficiency.ipynb #dce36fd6
@@ -86,9 +100,11 @@ def plot_efficiency(
     ax=None, # matplotlib axes
 ): # the axes
     "A line for each start: the mean over seeds, with its 95 % interval, on a logarithmic axis of songs."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     ax = ax or plt.subplots(figsize=(4.9, 3.2), dpi=90, layout="constrained")[1]
-    sns.lineplot(table, x="songs", y=metric, hue="start", style="start", markers=True, dashes=False, errorbar=("ci", 95), seed=0, palette="colorblind", ax=ax)
+    sns.lineplot(table, x="songs", y=metric, hue="start", style="start", markers=True, dashes=False,
+                 errorbar=("ci", 95), seed=0, palette="colorblind", ax=ax)
     counts = sorted(table.songs.unique())
     ax.set_xscale("log")
     ax.set(xlabel="training songs", ylabel=f"{metric} on test songs (dB)", xticks=counts, xticklabels=counts)
@@ -99,9 +115,13 @@ def _write_about(
     out:Path, # folder of the curve
     about:dict, # how it was called
 ):
-    "Keep how a curve was made: the call, the hours of all trainings together, and the digest of every run's weights."
+    """Keep how a curve was made: the call, the hours of all trainings together, and the digest of every
+    run's weights."""
     runs = sorted(p.parent for p in out.glob("*/seed*/*/recipe.json"))
-    about |= dict(hours=round(sum(read_record(run)["hours"] for run in runs), 3), digests={run.relative_to(out).as_posix(): file_digest(run / "model.safetensors") for run in runs})
+    about |= dict(
+        hours=round(sum(read_record(run)["hours"] for run in runs), 3),
+        digests={run.relative_to(out).as_posix(): file_digest(run / "model.safetensors") for run in runs},
+    )
     with atomic_path(out / "about.json") as part: Path(part).write_text(json.dumps(about, indent=1) + "\n")
 
 def _save_curve(
@@ -109,9 +129,11 @@ def _save_curve(
     out:Path, # folder of the curve
 ): # a data frame
     "Write the curve as a table and a picture."
-    import matplotlib.pyplot as plt, pandas as pd
+    import matplotlib.pyplot as plt
+    import pandas as pd
     table = pd.DataFrame(rows)
     table.to_csv(out / "curve.csv", index=False)
     fig = plot_efficiency(table).figure
-    fig.savefig(out / "curve.png"); plt.close(fig)
+    fig.savefig(out / "curve.png")
+    plt.close(fig)
     return table

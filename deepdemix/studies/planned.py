@@ -8,7 +8,13 @@ __all__ = ['PARTS', 'SEALED', 'FEW', 'checkpoint_epochs', 'keep_checkpoints', 's
            'run_study', 'describe_run', 'read_test', 'few_songs', 'rehearse', 'study_table', 'make_parser', 'main']
 
 # %% ../../nbs/studies/planned.ipynb #8eaa5653
-import argparse, gzip, json, subprocess, sys, tempfile, time
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,7 +156,8 @@ def score_run(
     network, name = load_network(folder), run.label if epoch is None else f"{run.label} @ {epoch}"
     if epoch is not None:
         load_into(network, read_weights(folder / f"epoch{epoch}.safetensors"), f"epoch {epoch} of {folder}")
-    return evaluate(network, songs, name=name, seed=seed, references=False, **{"channels": "mono"} | plan.scoring, **kwargs)
+    return evaluate(network, songs, name=name, seed=seed, references=False,
+                    **{"channels": "mono"} | plan.scoring, **kwargs)
 
 def seal_run(
     plan:Plan, # of the study

@@ -6,7 +6,8 @@
 __all__ = ['name_origins', 'publish_run', 'publish']
 
 # %% ../../nbs/studies/records.ipynb #2a3c9131
-import json, shutil
+import json
+import shutil
 from pathlib import Path
 
 from ..experiment import Experiment
@@ -24,7 +25,9 @@ def name_origins(
         run = recipe.get(field)
         if not run or comes_along(run): continue
         there = Path(run).resolve()
-        recipe[field] = there.relative_to(root).as_posix() if root and there.is_relative_to(root) else there.name
+        recipe[field] = (
+            there.relative_to(root).as_posix() if root and there.is_relative_to(root) else there.name
+        )
 
 # %% ../../nbs/studies/records.ipynb #8da347b9
 def publish_run(
@@ -37,7 +40,8 @@ def publish_run(
     there.mkdir(parents=True, exist_ok=True)
     record = read_record(run)
     name_origins(record["recipe"], root)
-    with atomic_path(there / "recipe.json") as part: Path(part).write_text(json.dumps(record, indent=1) + "\n")
+    with atomic_path(there / "recipe.json") as part:
+        Path(part).write_text(json.dumps(record, indent=1) + "\n")
     if (run / "metrics.csv").exists(): shutil.copy(run / "metrics.csv", there / "metrics.csv")
     return file_digest(run / "model.safetensors") if (run / "model.safetensors").exists() else None
 
@@ -48,12 +52,15 @@ def publish(
 ) -> Path: # the same
     "Copy an experiment without its weights; `digests.json` holds their SHA-256, by seed and run."
     experiment, results = Experiment(out), Path(results)
-    digests = json.loads((results / "digests.json").read_text()) if (results / "digests.json").exists() else {}
+    digests = (
+        json.loads((results / "digests.json").read_text()) if (results / "digests.json").exists() else {}
+    )
     for (seed, name), run in experiment.runs().items():
         digest = publish_run(run, results / f"seed{seed}" / name, experiment.out)
         if digest: digests[f"seed{seed}/{name}"] = digest
     for file in ("experiment.json", "table.txt", "table.json", "embedding.png", "songs.jpg"):
         if (experiment.out / file).exists(): shutil.copy(experiment.out / file, results / file)
     experiment.scores.save(results / "scores.json", digits=4)
-    with atomic_path(results / "digests.json") as part: Path(part).write_text(json.dumps(digests, indent=1) + "\n")
+    with atomic_path(results / "digests.json") as part:
+        Path(part).write_text(json.dumps(digests, indent=1) + "\n")
     return results

@@ -7,11 +7,9 @@ __all__ = ['DATA', 'MIX', 'STEREO', 'SHARED', 'RECIPES', 'BUDGETS', 'WEIGHTS', '
            'examples', 'beside_runs', 'first_runs', 'dense_plan', 'budget_plan', 'steps_plan']
 
 # %% ../../nbs/studies/regimes.ipynb #bbbdb99c
-from dataclasses import replace
-
-from .plan import Plan, Run
-from ..foundations.recipe import Recipe
 from ..foundations.profiles import recipe_for
+from ..foundations.recipe import Recipe
+from .plan import Plan, Run
 
 # %% ../../nbs/studies/regimes.ipynb #9127fb60
 DATA = "418e6fc5689e1ef3418c8447c151018e892fd059203909f22200c8f4fedfe648"

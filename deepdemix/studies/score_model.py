@@ -27,6 +27,9 @@ def score_model(
     network, name = separator.network, name or separator.name
     channels = channels or ("mono" if separator.channels == 1 else "stereo")
     learned = trained_on(separator.origin.parent, name) if separator.origin else []
-    separator.stft, separator.notes = getattr(network, "stft", None), [*(getattr(network, "notes", None) or ()), *learned]
+    separator.stft = getattr(network, "stft", None)
+    separator.notes = [*(getattr(network, "notes", None) or ()), *learned]
     record = {"model": name, "weights": file_digest(separator.origin) if separator.origin else None}
-    return evaluate(separator, store, channels=channels, name=name, references=references, info=record, progress=progress)
+    return evaluate(
+        separator, store, channels=channels, name=name, references=references, info=record, progress=progress
+    )

@@ -17,28 +17,38 @@ from ..pretraining import pretrain
 from ..tasks import build_task
 
 # %% ../../nbs/studies/ways.ipynb #084be3d5
-SMALL_BATCHES = dict(batch_size=3, examples_per_epoch=450, epochs=15, lr=3e-4, lr_schedule="warmup_cosine", grad_clip=1.)
+SMALL_BATCHES = dict(
+    batch_size=3, examples_per_epoch=450, epochs=15, lr=3e-4, lr_schedule="warmup_cosine", grad_clip=1.0
+)
 STUDY = {
-    "triplet":      dict(loss="triplet", batch_size=3, examples_per_epoch=150, epochs=40),
+    "triplet": dict(loss="triplet", batch_size=3, examples_per_epoch=150, epochs=40),
     "triplet-small-steps": dict(loss="triplet", **SMALL_BATCHES | dict(examples_per_epoch=150, epochs=40)),
-    "SupCon":       dict(loss="supcon", per_class=2, **SMALL_BATCHES),
-    "mixture-stem": dict(loss="supcon", positives="mixture_stem", per_class=1, **SMALL_BATCHES | dict(temperature=0.5, lr=1e-4))}
+    "SupCon": dict(loss="supcon", per_class=2, **SMALL_BATCHES),
+    "mixture-stem": dict(
+        loss="supcon", positives="mixture_stem", per_class=1, **SMALL_BATCHES | dict(temperature=0.5, lr=1e-4)
+    ),
+}
 
 def study(
     store, # a `Store` with a train and a valid split
     out, # folder of the runs; what is finished there is not trained again
-    ways:dict=STUDY, # name: arguments of `pretrain`; `store` among them, to learn from other songs or from more
+    # name: arguments of `pretrain`; `store` among them, to learn from other songs or from more
+    ways:dict=STUDY,
     profile:str="laptop", # sizes
     per_song:int=4, # places in each song, for the probe
     progress:bool=True, # show the training
     **settings, # arguments of `pretrain` for all ways
 ): # a data frame, kept as study.json besides
-    "Pretrain an encoder in each way, count its steps and excerpts, and probe all, as they are at the end, on the validation songs."
+    """Pretrain an encoder in each way, count its steps and excerpts, and probe all, as they are at the end,
+    on the validation songs."""
     ways = {name: {"store": store, **way, **settings} for name, way in ways.items()}
-    runs = {name: pretrain(out=Path(out) / name, profile=profile, resume=True, progress=progress, **way) for name, way in ways.items()}
-    table = probe({name: load_network(run, last=True) for name, run in runs.items()}, store.split("train"), store.split("valid"), per_song)
+    runs = {name: pretrain(out=Path(out) / name, profile=profile, resume=True, progress=progress, **way)
+            for name, way in ways.items()}
+    table = probe({name: load_network(run, last=True) for name, run in runs.items()}, store.split("train"),
+                  store.split("valid"), per_song)
     for name, run in runs.items():
         steps, task = read_record(run)["step"], build_task(Recipe.load(run), open_stores(ways[name]["store"]))
         table.loc[name, ["steps", "excerpts"]] = steps, steps * len(task.train_batch(0)[1])
-    with atomic_path(Path(out) / "study.json") as part: table.to_json(part, indent=1, orient="index", double_precision=4)
+    with atomic_path(Path(out) / "study.json") as part:
+        table.to_json(part, indent=1, orient="index", double_precision=4)
     return table

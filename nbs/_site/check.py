@@ -1,8 +1,11 @@
-"""Nothing may change when the notebooks are exported, cleaned and turned into the README: `python nbs/_site/check.py`
+"""Nothing may change when the notebooks are exported, cleaned and turned into the README: `python
+nbs/_site/check.py`
 
 Exit status 1, with the list of files, where something does.
 """
-import hashlib, subprocess, sys
+import hashlib
+import subprocess
+import sys
 
 from listing import modules, notebooks, root
 

@@ -1,21 +1,27 @@
-"""The picture of the listening desk on the first page, from the desk itself: `python nbs/_site/desk_picture.py`
+"""The picture of the listening desk on the first page, from the desk itself: `python
+nbs/_site/desk_picture.py`
 
-Twelve seconds of the toy band, taken apart by the bundled default, in a headless Chromium; it needs Playwright.
+Twelve seconds of the toy band, taken apart by the bundled default, in a headless Chromium; it needs
+Playwright.
 """
-import io, shutil, tempfile
+import io
+import shutil
+import tempfile
 from pathlib import Path
 
+from listing import root
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from deepdemix.foundations.toy_band import toy_song
 from deepdemix.listening import desk_html
 from deepdemix.separation import Separator
-from listing import root
 
 WIDTH, SHAPE, SCALE, COLORS = 1120, 1.6, 1.5, 128
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]
 
 
 def page() -> str:
@@ -31,7 +37,9 @@ def picture(page: str) -> bytes:
         path = Path(folder) / "desk.html"
         path.write_text(page, encoding="utf-8")
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        tab = browser.new_page(viewport=dict(width=WIDTH, height=900), device_scale_factor=SCALE, color_scheme="light")
+        tab = browser.new_page(
+            viewport=dict(width=WIDTH, height=900), device_scale_factor=SCALE, color_scheme="light"
+        )
         tab.goto(path.as_uri())
         tab.wait_for_selector("#play:enabled")
         tab.evaluate("desk.region(3, 6); desk.go(4.2)")

@@ -5,7 +5,8 @@ root = Path(__file__).resolve().parents[2]
 
 
 def below(folder: Path, *kinds: str) -> list[Path]:
-    "All files of some kinds (`.ipynb`, `.md`, …) in a folder and the folders in it, sorted; what begins with a dot or an underscore is passed over, as nbdev does."
+    """All files of some kinds (`.ipynb`, `.md`, …) in a folder and the folders in it, sorted; what begins
+    with a dot or an underscore is passed over, as nbdev does."""
     hidden = lambda path: any(part.startswith((".", "_")) for part in path.relative_to(folder).parts[:-1])
     return sorted(p for p in folder.rglob("*") if p.suffix in kinds and p.is_file() and not hidden(p))
 

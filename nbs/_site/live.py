@@ -1,9 +1,18 @@
-"""What the page "Try it" needs beside its own script, into a folder of the site: `python nbs/_site/live.py FOLDER`
+"""What the page "Try it" needs beside its own script, into a folder of the site: `python nbs/_site/live.py
+FOLDER`
 
-onnxruntime-web comes from npm, at one version; the model, two short songs and the listening desk come from the package.
-Where npm or the packages for ONNX are missing the page says how it would be built, and the rest of the site stands.
+onnxruntime-web comes from npm, at one version; the model, two short songs and the listening desk come from
+the package.
+Where npm or the packages for ONNX are missing the page says how it would be built, and the rest of the site
+stands.
 """
-import base64, hashlib, json, shutil, subprocess, sys, tarfile
+import base64
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
@@ -29,9 +38,13 @@ def package(cache: Path) -> Path:
     if not path.is_file() or digest(path.read_bytes()) != INTEGRITY:
         npm = shutil.which("npm")
         if not npm: raise Missing("npm is missing")
-        done = subprocess.run([npm, "pack", f"onnxruntime-web@{VERSION}", "--silent"], cwd=cache, capture_output=True, text=True)
-        if done.returncode or not path.is_file(): raise Missing(f"npm could not fetch onnxruntime-web {VERSION}")
-    if digest(path.read_bytes()) != INTEGRITY: raise Missing(f"onnxruntime-web {VERSION} is not the archive that was tested")
+        done = subprocess.run(
+            [npm, "pack", f"onnxruntime-web@{VERSION}", "--silent"], cwd=cache, capture_output=True, text=True
+        )
+        if done.returncode or not path.is_file():
+            raise Missing(f"npm could not fetch onnxruntime-web {VERSION}")
+    if digest(path.read_bytes()) != INTEGRITY:
+        raise Missing(f"onnxruntime-web {VERSION} is not the archive that was tested")
     return path
 
 
@@ -47,9 +60,11 @@ def runtime(out: Path, cache: Path) -> None:
 def model(out: Path) -> dict:
     "The bundled default in half precision; what its metadata say."
     import onnx
+
     from deepdemix.separation import Separator
     from deepdemix.serving.export import export, licence_of
-    path = export(Separator.from_pretrained("default", device="cpu").network, out / "default.onnx", licence_of("default"), "default", half=True)
+    path = export(Separator.from_pretrained("default", device="cpu").network, out / "default.onnx",
+                  licence_of("default"), "default", half=True)
     return {p.key: p.value for p in onnx.load(path).metadata_props}
 
 
@@ -67,9 +82,13 @@ def desk(out: Path) -> dict:
     "The listening desk without its sound; the colours of the stems."
     from deepdemix.audio import SOURCE_COLORS
     from deepdemix.serving.desk import POLICY, SCRIPTS, desk_text, fill
-    parts = dict(policy=POLICY, style=desk_text("desk.css"), script=desk_text(*(f"{name}.js" for name in SCRIPTS)))
+    parts = dict(
+        policy=POLICY, style=desk_text("desk.css"), script=desk_text(*(f"{name}.js" for name in SCRIPTS))
+    )
     page = fill(desk_text("desk.html"), **parts, songs="", keys="", song="", more="")
-    page = page.replace("<script type", "<script>window.given = window.parent.given</script>\n<script type", 1)
+    page = page.replace(
+        "<script type", "<script>window.given = window.parent.given</script>\n<script type", 1
+    )
     (out / "desk.html.txt").write_text(page, encoding="utf-8")
     return SOURCE_COLORS
 
@@ -79,7 +98,9 @@ def make(out: Path, cache: Path = root / "nbs/_site/build/npm") -> str:
     out.mkdir(parents=True, exist_ok=True)
     about = dict(ready=False, missing="")
     try:
-        try: import onnx, onnxruntime
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
         except ImportError as error: raise Missing(f"the package {error.name} is missing") from error
         runtime(out, cache)
         about |= dict(model=model(out), colors=desk(out), version=VERSION, ready=True)

@@ -1,4 +1,5 @@
-"""A Sphinx extension: formulas become MathML while the site is built, so that a page needs no script and no font from elsewhere."""
+"""A Sphinx extension: formulas become MathML while the site is built, so that a page needs no script and no
+font from elsewhere."""
 from html import escape
 
 from docutils.nodes import SkipNode
@@ -10,7 +11,8 @@ log = logging.getLogger(__name__)
 
 
 def mathml(node, **kwargs) -> str:
-    "A formula as MathML; one that cannot be read is a warning that names its page, and stands as it was written."
+    """A formula as MathML; one that cannot be read is a warning that names its page, and stands as it was
+    written."""
     try: return tex2mathml(node.astext(), **kwargs)
     except MathError as e:
         log.warning("a formula cannot be read: %s in %s", e, node.astext().strip(), location=node)
