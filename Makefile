@@ -10,7 +10,7 @@ OUT   ?= demo
 PART  ?= patch
 BENCH ?= data evaluation separation
 
-.PHONY: help demo test test-all check bench soak docs test-browser notebooks readme bump setup clean
+.PHONY: help demo lint test test-all check bench soak docs test-browser notebooks readme bump setup clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,12 +43,15 @@ demo: $(VENV)/.package ## the first run: train, print Table 1, separate two song
 check: $(VENV)/.nussl ## the notebooks are clean, and package and README follow from them
 	@$(BIN)/python nbs/_site/check.py
 
+lint: $(VENV)/.dev ## layout, unused names and order of imports, in notebooks, tests and scripts
+	@$(BIN)/ruff check --quiet
+
 test test-all: export OMP_NUM_THREADS := 1
-test: check ## what CI runs: notebooks, then tests
+test: check lint ## what CI runs: notebooks, then tests
 	@$(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/python -m pytest tests -q -n 2 --dist worksteal -m "not browser" -p no:cacheprovider
 
-test-all: check ## the slow tests too
+test-all: check lint ## the slow tests too
 	@$(BIN)/nbdev_test --n_workers 2 --flags slow
 	@$(BIN)/python -m pytest tests -q -n 2 --dist worksteal --all -m "not browser"
 
