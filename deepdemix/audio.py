@@ -195,8 +195,17 @@ def inverse(self: STFT, spectrogram, length=None):
     most = (n_t - 1) * self.hop_length + self.window_length - 2 * self.edge
     length = most if length is None else length
     if length > most: raise UserError(f"{n_t} frames give at most {most} samples, not {length}")
-    x = torch.fft.irfft(spectrogram.movedim(-1, -3), n=self.window_length)
-    x = _overlap_sum(x * self.window.to(x.dtype), self.hop_length)[..., self.edge:self.edge + length]
+    x = spectrogram.movedim(-1, -3)
+    if torch.is_grad_enabled() or x.dim() < 4 or not x.numel(): return self._overlapped(x, length)
+    parts = [self._overlapped(part, length) for part in x.reshape(-1, *x.shape[-3:])]
+    return torch.stack(parts).reshape(*x.shape[:-2], length)
+
+@patch
+def _overlapped(self: STFT, spectrogram, length):
+    "Complex (…, n_t, n_f) to (…, length)."
+    n_t = spectrogram.shape[-2]
+    x = torch.fft.irfft(spectrogram, n=self.window_length) * self.window.to(spectrogram.real.dtype)
+    x = _overlap_sum(x, self.hop_length)[..., self.edge:self.edge + length]
     return x / (self._norm(n_t, x.dtype)[self.edge:self.edge + length] * self.scale)
 
 # %% ../nbs/00_audio.ipynb #157c9d4a
