@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from .audio import overlap_add
+from .contrast.folding import SameConv2d
 from .foundations.files import UserError
 from .foundations.registry import register_network
 from .foundations.runs import load_encoder
 from .foundations.waveforms import to_channels
 from .networks.protocol import MaskNetwork
-from .pretraining import DeepDeMixEncoder, SameConv2d
+from .pretraining import DeepDeMixEncoder
 
 # %% ../nbs/06_deepdemix.ipynb #358e5408
 class Decoder(nn.Module):

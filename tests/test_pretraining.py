@@ -85,7 +85,7 @@ def test_the_paper_size_runs():
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(1, 20))
 @settings(max_examples=25, deadline=None)
 def test_same_padding_is_torchs(kt, kf, channels, out):
-    from deepdemix.pretraining import SameConv2d
+    from deepdemix.contrast.folding import SameConv2d
     torch.manual_seed(kt * 10 + kf)
     conv, x = SameConv2d(channels, out, (kt, kf)), torch.randn(2, channels, 11, 10)
     with warnings.catch_warnings():
