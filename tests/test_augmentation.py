@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from deepdemix.augmentation import BalancedBatches, Blocks, Mixer, Triplets
+from deepdemix.augmentation import BalancedBatches, Mixer, Triplets
 from deepdemix.foundations.augmentation_cache import Bank
+from deepdemix.foundations.blocks import Blocks
 from deepdemix.foundations.effects import shift
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.loudness import Loudness

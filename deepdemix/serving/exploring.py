@@ -14,10 +14,11 @@ import torch
 from fastcore.basics import patch
 
 from ..audio import SOURCE_COLORS, SOURCES, STFT
-from ..augmentation import Mixer, level_gain
+from ..augmentation import Mixer
 from ..foundations.effects import fit_length, shift
 from ..foundations.files import UserError
 from ..foundations.loudness import SILENCE, Loudness
+from ..foundations.pieces import level_gain
 from ..foundations.store import Store
 from .desk import desk_html, embed
 from .songs import as_separators, open_song, score_notes
