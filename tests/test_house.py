@@ -15,7 +15,7 @@ STORY = """foundations networks.protocol networks.layers data augmentation metri
 BELOW_AUDIO = "files console waveforms encoding containers decoding codecs".split()
 LIMIT = 500 # lines a module
 # rooms that outgrew it when their lines were broken, and wait to be split
-LONG = {"cli": 640, "separation": 513}
+LONG = {}
 
 
 def name_of(path): return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

@@ -217,8 +217,8 @@ def test_time_that_is_over_begins_nothing(study, store):
 
 
 def test_the_workstation_has_the_steps_of_the_author():
-    from deepdemix.cli import PROFILE_NAMES
     from deepdemix.foundations.profiles import PROFILES, recipe_for
+    from deepdemix.serving.training_commands import PROFILE_NAMES
     for name in ("ddm", "pretraining"):
         here, small, author = (recipe_for(name, profile) for profile in ("workstation", "laptop", "author"))
         assert (here.steps == author.steps and here.network_args == small.network_args

@@ -32,8 +32,8 @@ from ..foundations.files import UserError, atomic_path
 from ..foundations.model_names import find_model, pretrained_names
 from ..foundations.runs import file_digest
 from ..foundations.song_files import find_songs, folder_name
-from ..foundations.stem_folders import sweep
-from ..separation import Separator, _checked, output_weights
+from ..foundations.stem_folders import _checked, sweep
+from ..separation import Separator, output_weights
 
 # %% ../../nbs/serving/catalogue.ipynb #bbf9c5a7
 LISTS = {".txt", ".lst", ".m3u", ".m3u8"}
