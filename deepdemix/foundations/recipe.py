@@ -179,7 +179,8 @@ def _yaml_line(
 @patch
 def to_yaml(self:Recipe) -> str: # with a line break at its end
     "The settings as YAML, with a comment on every field."
-    about, lines = docments(Recipe), []
+    about = {name: " ".join(text.split()) for name, text in docments(Recipe).items() if text}
+    lines = []
     for name, value in self.to_dict().items():
         nested = value if isinstance(value, dict) else {}
         lines.append(_yaml_line(f"{name}:" if nested else f"{name}: {json.dumps(value)}", about[name]))
