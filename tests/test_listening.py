@@ -20,12 +20,12 @@ from deepdemix.audio import SOURCE_COLORS, SOURCES
 from deepdemix.foundations.encoding import write
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.toy_band import toy_song
-from deepdemix.listening import DeskServer, desk_html, embed, open_song, serve
+from deepdemix.listening import DeskServer, desk_html, embed, serve
 from deepdemix.networks.recurrent import Recurrent
 from deepdemix.separation import Cancelled, Separator
 from deepdemix.serving.desk import FLAC_LIMIT, LONG, desk_text
 from deepdemix.serving.desk_queue import SongQueue
-from deepdemix.serving.songs import SeparatedSong
+from deepdemix.serving.songs import SeparatedSong, open_song
 
 RATE = 16000
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
