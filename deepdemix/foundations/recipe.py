@@ -179,7 +179,7 @@ def _yaml_line(
 @patch
 def to_yaml(self:Recipe) -> str: # with a line break at its end
     "The settings as YAML, with a comment on every field."
-    about = {name: " ".join(text.split()) for name, text in docments(Recipe).items() if text}
+    about = {name: " ".join((text or "").split()) for name, text in docments(Recipe).items()}
     lines = []
     for name, value in self.to_dict().items():
         nested = value if isinstance(value, dict) else {}
