@@ -8,7 +8,7 @@ from deepdemix.cli import main
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.recipe import Recipe, read_record
 from deepdemix.foundations.registry import build_network
-from deepdemix.foundations.runs import file_digest, load_network, save_network
+from deepdemix.foundations.runs import file_digest, load_network, save_network, trained_on
 from deepdemix.foundations.toy_band import toy_song
 from deepdemix.networks.ensemble import Ensemble, join_runs
 from deepdemix.separation import Separator
@@ -54,6 +54,17 @@ def test_a_joined_run_keeps_what_made_it(pair, tmp_path):
     assert [r["recipe"]["network_args"]["window_length"] for r in record["members"]] == [1024, 512]
     assert record["network"][1]["members"][0][1]["refine"] == 0. and record["network"][1]["refine"] == 0.75
     assert record["parameters"] == sum(r["parameters"] for r in record["members"])
+
+
+def test_a_joined_run_says_what_music_it_learned_from_where_all_members_agree(tmp_path):
+    def run(name, digest, minutes):
+        data = dict(digest=digest, songs=3, minutes=dict(true=minutes, pseudo=0., teachers=[]), start="x")
+        return saved(tmp_path / name, "compact", NARROW, 1, hours=0.5, examples=20, data=data)
+    one, same, other = run("one", "a", 9.), run("same", "a", 9.), run("other", "b", 4.)
+    kept = read_record(join_runs([one, same], tmp_path / "both"))["data"]
+    assert kept == dict(digest="a", songs=3, minutes=dict(true=9., pseudo=0., teachers=[]))
+    assert trained_on(tmp_path / "both", "It") == ["It was trained on 9.0 minutes of true stems."]
+    assert "minutes" not in read_record(join_runs([one, other], tmp_path / "mixed"))["data"]
 
 
 def test_the_command_joins_and_the_separator_reads_it(pair, tmp_path, capsys):

@@ -81,10 +81,9 @@ def say_minutes(
     minutes:dict, # of `stem_minutes`
 ) -> str:
     "The same in words."
-    pseudo = f"{minutes['pseudo']:.1f} of pseudo-stems ({', '.join(minutes['teachers'])})"
-    return f"{minutes['true']:.1f} minutes of true stems, " + (
-        pseudo if minutes["teachers"] else "none of pseudo-stems"
-    )
+    true = f"{minutes['true']:.1f} minutes of true stems"
+    if not minutes["teachers"]: return true
+    return f"{true}, {minutes['pseudo']:.1f} of pseudo-stems ({', '.join(minutes['teachers'])})"
 
 # %% ../../nbs/foundations/store.ipynb #b64ee282
 class _Maps:

@@ -95,6 +95,14 @@ def forward(self:Ensemble,
     return unfold(self.stft.inverse(stems.movedim(2, -1), folded.shape[-1]), 2)
 
 # %% ../../nbs/networks/ensemble.ipynb #26659228
+def _same_data(
+    records:list, # of the members
+) -> dict: # for the record of the ensemble; empty where the members learned from different songs
+    "The songs that all members learned from, and their minutes."
+    first = records[0].get("data", {})
+    same = "digest" in first and all(r.get("data", {}).get("digest") == first["digest"] for r in records)
+    return dict(data={k: first[k] for k in ("digest", "songs", "minutes") if k in first}) if same else {}
+
 def join_runs(
     runs, # folders of finished runs, or of bundled weights
     out, # the folder to make
@@ -111,7 +119,7 @@ def join_runs(
     for member, network in zip(ensemble.members, networks): member.load_state_dict(network.state_dict())
     record = new_record(Recipe(network="ensemble", network_args=ensemble.args, loss="l1_waveform"), ensemble)
     made = dict(status="finished", finished=True, hours=sum(r["hours"] for r in records),
-                examples=sum(r["examples"] for r in records))
+                examples=sum(r["examples"] for r in records), **_same_data(records))
     save_network(ensemble, record | made | dict(members=records), out)
     return out
 
