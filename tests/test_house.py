@@ -75,7 +75,7 @@ def test_size(room):
 
 
 # they import what other people wrote
-BY_NAME = {"foundations.outside", "networks.peers", "foundations.trainer"}
+BY_NAME = {"foundations.outside", "networks.peers"}
 
 
 @pytest.mark.parametrize("room", [r for r in ROOMS if r not in BY_NAME])

@@ -117,8 +117,8 @@ def test_opens_in_jupyter(path):
 
 # notebooks that end in exercises
 COURSE = [
-    "01_data", "02_augmentation", "04_baseline", "05_pretraining", "06_deepdemix", "07_evaluation",
-    "08_separation", "09_experiment",
+    "01_data", "02_augmentation", "03_training", "04_baseline", "05_pretraining", "06_deepdemix",
+    "07_evaluation", "08_separation", "09_experiment",
 ]
 
 

@@ -49,23 +49,23 @@ class Ranks:
         if self.world > 1: torch.distributed.all_gather_object(everyones, x, group=self.group)
         return everyones
 
-    def any(self, *wishes:int) -> list:
+    def all_reduce_max(self, *wishes:int) -> list:
         "The largest of all processes' numbers, one by one."
         if self.world == 1: return list(wishes)
         x = torch.tensor(wishes, dtype=torch.long)
         torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self.group)
         return x.tolist()
 
-    def alike(self, error:Exception) -> Exception:
+    def report_once(self, error:Exception) -> Exception:
         "An error that all processes raise: `quiet` on all but the first, so that it is told once."
         error.quiet = self.rank > 0
         return error
 
 # %% ../../nbs/foundations/distributed.ipynb #0250c86b
 @patch
-def first(self:Ranks,
-          act, # a function
-          *args): # its arguments
+def run_on_rank_zero(self:Ranks,
+                     act, # a function
+                     *args): # its arguments
     "Let rank 0 act and give its result to all; all wait for it. Its error is everyone's."
     if self.world == 1: return act(*args)
     told, error = [None, None], None
@@ -73,7 +73,7 @@ def first(self:Ranks,
         try: told[0] = act(*args)
         except Exception as e: error, told[1] = e, f"{e}"
     torch.distributed.broadcast_object_list(told, 0, group=self.group)
-    if told[1] is not None: raise self.alike(error or UserError(told[1]))
+    if told[1] is not None: raise self.report_once(error or UserError(told[1]))
     return told[0]
 
 

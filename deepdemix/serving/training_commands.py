@@ -124,7 +124,7 @@ def _training_data(
     """The songs that `--data` names; without it those that a resumed run has learnt from, or those of
     MUSDB_PATH."""
     from deepdemix.contrast.stores import open_stores
-    from deepdemix.training import run_data
+    from deepdemix.foundations.run_opening import run_data
     return open_stores(args.data or (args.resume and run_data(args.out)) or None)
 
 def train(
