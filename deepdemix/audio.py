@@ -42,6 +42,7 @@ def _axes(ax, width=4.9, height=1.6):
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
+# %% ../nbs/00_audio.ipynb #47bfd654
 def show_waveform(
     waveform, # (channels, time) or (time,); channels are averaged
     sample_rate=SAMPLE_RATE, # Hz
@@ -155,6 +156,7 @@ def _norm(self: STFT, n_t, dtype=torch.float32):
     "Sum of the squared windows of `n_t` frames, for each sample that they cover."
     return _overlap_sum(self.window.to(dtype).square().expand(n_t, -1), self.hop_length)
 
+# %% ../nbs/00_audio.ipynb #88f9c35e
 @patch
 def _cover(self: STFT, n_t):
     "The same in float64 by running sums, in the memory of a few windows whatever the hop."
@@ -166,6 +168,7 @@ def _cover(self: STFT, n_t):
     row = torch.arange(n_t + steps - 1)
     return (total[row.clamp(max=steps - 1) + 1] - total[(row - n_t + 1).clamp(min=0)]).flatten()
 
+# %% ../nbs/00_audio.ipynb #408c7510
 @patch
 def _check(self: STFT):
     "`UserError` if some sample would be lost between the windows."
@@ -200,6 +203,7 @@ def inverse(self: STFT, spectrogram, length=None):
     parts = [self._overlapped(part, length) for part in x.reshape(-1, *x.shape[-3:])]
     return torch.stack(parts).reshape(*x.shape[:-2], length)
 
+# %% ../nbs/00_audio.ipynb #faaaf8f7
 @patch
 def _overlapped(self: STFT, spectrogram, length):
     "Complex (…, n_t, n_f) to (…, length)."
@@ -219,6 +223,7 @@ def stems(self: STFT, stems):
     "Stems (batch, sources, channels, time) to complex (batch, n_t, n_f, channels, sources)."
     return self(stems).movedim(-4, -1)
 
+# %% ../nbs/00_audio.ipynb #db521d32
 @patch
 def inverse_stems(self: STFT, spectrogram, length=None):
     "Complex (batch, n_t, n_f, channels, sources) to stems (batch, sources, channels, length)."
@@ -314,6 +319,7 @@ def _enqueue(self: OverlapAdd, start, last):
         (start, x, _ramp(self.chunk, self.context, self.width, start == 0, last, self.fade)[: x.shape[1]])
     )
 
+# %% ../nbs/00_audio.ipynb #f1a41bd2
 @patch
 def push(self: OverlapAdd,
     block, # (channels, any number of samples)
@@ -338,6 +344,7 @@ def finish(self: OverlapAdd):
     self._enqueue(max(0, -(-(end - self.chunk) // self.align) * self.align), last=True)
     return self._flush() + self._collect(0) + self._finished(end)
 
+# %% ../nbs/00_audio.ipynb #a5fa504b
 @patch
 def _finished(self: OverlapAdd, until):
     "Give out the samples before `until` and make room for as many."
@@ -360,6 +367,7 @@ def _flush(self: OverlapAdd):
     self.pending.append((starts, weights, found))
     return self._collect(self.ahead if self.pool else 0)
 
+# %% ../nbs/00_audio.ipynb #b1e8d56a
 @patch
 @torch.no_grad()
 def _run(self: OverlapAdd, batch):
@@ -372,6 +380,7 @@ def _run(self: OverlapAdd, batch):
         )
     return stems.to(batch)
 
+# %% ../nbs/00_audio.ipynb #46cf9e40
 @patch
 @torch.no_grad()
 def _collect(self: OverlapAdd, most):
@@ -382,6 +391,7 @@ def _collect(self: OverlapAdd, most):
         for start, y, weight in zip(starts, found(), weights): done += self._add(start, y, weight.to(y))
     return done
 
+# %% ../nbs/00_audio.ipynb #130dd857
 @patch
 def _add(self: OverlapAdd, start, y, weight):
     "Add one weighted chunk; return the list of what lies before it and is final."

@@ -64,7 +64,9 @@ class Mixer:
                          refresh, excerpt, seed, memory, cache, workers)
         self._check()
 
-    def __len__(self): return self.size
+# %% ../nbs/02_augmentation.ipynb #251d61c2
+@patch
+def __len__(self:Mixer): return self.size
 
 # %% ../nbs/02_augmentation.ipynb #2bf0cdd4
 @patch
@@ -98,6 +100,7 @@ def _place(self: Mixer, rng, song: int, sources: list[int], index: int, detune: 
         (self._pieces(rng, song, order[k % len(order)], place, [s], index) for k, s in enumerate(sources)), []
     )
 
+# %% ../nbs/02_augmentation.ipynb #8586fc85
 @patch
 def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Piece]:
     if self.shift == "exact":
@@ -110,8 +113,6 @@ def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Piec
     lufs = v.loudness(start, frames)
     return [Piece(s, song, v, start, frames, float(lufs[s]), (v.start + at) / self.store.sample_rate)
             for s in sources]
-
-
 
 # %% ../nbs/02_augmentation.ipynb #ca520794
 @patch
@@ -144,6 +145,7 @@ def _group(
         if self.gate is None or most >= self.gate: break
     return best
 
+# %% ../nbs/02_augmentation.ipynb #d2c9aec0
 @patch
 def _has(self: Mixer, p): return self.store.sources[p.source] in self.store.songs[p.song].present
 
@@ -249,6 +251,7 @@ def batch(self: Mixer,
     "The examples from `start` on, stacked."
     return self._assemble([(i, self.draw(i)) for i in range(start, start + n)], device)[:2]
 
+# %% ../nbs/02_augmentation.ipynb #883fb286
 @patch
 def _assemble(self: Mixer, drawn, device=None):
     channels = self.bank.channels
@@ -278,6 +281,7 @@ def to_dict(self: Mixer) -> dict:
     "All settings, ready for JSON."
     return dict(self.settings)
 
+# %% ../nbs/02_augmentation.ipynb #082bae02
 @patch(cls_method=True)
 def from_dict(cls: Mixer,
     store, # a `Store`
@@ -290,6 +294,7 @@ def from_dict(cls: Mixer,
     if unknown: raise UserError(f"A mixer has no setting {unknown[0]!r}: it has {', '.join(known)}.")
     return cls(store, **{k: _tuples(v) for k, v in settings.items()})
 
+# %% ../nbs/02_augmentation.ipynb #308cf14b
 def _tuples(value): return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 # %% ../nbs/02_augmentation.ipynb #63ffec3a
@@ -340,6 +345,7 @@ def song_order(self: Excerpts, rng, songs: list) -> np.ndarray: # the same numbe
     "The order in which songs are tried: a random one."
     return rng.permutation(songs)
 
+# %% ../nbs/02_augmentation.ipynb #f09d2a31
 @patch
 def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
     """An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in
@@ -360,6 +366,7 @@ def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
         " lower the gate, or leave it out by instruments=(…)."
     )
 
+# %% ../nbs/02_augmentation.ipynb #f05202ca
 @patch
 def cut(self: Excerpts, piece: Piece, out: Tensor) -> Tensor: # out and result (channels, time)
     "Write the waveform of a piece to `out`; where it is too short, silence follows."
@@ -400,11 +407,13 @@ def draw(self: Triplets, i: int) -> tuple[list[Piece], tuple[int, int, int]]: # 
     positive = self.find(chance[1], label, i, {anchor.song})
     return [anchor, positive, self.find(chance[2], other, i)], (label, label, other)
 
+# %% ../nbs/02_augmentation.ipynb #2900d39b
 @patch
 def __getitem__(self: Triplets, i: int) -> Tensor: # (3, channels, time)
     "The triplet `i`."
     return self.batch(1, i)[0][0]
 
+# %% ../nbs/02_augmentation.ipynb #12046361
 @patch
 def info(self: Triplets, i: int) -> dict:
     "Titles, instruments, places (s) and loudnesses (LUFS) of the triplet `i`."
@@ -473,6 +482,7 @@ def batch(self: BalancedBatches,
         songs.append(piece.song)
     return waves, labels.to(waves.device), torch.tensor(songs, device=waves.device)
 
+# %% ../nbs/02_augmentation.ipynb #e530c745
 @patch
 def _under(self: BalancedBatches, rng, piece, wave) -> None:
     snr = rng.uniform(*self.background)

@@ -57,6 +57,7 @@ def download(
     from deepdemix.data import download_musdb7
     print(download_musdb7(args.out))
 
+# %% ../nbs/11_cli.ipynb #a5258fef
 def prepare(
     args:argparse.Namespace, # one of musdb, stems, toy; out, seed and the options of a store
 ):
@@ -85,6 +86,7 @@ def evaluate(
     print(f"saved: {args.out}")
     return int(bool(scores.failed))
 
+# %% ../nbs/11_cli.ipynb #8831f18c
 def compare(
     args:argparse.Namespace, # a, b, model_a, model_b, split, metric
 ):
@@ -95,6 +97,7 @@ def compare(
     _check_two(args, a)
     print(compare(a, b, args.metric, model_a=args.model_a, model_b=args.model_b, split=args.split))
 
+# %% ../nbs/11_cli.ipynb #1c3a1ba6
 def _check_two(
     args:argparse.Namespace, # a, b, model_a, model_b
     scores, # of the first file
@@ -128,6 +131,7 @@ def experiment(
     print(result.text())
     print(f"saved: {args.out}")
 
+# %% ../nbs/11_cli.ipynb #dff9f8a8
 def label_efficiency(
     args:argparse.Namespace, # data, out, profile, seeds, songs, recipe, set, logger
 ):
@@ -149,6 +153,7 @@ def contest(
                         settings=_fields(args), logger=args.logger)
     print(found.table(("SDR", "uSDR")), *found.verdicts(), f"saved: {args.out}", sep="\n")
 
+# %% ../nbs/11_cli.ipynb #14194093
 def demo(
     args:argparse.Namespace, # out, seed
 ):
@@ -189,6 +194,7 @@ def _add_data_commands(
     p.set_defaults(run=prepare)
     _add_label_command(commands)
 
+# %% ../nbs/11_cli.ipynb #d593f1d6
 def _add_label_command(
     commands, # argparse's subparsers
 ):
@@ -244,10 +250,10 @@ def _study_options(
     )
 
 # %% ../nbs/11_cli.ipynb #5332f0d6
-def _add_score_commands(
+def _add_evaluate_command(
     commands, # argparse's subparsers
 ):
-    "evaluate, compare, experiment, label-efficiency, contest and demo"
+    "evaluate"
     p = commands.add_parser(
         "evaluate", help="score models and the stems of other tools, beside the reference rows"
     )
@@ -267,6 +273,12 @@ def _add_score_commands(
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                    help="where to compute (default: a GPU if there is one)")
     p.set_defaults(run=evaluate)
+
+# %% ../nbs/11_cli.ipynb #a737d2fc
+def _add_compare_command(
+    commands, # argparse's subparsers
+):
+    "compare"
     p = commands.add_parser("compare", help="the paired verdict on two models")
     p.add_argument("a", metavar="SCORES_A", help="a scores.json")
     p.add_argument(
@@ -277,6 +289,12 @@ def _add_score_commands(
     p.add_argument("--split", choices=("train", "valid", "test"), help="the songs (default: test)")
     p.add_argument("--metric", default="SDR", metavar="NAME", help="such as SDR, uSDR, SI-SDR (default: SDR)")
     p.set_defaults(run=compare)
+
+# %% ../nbs/11_cli.ipynb #01297e4e
+def _add_study_commands(
+    commands, # argparse's subparsers
+):
+    "experiment, label-efficiency, contest and demo"
     p = commands.add_parser("experiment", help="the paper's experiment: Table 1")
     _data_option(p)
     _study_options(p, 1, "laptop")
@@ -314,6 +332,7 @@ def _desk_options(
                         help=f"{when}where the page is served (default: any free port)")
     parser.add_argument("--no-browser", action="store_true", help=f"{when}print the address and open nothing")
 
+# %% ../nbs/11_cli.ipynb #5a97a566
 def _add_model_commands(
     commands, # argparse's subparsers
 ):
@@ -348,6 +367,23 @@ def _add_model_commands(
     p.set_defaults(run=listen)
 
 # %% ../nbs/11_cli.ipynb #5cca9d6b
+def _stem_options(
+    p, # a command's parser
+):
+    "Which stems are written, and how."
+    p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one")
+    p.add_argument("--stems", nargs="+", metavar="STEM", help="write only these")
+    p.add_argument("--format", choices=("wav", "flac", "mp3", "ogg"), default="wav",
+                   help="of the stems (default: wav)")
+    p.add_argument("--subtype", metavar="16|24|FLOAT|…", help="bit depth of wav and flac (default: 16 bit)")
+    p.add_argument("--clip", choices=("rescale", "clamp", "none"), default="rescale",
+                   help="what to do where a stem passes full scale")
+    p.add_argument("--residual-to", metavar="STEM",
+                   help="give what is left over to this stem, so that stems sum to the mixture")
+    p.add_argument("--track", type=_positive, metavar="N",
+                   help="the sound track to take, where a video has several (default: 1)")
+
+# %% ../nbs/11_cli.ipynb #0a783775
 def _add_separate_command(
     commands, # argparse's subparsers
 ):
@@ -366,17 +402,7 @@ def _add_separate_command(
     )
     p.add_argument("--backend", choices=("auto", "torch", "onnx"), default="auto",
                    help="what runs the network (default: onnxruntime for FILE.onnx, else PyTorch)")
-    p.add_argument("--two-stems", metavar="STEM", help="this stem, and all the rest as one")
-    p.add_argument("--stems", nargs="+", metavar="STEM", help="write only these")
-    p.add_argument("--format", choices=("wav", "flac", "mp3", "ogg"), default="wav",
-                   help="of the stems (default: wav)")
-    p.add_argument("--subtype", metavar="16|24|FLOAT|…", help="bit depth of wav and flac (default: 16 bit)")
-    p.add_argument("--clip", choices=("rescale", "clamp", "none"), default="rescale",
-                   help="what to do where a stem passes full scale")
-    p.add_argument("--residual-to", metavar="STEM",
-                   help="give what is left over to this stem, so that stems sum to the mixture")
-    p.add_argument("--track", type=_positive, metavar="N",
-                   help="the sound track to take, where a video has several (default: 1)")
+    _stem_options(p)
     p.add_argument("--overwrite", action="store_true", help="replace stems that are there")
     p.add_argument("--skip-existing", action="store_true",
                    help="leave songs alone whose stems are there; with --ray that is the rule")
@@ -402,8 +428,10 @@ def make_parser() -> argparse.ArgumentParser: # the parser of the whole command
                                      epilog="`deepdemix COMMAND --help` says what a command takes.")
     parser.add_argument("--version", action="version", version=f"deepdemix {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_separate_command, _add_data_commands, _add_training_commands, _add_score_commands,
-                _add_model_commands):
+    for add in (
+        _add_separate_command, _add_data_commands, _add_training_commands, _add_evaluate_command,
+        _add_compare_command, _add_study_commands, _add_model_commands,
+    ):
         add(commands)
     for command in commands.choices.values(): _import_option(command)
     return parser
@@ -423,6 +451,7 @@ def _run_command(
     sys.stdout.flush()
     return status
 
+# %% ../nbs/11_cli.ipynb #cd0ed508
 def _failed(
     error:Exception, # of the command
 ) -> int: # exit status
@@ -434,6 +463,7 @@ def _failed(
     say(f"deepdemix: {_reason(error)}")
     return _stopped(error) or 2
 
+# %% ../nbs/11_cli.ipynb #66214c43
 def main(
     argv:list|None=None, # the words after `deepdemix`; the shell's own if None
 ) -> int: # 0 success, 1 done but not all is well, 2 bad use, 130 interrupted, 141 not read, 143 terminated

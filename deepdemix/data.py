@@ -62,6 +62,7 @@ def _stem_file(path, split, above=()):
     title = " - ".join((*above, _STEM_FILE.sub("", path.name)))
     return Take(title, split, {s: (path, k) for k, s in enumerate(_STREAMS) if k}, (path, 0))
 
+# %% ../nbs/01_data.ipynb #7c62fd87
 def _song_folder(folder, split, sources, above=()):
     "A `Take` of a folder with one file a stem, and maybe a mixture."
     names, found = {s.lower(): s for s in (*sources, "mixture")}, {}
@@ -96,6 +97,7 @@ def _search(folder, split, sources, left, skip=(), above=(), depth=2):
         takes += inner or _leave(path, take, sources, left)
     return takes
 
+# %% ../nbs/01_data.ipynb #fff56ebd
 def _leave(path, take, sources, left):
     """A folder without stems: a song that has a problem, if there is other sound in it; else it is left, as
     a whole."""
@@ -105,6 +107,7 @@ def _leave(path, take, sources, left):
     left[path] = "its songs lie a level deeper than the others" if deeper else _none_of(sources)
     return []
 
+# %% ../nbs/01_data.ipynb #744dcff5
 def _is_store(path, skip=()):
     "Whether a folder is one to skip, a store, or one that is being prepared."
     begun = (path / ".lock").is_file() and (path / "songs").is_dir()
@@ -154,6 +157,7 @@ def _split_folders(folder, sources, skip=()):
     inner = any(p.name.lower() in _SPLITS for p in _contents(folders[0])[1])
     return _split_folders(folders[0], sources, skip) if inner else (folder, {})
 
+# %% ../nbs/01_data.ipynb #500292f4
 def _survey(folder, sources, out=None):
     """Find the songs of a folder. The folder of a split counts if it has songs; others beside are not
     searched."""
@@ -213,12 +217,14 @@ def prepare_stems(
     for line in found.notes(sources): _note(folder, line)
     return prepare(takes, out, sources=sources, **settings)
 
+# %% ../nbs/01_data.ipynb #79af6a6b
 def _check_shares(valid, test):
     "`UserError` for shares that are none."
     if not (valid >= 0 and test >= 0 and valid + test <= 1):
         given = f"valid={valid!r} and test={test!r}"
         raise UserError(f"{given} are shares of the songs, from 0 on and at most 1 together")
 
+# %% ../nbs/01_data.ipynb #a0cc730b
 def _check_found(folder, found, sources):
     "The songs that were found, or one line that says why there are none."
     if any(t.stems for t in found.takes): return found.takes
@@ -277,6 +283,7 @@ def find_musdb() -> Path:
         )
     return _folder(root, "MUSDB18 (MUSDB_PATH)")
 
+# %% ../nbs/01_data.ipynb #1e5bb3d6
 def download_musdb7(
     out, # folder to download into, 161 MB
 ) -> Path:
@@ -310,6 +317,7 @@ class ToyTake(Take):
         return dict.fromkeys(SOURCES, 2), lambda name: (stems[name], self.sample_rate)
     def fingerprint(self): return [["toy", _TOY, self.seed, self.duration, self.sample_rate]]
 
+# %% ../nbs/01_data.ipynb #273470c8
 _TOY = 2
 
 # %% ../nbs/01_data.ipynb #c70ba7dc
@@ -362,6 +370,7 @@ def is_musdb(path) -> bool:
     train = [place for place, split in places.items() if split == "train"]
     return any((place / t).is_dir() for place in train for t in validation_titles())
 
+# %% ../nbs/01_data.ipynb #97625ebf
 def _state(path, settings):
     """A digest of the songs under a folder, with the sizes and times of their files, and of the settings; of
     nothing else."""

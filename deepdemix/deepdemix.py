@@ -74,7 +74,7 @@ def take(maps, rows, columns):
     "Rows and columns of maps `(b, channels, rows, columns)`, by index, repeats allowed."
     return maps.index_select(3, columns.to(maps.device)).index_select(2, rows.to(maps.device))
 
-
+# %% ../nbs/06_deepdemix.ipynb #524d7cfd
 @patch
 def forward(self:Decoder, latent):
     """The mask `(b, n_t, n_f, n_ac, s)` of a latent `(b, latent)`; equal to `plain`, computed on the rows

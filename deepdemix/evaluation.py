@@ -46,6 +46,7 @@ class Windowed:
         "Stems of a whole song; the network is in evaluation mode meanwhile."
         return stems_of_song(self.network, waveform, self.plan, self.device, self.threads)
 
+# %% ../nbs/07_evaluation.ipynb #6dc286a6
 def windowed(network: nn.Module, duration: float=None, **kwargs) -> Windowed:
     "`network` over overlapping windows, of `duration` seconds if given; keywords as `Windowed`'s."
     return Windowed(network, duration, **kwargs)
@@ -71,6 +72,7 @@ def stems_by_name(
             found[whole] = found.get(whole, 0) + torch.as_tensor(estimates[name])
     return found
 
+# %% ../nbs/07_evaluation.ipynb #9aef4347
 def _check_estimates(estimates, references: Tensor, names: tuple, order: tuple) -> tuple[Tensor, list]:
     """Estimates (some sources, channels, time) in the order of the references, and the numbers of these
     sources; or one clear line."""
@@ -123,6 +125,7 @@ def _each_song(
         raise UserError(f"no song could be scored; the first, {failed[0]['song']}: {failed[0]['reason']}")
     return records, failed
 
+# %% ../nbs/07_evaluation.ipynb #f088cbd1
 def _reference_notes(store) -> list:
     "What must be said of references that a model has made."
     teachers = sorted({getattr(s, "teacher", "") for s in store.songs} - {""})
@@ -132,6 +135,7 @@ def _reference_notes(store) -> list:
     )
     return [about] if teachers else []
 
+# %% ../nbs/07_evaluation.ipynb #a8f674e0
 def _info(store, channels: str, mixture: str, **more) -> dict:
     "What must be known to repeat the scores."
     return {

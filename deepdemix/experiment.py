@@ -46,6 +46,7 @@ class Step:
     settings:dict = field(default_factory=dict) # recipe fields of its own
     longer:tuple = () # steps whose epochs it is trained for on top of its own
 
+# %% ../nbs/09_experiment.ipynb #e68bd99c
 PAPER_STEPS = (
     Step("baseline", "baseline", "Baseline"),
     Step("encoder", "pretraining"),
@@ -79,6 +80,7 @@ def step_recipe(
     encoder = {"encoder": str(root / step.encoder)} if step.encoder else {}
     return recipe.override({"epochs": epochs, **encoder, **step.settings, **settings})
 
+# %% ../nbs/09_experiment.ipynb #1f73e627
 def find_step(
     name:str, # a step's name
 ) -> Step: # the step
@@ -92,6 +94,7 @@ def finished(
     "Whether the run in this folder has come to its end."
     return (Path(run) / "recipe.json").exists() and read_record(run)["status"] == "finished"
 
+# %% ../nbs/09_experiment.ipynb #4ad63527
 def train_steps(
     store:Store, # songs with a train and a valid split
     out:Path, # the experiment's folder
@@ -124,6 +127,7 @@ def _known(
     rows = scores.rows
     return bool(((rows.model == model) & (rows.seed == seed) & (rows.split == split)).any())
 
+# %% ../nbs/09_experiment.ipynb #915605d8
 def _add(
     scores, # `Scores` or None
     more:Scores, # to be added
@@ -212,7 +216,7 @@ def differences(self:Experiment,
     values = self.scores.array(metric, b, split)[0] - self.scores.array(metric, a, split)[0]
     return average_songs(values, metric).mean(-1)
 
-
+# %% ../nbs/09_experiment.ipynb #b403d271
 @patch
 def verdicts(self:Experiment,
     metrics=("SDR", "SNR", "SI-SDR"), # which
@@ -244,6 +248,7 @@ def detectable(
         (t.ppf((1 + level) / 2, n - 1) + t.ppf(power, n - 1)) * np.std(differences, ddof=1) / math.sqrt(n)
     )
 
+# %% ../nbs/09_experiment.ipynb #0e51f621
 def seeds_needed(
     differences, # dB, one for each seed
     effect:float, # dB
@@ -268,6 +273,7 @@ def costs(self:Experiment): # a data frame, one row a run
         )
     return pd.DataFrame(rows).set_index(["seed", "run"])
 
+# %% ../nbs/09_experiment.ipynb #25a0aa45
 @patch
 def text(self:Experiment) -> str:
     "Everything that the command prints."
@@ -290,6 +296,7 @@ def plot_pretraining(self:Experiment,
     ax.set_title("pretraining", fontsize=10)
     return ax
 
+# %% ../nbs/09_experiment.ipynb #46647bfe
 @patch
 def plot_training(self:Experiment,
     ax=None, # matplotlib axes
@@ -301,6 +308,7 @@ def plot_training(self:Experiment,
     ax.set_title("separation, validation", fontsize=10)
     return ax
 
+# %% ../nbs/09_experiment.ipynb #a95b55aa
 @patch
 def plot_table(self:Experiment,
     metric:str="SNR", # which
@@ -371,6 +379,7 @@ def plot_changes(self:Experiment,
     for ax, name in zip(axes[0], ("mixture", "true source", a, b)): ax.set_title(name, fontsize=9)
     return fig
 
+# %% ../nbs/09_experiment.ipynb #53ce5ff8
 def _change_row(
     songs, # the test songs
     title:str, # of one

@@ -185,6 +185,7 @@ def body(self:DeskHandler,
         yield piece
     self.connection.settimeout(None)
 
+# %% ../nbs/10_listening.ipynb #2d110cda
 @patch
 def do_POST(self:DeskHandler):
     "Take a song, whose bytes are the body, or remove one."
@@ -224,6 +225,7 @@ def _check_song(path, track):
     if path.is_dir() or path.suffix.lower() == ".zip" and zipfile.is_zipfile(path): return
     probe(path, stream_of(path, track))
 
+# %% ../nbs/10_listening.ipynb #87d741fe
 def _desk_songs(songs, track):
     "The songs that are named. `UserError` for those that can't be opened, before anything is served."
     named = ([] if songs is None
@@ -236,6 +238,7 @@ def _desk_songs(songs, track):
             found += find_desk_songs(song)
     return found
 
+# %% ../nbs/10_listening.ipynb #07d4bbef
 def _server_at(models, port):
     "A server. `UserError` for a port that can't be used."
     try: return DeskServer(models, port)

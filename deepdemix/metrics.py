@@ -34,7 +34,7 @@ def _tensor(x, name: str="references") -> Tensor:
     try: return torch.from_dlpack(x)
     except (BufferError, RuntimeError): return torch.from_numpy(x.copy())
 
-
+# %% ../nbs/02a_metrics.ipynb #be2eacce
 def _pair(references, estimates) -> tuple[Tensor, Tensor]:
     "Both as tensors `(…, sources, channels, time)` of one shape."
     references, estimates = _tensor(references), _tensor(estimates, "estimates")
@@ -48,8 +48,6 @@ def _pair(references, estimates) -> tuple[Tensor, Tensor]:
     if swapped:
         raise UserError(f"{shape} looks like museval's (sources, time, channels); swap the last two axes")
     return references, estimates
-
-
 
 # %% ../nbs/02a_metrics.ipynb #1fcf840f
 def _double(x: Tensor) -> Tensor:
@@ -70,14 +68,14 @@ def _samples(seconds: float, sample_rate: float, name: str) -> int:
     wrong = f"a {name} of {seconds!r} s at {sample_rate!r} Hz"
     raise UserError(f"{wrong}: give a sample or more, and a rate above 0")
 
-
+# %% ../nbs/02a_metrics.ipynb #58a59c46
 def _frames(length: int, window: int, hop: int) -> list[tuple[int, int]]:
     """Start and stop of museval's frames: whole windows only, or everything if the signal is no longer than
     a window."""
     if window >= length: return [(0, length)]
     return [(i * hop, i * hop + window) for i in range((length - window + hop) // hop)]
 
-
+# %% ../nbs/02a_metrics.ipynb #b5b2d10d
 def _silent(x: Tensor) -> Tensor:
     """Whether any source of `x` (…, sources, channels, time) is silent in museval's sense, (…); a look at
     every 101st sample spares most of the work."""
@@ -121,7 +119,7 @@ def median_over_frames(
     "The median of the finite frames."
     return torch.nanquantile(frames.masked_fill(~frames.isfinite(), math.nan), 0.5, dim=-1)
 
-
+# %% ../nbs/02a_metrics.ipynb #0e86fb7c
 def sdr(
     references,                      # true sources (…, sources, channels, time)
     estimates,                       # estimated sources, same shape
@@ -185,7 +183,7 @@ def _moments(references, estimates) -> Moments:
     "`references` if they are `Moments` already."
     return references if isinstance(references, Moments) else moments(references, estimates)
 
-
+# %% ../nbs/02a_metrics.ipynb #fb22394f
 def usdr(
     references,         # true sources (…, sources, channels, time), or their `Moments`
     estimates=None,     # estimated sources, same shape
@@ -217,7 +215,7 @@ def snr(
     m, _ = _scaled(references, estimates)
     return _channels(_db(m.ss, m.dd), per_channel)
 
-
+# %% ../nbs/02a_metrics.ipynb #ee77d49e
 def sd_sdr(
     references,               # true sources (…, sources, channels, time), or their `Moments`
     estimates=None,           # estimated sources, same shape
@@ -260,7 +258,7 @@ def _full(half: np.ndarray) -> np.ndarray:
     "The spectrum (n,) of a real signal from its half (n / 2 + 1,)."
     return np.concatenate([half, half[-2:0:-1].conj()])
 
-
+# %% ../nbs/02a_metrics.ipynb #dea5bb7b
 def _lags(spectra: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
     """Correlations of one signal with others, from half spectra (f,) and (j, f), at lags 1 - taps … taps - 1
     of the others: (j, 2 taps - 1)."""
@@ -272,7 +270,7 @@ def _lags(spectra: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
         found.append(np.concatenate([signals[:, n_fft + 1 - taps:], signals[:, :taps]], 1))
     return np.concatenate(found)
 
-
+# %% ../nbs/02a_metrics.ipynb #9786202f
 def _whole_correlations(r: Tensor, e: Tensor, taps: int, n_fft: int) -> tuple[Tensor, Tensor]:
     """Correlations of `r` (i, time) with itself and with `e` (k, time), (i, i, lags) and (i, k, lags), by
     one FFT of the song, as museval's."""
@@ -306,7 +304,7 @@ def _solve(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
     try: return np.linalg.solve(regular, right)
     except np.linalg.LinAlgError: return np.linalg.lstsq(gram, right)[0]
 
-
+# %% ../nbs/02a_metrics.ipynb #0f912c5b
 def _filters(correlations: Tensor, cross: Tensor, taps: int) -> Tensor:
     "Filters (i, taps, k) that best make signals k of i, from correlations (i, i, lags) and (i, k, lags)."
     count = len(correlations)
@@ -337,7 +335,7 @@ def _filtered(signals: np.ndarray, filters: np.ndarray, length: int, n_fft: int)
            for k in range(filters.shape[1])]
     return np.stack(out)
 
-
+# %% ../nbs/02a_metrics.ipynb #e21fa659
 def _ratios(true: np.ndarray, image: np.ndarray, everything: np.ndarray, estimate: np.ndarray) -> list[float]:
     """ISR, SIR and SAR of one source from the true source, itself filtered, all sources filtered, and the
     estimate, each (channels, time)."""

@@ -81,6 +81,7 @@ class DeepDeMixEncoder(nn.Module):
         ]
         self.linear = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], latent))
 
+# %% ../nbs/05_pretraining.ipynb #16a81213
 @patch(as_prop=True)
 def map_sizes(self:DeepDeMixEncoder) -> list:
     """Size (time, frequency) of the pooled maps, one pair a block; a `UserError` where the poolings leave
@@ -269,6 +270,7 @@ class ContrastTask(Task):
                 f"memory={s.memory} is less than a batch, which has {n} excerpts: make it larger, or 0"
             )
 
+# %% ../nbs/05_pretraining.ipynb #1c5ed832
 @patch
 def stream(self:ContrastTask,
            split:str, # of the store
@@ -320,6 +322,7 @@ def take_part(self:ContrastTask, rank:int, world:int):
     own_rows(self.units(self.train_stream), (rank, world))
     self.share = rank, world
 
+# %% ../nbs/05_pretraining.ipynb #2566d7b4
 @patch
 def batch(self:ContrastTask,
           stream, # of `stream`
@@ -404,6 +407,7 @@ def figures(self:PretrainingTask):
     triplets = ["active", "valid_active"] if self.triplets else []
     return ["train_loss", "grad_norm", *cloud, "collapse_value", "collapsed", *triplets]
 
+# %% ../nbs/05_pretraining.ipynb #e621ea3b
 @patch
 def validate(self:PretrainingTask):
     "valid_loss, valid_knn, collapse and the figures of `cloud`; all on songs never trained on."
@@ -420,7 +424,6 @@ def validate(self:PretrainingTask):
     logs["collapse_value"] = float(np.mean(points))
     return logs | dict(collapsed=float(self._collapsed(logs)))
 
-# %% ../nbs/05_pretraining.ipynb #52920214
 @patch
 def _valid(self:PretrainingTask, k):
     """Loss and active share of validation batch `k`, and the loss were all embeddings equal; batches are
@@ -432,6 +435,7 @@ def _valid(self:PretrainingTask, k):
     value, point = (float(self.loss(x, labels, excerpts, remember=False)) for x in (z, torch.ones_like(z)))
     return value, float(active_share(z, self.settings.margin)) if self.triplets else float("nan"), point
 
+# %% ../nbs/05_pretraining.ipynb #f2397cc3
 @patch
 def _collapsed(self:PretrainingTask, logs):
     "Whether everything is one point; says so at the second validation in a row."

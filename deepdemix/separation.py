@@ -94,7 +94,7 @@ def _stems(self:Separator, batch):
         raise UserError(f"the model {self.name} turns sound into NaN: its weights are broken, train it again")
     return stems.clone()
 
-
+# %% ../nbs/08_separation.ipynb #dc624c54
 @patch
 def __call__(self:Separator, waveform): # (channels, time) at the model's rate
     "The stems `(s, channels, time)` of a waveform, on the CPU."
@@ -102,14 +102,13 @@ def __call__(self:Separator, waveform): # (channels, time) at the model's rate
     blocks = waveform.detach().float().cpu().split(self.plan["chunk"], -1)
     return torch.cat(list(self._pieces(blocks)), -1)
 
+# %% ../nbs/08_separation.ipynb #983dfd66
 @patch
 def _pieces(self:Separator, blocks, rows=slice(None)):
     "The stems of some sources `(s, channels, time)`, piece by piece, at the model's rate."
     return stems_of_blocks(
         lambda x: self._stems(x)[:, rows], blocks, self.plan, self.device, len(self.sources), self.threads
     )
-
-
 
 # %% ../nbs/08_separation.ipynb #21dfeaeb
 class Waiting:
@@ -149,7 +148,7 @@ def _resampled(stems, # iterator of (s, c, time)
     for x in resample_blocks(flat(), orig, new):
         if x.shape[-1]: yield x.unflatten(0, tuple(shape))
 
-
+# %% ../nbs/08_separation.ipynb #0c8c2c82
 @patch
 def separate_blocks(self:Separator,
                     blocks, # iterator of (channels, time) float tensors
@@ -262,7 +261,7 @@ def _as_tensor(waveform):
 class Cancelled(Exception):
     "The progress function has asked to stop."
 
-
+# %% ../nbs/08_separation.ipynb #df3b4596
 class _Lines:
     "Progress as a few plain lines on standard error."
     def __init__(self, name, total):
@@ -307,6 +306,7 @@ def _outside_network(name, path, options):
     if path.with_suffix(".json").is_file(): return FileNetwork(path)
     return OnnxNetwork(path) if path.suffix == ".onnx" else None
 
+# %% ../nbs/08_separation.ipynb #d2301dc3
 @patch(cls_method=True)
 def from_pretrained(cls:Separator,
                     # a bundled model, a run folder, "hf:owner/name", another project's model, or a file:
@@ -337,6 +337,7 @@ def from_pretrained(cls:Separator,
         folder / "model.safetensors"
     )
 
+# %% ../nbs/08_separation.ipynb #d768ca44
 @patch
 def _from(self:Separator, path):
     "The same, with the file that its weights come from."
@@ -360,7 +361,7 @@ def _write_stems(self:Separator, blocks, info, hidden, weights, format, subtype,
             frames += x.shape[-1]
     return gain, frames
 
-
+# %% ../nbs/08_separation.ipynb #616b1214
 @patch
 def _reported(self:Separator, blocks, info, weights, report):
     "The outputs of a stream of blocks, counted."
@@ -445,7 +446,7 @@ def separate_files(self:Separator,
     failed, seconds = [x["error"] for x in songs if x.get("error")], time.perf_counter() - start
     return dict(songs=songs, failed=failed, passed_over=passed, model=self.name, seconds=seconds)
 
-
+# %% ../nbs/08_separation.ipynb #03ef75d3
 @patch
 def _one_of_many(self:Separator, path, out, taken, options):
     "The summary of a song; what goes wrong with it stands under `error`."
@@ -457,8 +458,6 @@ def _one_of_many(self:Separator, path, out, taken, options):
     if reason: return dict(input=str(path), error=reason if str(path) in reason else f"{path}: {reason}")
     if song["damage"]: song["error"] = f"{song['damage']}; what could be read is in {song['folder']}"
     return song
-
-
 
 # %% ../nbs/08_separation.ipynb #7d1c0a66
 def existing_song(

@@ -63,6 +63,7 @@ def register_task(
         return cls
     return _register
 
+# %% ../nbs/02b_tasks.ipynb #59a7e83f
 def build_task(
     recipe, # its `kind` says which
     store, # the data
@@ -87,6 +88,7 @@ def register_term(
         return f
     return _register
 
+# %% ../nbs/02b_tasks.ipynb #cd57150a
 def build_terms(
     task, # a separation task
 ) -> dict: # name: (weight, the term's own task)
@@ -166,6 +168,7 @@ def _mixes(self:SeparationTask, step, rows):
         len(rows), start=step * self.recipe.batch_size + rows.start, device=self.device if here else None
     )
 
+# %% ../nbs/02b_tasks.ipynb #9be11e28
 @patch
 def _mixer(self:SeparationTask, split, seed, size):
     "The stream of mixes of one split."
@@ -177,6 +180,7 @@ def _mixer(self:SeparationTask, split, seed, size):
         songs, **{"channels": self.network.channels, **self.recipe.mixer, "seed": seed, "size": size}
     )
 
+# %% ../nbs/02b_tasks.ipynb #aac1f565
 @patch
 def _loss(self:SeparationTask, mixture, sources):
     "The loss of a batch; one that is made for other networks raises a `UserError`."
@@ -198,6 +202,7 @@ def _valid_batch(self:SeparationTask, start, n):
     if size <= 2**28: self._kept[start] = batch
     return batch
 
+# %% ../nbs/02b_tasks.ipynb #fe8965ec
 @patch
 def validate(self:SeparationTask):
     "The loss on the fixed mixes, and the SDR of whole songs."
@@ -236,6 +241,7 @@ def scored_song(
         raise UserError(f"the mixture has {stream.shape[-1]} samples, the stems {stems.shape[-1]}")
     return stems, check_finite(to_mono(stream) if channels == "mono" else stream, "the mixture")
 
+# %% ../nbs/02b_tasks.ipynb #114be7bf
 @torch.no_grad()
 def song_sdr(
     network, # a separator
@@ -265,6 +271,7 @@ def _cut(
     rows = own_rows(len(batch), share)
     return batch[rows.start:rows.stop]
 
+# %% ../nbs/02b_tasks.ipynb #a3970f39
 @patch
 def take_part(self:Task, rank:int, world:int):
     "Become one of several processes. Raises a `UserError` where a batch can't be split evenly."
@@ -283,6 +290,7 @@ def take_part(self:SeparationTask, rank:int, world:int):
     Task.take_part(self, rank, world)
     for _, term in self.terms.values(): term.take_part(rank, world)
 
+# %% ../nbs/02b_tasks.ipynb #6f0ca109
 @patch
 def own_batch(self:SeparationTask, step:int):
     "This process's mixes of batch `step`, and its part of the terms' batches."

@@ -213,6 +213,7 @@ def set_learning_rates(
     if loop.recipe.freeze_encoder or loop.recipe.unfreeze_every:
         thaw(loop.network.encoder, thawed(loop.recipe, loop.epoch))
 
+# %% ../nbs/03_training.ipynb #310a4f68
 def check_loss(
     loop:Loop,
     loss:torch.Tensor, # of a batch
@@ -222,6 +223,7 @@ def check_loss(
     if alone and not torch.isfinite(loss): raise not_finite(loop)
     if not loss.requires_grad: raise loop.ranks.report_once(UserError(NO_GRADIENT))
 
+# %% ../nbs/03_training.ipynb #d4bc93f2
 def not_finite(
     loop:Loop,
 ) -> UserError:
@@ -239,6 +241,7 @@ def note(
     "Keep figures until the end of the epoch."
     for k, v in figures.items(): loop.figures.setdefault(k, []).append(torch.as_tensor(v).detach().float())
 
+# %% ../nbs/03_training.ipynb #2752610d
 def pool_figures(
     loop:Loop, # changes
 ):
@@ -252,7 +255,7 @@ def pool_figures(
         loop.figures[k][loop.pooled.get(k, 0):] = list(means)
     loop.pooled = {k: len(v) for k, v in loop.figures.items()}
 
-
+# %% ../nbs/03_training.ipynb #4eb5a356
 def start_random(
     loop:Loop,
     saved:list, # of `random_state`, by rank
@@ -279,6 +282,7 @@ def averaged(
     inputs = (loop.task.train_batch(n)[0].to(loop.task.device) for n in last)
     return loop.average.applied(loop.network, inputs)
 
+# %% ../nbs/03_training.ipynb #4a022a04
 def cost_of(
     row:dict, # of the table
     monitor:str, # which figure decides
@@ -291,6 +295,7 @@ def cost_of(
     cost = float(value) if any(w in monitor for w in ("loss", "error")) else -float(value)
     return math.inf if math.isnan(cost) else cost
 
+# %% ../nbs/03_training.ipynb #25d98736
 def keep_epoch(
     loop:Loop, # changes
     row:dict, # of the table
@@ -314,6 +319,7 @@ def keep_weights(
     loop.record["best"] = {k: v if math.isfinite(v) else None for k, v in row.items()
                            if k in ("epoch", "step") or k.startswith("valid")}
 
+# %% ../nbs/03_training.ipynb #fda917f4
 def write_record(
     loop:Loop, # changes
     status:str, # "running", "finished", "interrupted", "out of time" or "failed"
@@ -354,6 +360,7 @@ def begin(
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda n, frame: note_signal(loop, n))
 
+# %% ../nbs/03_training.ipynb #140ddc63
 def synchronise(
     loop:Loop, # changes
     store, # the data
@@ -367,6 +374,7 @@ def synchronise(
     loop.ranks.run_on_rank_zero(_compare, loop.ranks.collect(_introduce(loop.recipe, store)))
     return loop.ranks.run_on_rank_zero(lambda: state)
 
+# %% ../nbs/03_training.ipynb #b6814b88
 def note_signal(
     loop:Loop, # changes
     number:int, # of the signal
@@ -386,6 +394,7 @@ def check_monitor(
     hint = "; validation=songs gives valid_sdr" if "sdr" in name and "valid_sdr" not in task.figures else ""
     raise UserError(f"this run has no figure '{name}' to monitor, but {', '.join(task.figures)}{hint}")
 
+# %% ../nbs/03_training.ipynb #14ab4def
 def check_encoder(
     task:Task,
     recipe:Recipe, # `freeze_encoder`, `unfreeze_every`
@@ -433,6 +442,7 @@ def _carried(record, state):
     kept = ("best", "loggers") if state else ("loggers",)
     return {k: record[k] for k in kept if record and k in record}
 
+# %% ../nbs/03_training.ipynb #b1571d6f
 def _run(recipe, store, out, task, record, state, logger, progress, fabric):
     "Load what the run begins with, open its record and its log, and drive the loop."
     first = fabric.is_global_zero
@@ -446,6 +456,7 @@ def _run(recipe, store, out, task, record, state, logger, progress, fabric):
     try: return _drive(loop, store, state)
     finally: reporter.close()
 
+# %% ../nbs/03_training.ipynb #33feea0b
 def _drive(loop, store, state):
     "Begin, train, and close the run's record."
     try:
@@ -477,6 +488,7 @@ def _failed(loop, error):
         for process in getattr(loop.fabric.strategy.launcher, "procs", ()): process.kill()
     return error
 
+# %% ../nbs/03_training.ipynb #e18472c3
 def _close(loop):
     "Weights for a run that was never validated, and the last record."
     if not (loop.out/"model.safetensors").exists():

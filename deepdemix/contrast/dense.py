@@ -75,6 +75,7 @@ def draw_frames(
     k = min(n_t, max(FEWEST, math.ceil(LOOKED_AT * cells / (examples * bands))))
     return torch.from_numpy(rng.permuted(np.tile(np.arange(n_t), (examples, 1)), axis=1)[:, :k].copy())
 
+# %% ../../nbs/contrast/dense.ipynb #1395cc2d
 def draw_cells(
     rng, # a numpy generator
     owned, # (b, k, bands), of `owners`
@@ -103,6 +104,7 @@ class DenseSettings:
     temperature: float|None = None # of SupCon and NT-Xent; None: 0.1 and 0.5
     shuffle_labels: bool = False # a control: which cell is called what is drawn by lot
 
+# %% ../../nbs/contrast/dense.ipynb #229ca934
 def _number(x): return type(x) in (int, float) and math.isfinite(x)
 
 FITS = dict(per_stem=lambda x: type(x) is int and x > 1,
@@ -112,6 +114,7 @@ FITS = dict(per_stem=lambda x: type(x) is int and x > 1,
             temperature=lambda x: x is None or _number(x) and x > 0,
             shuffle_labels=lambda x: type(x) is bool)
 
+# %% ../../nbs/contrast/dense.ipynb #69e21190
 def dense_settings(
     args:dict, # the recipe's `task_args`
 ) -> DenseSettings:
@@ -157,6 +160,7 @@ def dense_size(
     network.train(was)
     return z.shape[-1]
 
+# %% ../../nbs/contrast/dense.ipynb #11c5aff2
 class DenseContrast(Task):
     "Contrast between the cells of mixtures that one stem owns."
     def __init__(self, network, recipe, store):
@@ -186,6 +190,7 @@ def pick(self:DenseContrast,
     example, k, band = places.unbind(1)
     return torch.stack([example, frames[example, k], band], 1), stems
 
+# %% ../../nbs/contrast/dense.ipynb #89a2f60b
 @patch
 def loss(self:DenseContrast,
     z, # dense vectors (b, n_t, bands, dim)
@@ -233,6 +238,7 @@ class DensePretraining(DenseContrast):
         mixture, sources, number = batch
         return self.dense_loss(self.network.dense_embed(mixture), sources, int(number))
 
+# %% ../../nbs/contrast/dense.ipynb #dd49f0f9
 @patch
 def mixes(self:DensePretraining,
     split:str, # of the store
@@ -295,6 +301,7 @@ class DenseTerm(DenseContrast):
         z = self.network.dense_embed(mixture, self.tap.take())
         return self.dense_loss(z, sources, int(batch))
 
+# %% ../../nbs/contrast/dense.ipynb #e0cd3b94
 @register_term("dense")
 def dense_term(
     task, # a separation task: its network, recipe and store
@@ -314,6 +321,7 @@ def _norm(value, parameters):
     found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     return float(torch.stack([g.norm() for g in found if g is not None]).norm())
 
+# %% ../../nbs/contrast/dense.ipynb #b6cd11ac
 def gradient_ratio(
     task, # of separation, with a term
     term:str="dense", # the term's name
@@ -330,6 +338,7 @@ def gradient_ratio(
         ratios.append(_norm(value, encoder) / _norm(separation, encoder))
     return float(np.median(ratios))
 
+# %% ../../nbs/contrast/dense.ipynb #157e99e7
 def weight_for(
     recipe, # of separation, with a term
     store, # songs

@@ -61,6 +61,7 @@ def show(self:Explorer):
         self.ax.figure.savefig(buffer, format="png")
         self.picture.value = buffer.getvalue()
 
+# %% ../../nbs/contrast/embedding_explorer.ipynb #76e795bd
 @patch
 def clicked(self:Explorer,
             event, # of matplotlib, with xdata and ydata

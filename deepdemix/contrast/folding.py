@@ -39,6 +39,7 @@ def fold_kernel(weight, # (out, in, k_t, k_f)
     shifted = torch.stack([F.pad(weight, (k, width - k_f - k)) for k in range(fold)])
     return shifted.unflatten(-1, (-1, fold)).permute(0, 1, 5, 2, 3, 4).flatten(0, 1).flatten(1, 2)
 
+# %% ../../nbs/contrast/folding.ipynb #da5f48db
 def folded_conv2d(x, # maps (batch, in, t, f), padded already
                   weight, # (out, in, k_t, k_f)
                   bias, # (out,) or None

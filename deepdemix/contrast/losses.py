@@ -101,6 +101,7 @@ class Contrast(nn.Module):
         if memory: self.memory = _memory(self.loss, head or dim, memory, self.miner)
         self.register_buffer("queue", torch.zeros(2, dtype=torch.long))
 
+# %% ../../nbs/contrast/losses.ipynb #0b484190
 def _memory(loss, dim, size, miner):
     "A queue of past embeddings."
     from pytorch_metric_learning.losses import CrossBatchMemory
@@ -119,6 +120,7 @@ def together(
         part, efficient=False
     )
 
+# %% ../../nbs/contrast/losses.ipynb #7a04342c
 @patch
 def forward(self:Contrast,
             z, # embeddings (n, dim)
@@ -138,6 +140,7 @@ def forward(self:Contrast,
             z, labels, together(self.miner, world)(z, labels) if self.miner else None
         )
 
+# %% ../../nbs/contrast/losses.ipynb #2fda852b
 @patch
 def _with_memory(self:Contrast, z, labels, world=1):
     "The place in the queue is kept in a buffer, so that a resumed run finds it."

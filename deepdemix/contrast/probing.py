@@ -103,6 +103,7 @@ def mel_statistics(
     db = 10 * (power @ _mel_bank(stft.n_f, sample_rate, bands).to(power)).clamp(min=1e-10).log10()
     return torch.cat([db.mean(1), db.std(1)], -1)
 
+# %% ../../nbs/contrast/probing.ipynb #00ea4f49
 def _mel_bank(n_f, sample_rate, bands):
     "Triangles (n_f, bands), evenly spaced on the Mel scale."
     mel = np.linspace(0, 2595 * np.log10(1 + sample_rate / 2 / 700), bands + 2)
@@ -203,6 +204,7 @@ def random_twin(
         if hasattr(m, "reset_running_stats"): m.reset_running_stats()
     return twin.eval()
 
+# %% ../../nbs/contrast/probing.ipynb #25353f49
 def _scores(fn, known, asked, k):
     "One row of the probe's table."
     from sklearn.neighbors import KNeighborsClassifier

@@ -48,6 +48,7 @@ def read_settings(
         raise UserError("per_class is 0 or at least 2, not 1: every excerpt needs a positive")
     return s
 
+# %% ../../nbs/contrast/settings.ipynb #d2e3427d
 def _check_setting(name, value, default):
     "A `UserError` for a value of the wrong kind, or a number out of its range."
     if default is None and value is None: return

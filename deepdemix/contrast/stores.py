@@ -61,6 +61,7 @@ def split(self:Stores,
     if name != "train": return self.stores[0].split(name)
     return Stores([self.stores[0].split("train"), *self.stores[1:]], self.weights)
 
+# %% ../../nbs/contrast/stores.ipynb #5d1e2929
 @patch
 def stems(self:Stores,
           i:int, # position of the song
@@ -150,6 +151,7 @@ def _open(path, first):
     return (open_data(path) if first or path is None or is_musdb(path)
             else open_data(path, valid=0, test=0, allow_missing=True))
 
+# %% ../../nbs/contrast/stores.ipynb #5c0c8710
 def open_stores(
     # a `Store`, a path that `open_data` takes, "path=weight", or a list of those and of pairs (store or path,
     # weight)

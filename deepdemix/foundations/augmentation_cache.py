@@ -93,6 +93,7 @@ def need(self: Bank) -> float:
               for s in self.store.songs]
     return sum(frames) * longest * len(self.store.sources) * self.channels * self.variants * 4 / 2**30
 
+# %% ../../nbs/foundations/augmentation_cache.ipynb #2e13d376
 @patch
 def _check(self: Bank):
     if len(self.store) == 0:
@@ -118,6 +119,7 @@ def _check(self: Bank):
 def _between(rng, bounds, neutral):
     return neutral if bounds is None else bounds[0] + (bounds[1] - bounds[0]) * rng.random()
 
+# %% ../../nbs/foundations/augmentation_cache.ipynb #e7f63bc5
 @patch
 def _tied(self: Bank, share):
     low, high = self.stretch or (0.0, math.inf)
@@ -178,6 +180,7 @@ def get(self: Bank,
     self.kept.move_to_end(key)
     return self.kept[key]
 
+# %% ../../nbs/foundations/augmentation_cache.ipynb #4127231b
 @patch
 def _forget(self: Bank, new):
     for old in [k for k in self.kept if k[:2] == new[:2] and abs(k[2] - new[2]) > 1]: del self.kept[old]
@@ -197,6 +200,7 @@ def _path(self: Bank, key) -> Path:
     )
     return Path(self.cache) / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
 
+# %% ../../nbs/foundations/augmentation_cache.ipynb #c635eac0
 @patch
 def _make(self: Bank, key) -> Variant:
     parameters = self.parameters(*key)
@@ -223,6 +227,7 @@ def _render(key):
     made = _adopted._make(key)
     return None if _adopted.cache else made
 
+# %% ../../nbs/foundations/augmentation_cache.ipynb #c6ec302e
 @patch
 def _ahead(self: Bank, key, index):
     if multiprocessing.current_process().daemon: return
@@ -232,6 +237,7 @@ def _ahead(self: Bank, key, index):
             for variant in range(self.variants): self._order((song, variant, self.generation(song, index)))
     if self.generation(key[0], index + self.refresh // 2) > key[2]: self._order((*key[:2], key[2] + 1))
 
+# %% ../../nbs/foundations/augmentation_cache.ipynb #b80050ec
 @patch
 def _order(self: Bank, key):
     if key in self.kept or key in self.coming: return

@@ -33,6 +33,7 @@ def _cut(decoder, first, count):
         )
     return _join(parts, decoder.channels[0])
 
+# %% ../../nbs/foundations/codecs.ipynb #b5684fa5
 def _join(parts, channels):
     "One tensor (channels, time) from the arrays of a stream."
     return torch.from_numpy(np.concatenate(parts, axis=1)) if parts else torch.zeros(channels, 0)

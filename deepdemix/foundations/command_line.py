@@ -36,6 +36,7 @@ def _with_stdin(
         with open(path, "wb") as file: shutil.copyfileobj(sys.stdin.buffer, file)
         yield [path if x == "-" else x for x in files], lambda found: _renamed(found, path, STDIN)
 
+# %% ../../nbs/foundations/command_line.ipynb #ab713169
 def _renamed(found, old, new):
     "Texts, lists and dictionaries with one text in place of another."
     if isinstance(found, str): return found.replace(old, new)
@@ -50,6 +51,7 @@ def _import_option(
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE.py|MODULE",
                         help="import networks of your own first; may be repeated")
 
+# %% ../../nbs/foundations/command_line.ipynb #9353ef18
 def _data_option(
     parser:argparse.ArgumentParser, # the command's parser
     several:bool=False, # whether it may be given more than once
@@ -77,6 +79,7 @@ def _devices(text):
         raise argparse.ArgumentTypeError(f"{text} is no number of devices: 1 or more, or auto")
     return text if text == "auto" else int(text)
 
+# %% ../../nbs/foundations/command_line.ipynb #1e038f70
 def _positive(text):
     "A number of things on the command line."
     if int(text) < 1: raise argparse.ArgumentTypeError(f"{text}: 1 or more")
@@ -95,6 +98,7 @@ def _options(
     commands = next(a.choices.values() for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return {x for p in (parser, *commands) for a in p._actions for x in a.option_strings}
 
+# %% ../../nbs/foundations/command_line.ipynb #5df31eee
 def _marked(
     words:list, # of the command line
     parser:argparse.ArgumentParser, # of the whole command
@@ -107,6 +111,7 @@ def _marked(
         if named and not os.path.lexists(w): parser.error(f"{w}: no such file, and no such option")
     return [f"./{w}" if file(w) and os.path.lexists(w) else w for w in words[:end]] + words[end:]
 
+# %% ../../nbs/foundations/command_line.ipynb #61913318
 def _at_home(value):
     "A text, or a list of texts, with `~` at its beginning as the home folder."
     if isinstance(value, list): return [_at_home(x) for x in value]
@@ -122,6 +127,7 @@ def _all_taken() -> bool:
         return False
     return not _unread()
 
+# %% ../../nbs/foundations/command_line.ipynb #d46a77e1
 def _unread() -> bool:
     "Whether standard output is a pipe that nobody reads from any more."
     try:
@@ -144,6 +150,7 @@ def _reason(error):
 class Terminated(KeyboardInterrupt):
     "Somebody asked this process to end; it tidies up first."
 
+# %% ../../nbs/foundations/command_line.ipynb #5c6dc39b
 def _terminate(number, frame): raise Terminated
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ def plain(
     near = PLAIN.get(character) or unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
     return near or character.encode("ascii", "backslashreplace").decode()
 
+# %% ../../nbs/foundations/console.ipynb #fba3d0dd
 def _plain(error):
     "What stands in for characters that could not be encoded."
     if not isinstance(error, UnicodeEncodeError): raise error
@@ -36,7 +37,7 @@ def on_terminal() -> bool:
     try: return sys.stderr.isatty()
     except (AttributeError, ValueError): return False
 
-
+# %% ../../nbs/foundations/console.ipynb #41b4a021
 def say(
     line:str, # without a line break
 ):
@@ -77,6 +78,7 @@ def _fill_descriptors():
         try: os.fstat(number)
         except OSError: os.open(os.devnull, os.O_RDWR)
 
+# %% ../../nbs/foundations/console.ipynb #3430be01
 @contextlib.contextmanager
 def streams():
     "A block in which standard output and error exist, take any character, and get warnings as single lines."
@@ -91,6 +93,7 @@ def streams():
                 stream.reconfigure(errors="deepdemix.plain")
         yield
 
+# %% ../../nbs/foundations/console.ipynb #48f8af4b
 @contextlib.contextmanager
 def _nowhere(name):
     "A block in which a standard stream goes nowhere."

@@ -18,6 +18,7 @@ from .files import UserError
 class _Unreadable(UserError):
     "A file that PyAV cannot read; libsndfile may."
 
+# %% ../../nbs/foundations/containers.ipynb #cd381f16
 def _open(path):
     """An open PyAV container with at least one audio stream, or a `UserError` that says what is wrong with
     the file."""
@@ -37,6 +38,7 @@ def _open(path):
     container.close()
     raise _Unreadable(f"{path} has no audio in it")
 
+# %% ../../nbs/foundations/containers.ipynb #ef02b3b2
 def _absent(path):
     "What to say of a path where nothing is."
     address = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path), re.IGNORECASE)
@@ -58,6 +60,7 @@ def _stream(container, path, index):
         raise _Unreadable(f"{path}: audio stream {index} is damaged, or of a kind that cannot be decoded")
     return streams[index]
 
+# %% ../../nbs/foundations/containers.ipynb #68a17551
 def _declared(container, stream, rate):
     "(samples per channel at this rate that the stream promises, or 0; whether that is more than a guess)."
     if stream.duration: return round(stream.duration * stream.time_base * rate), True
@@ -76,6 +79,7 @@ def _sound(frame):
     if not fits: raise ValueError("planes do not fit the channels")
     return frame
 
+# %% ../../nbs/foundations/containers.ipynb #cf7ffc52
 def _to_float(frame):
     "The samples of one decoded PyAV frame: a float32 array (channels, time)."
     x, kind = frame.to_ndarray(), frame.format.name.rstrip("p")
@@ -97,6 +101,7 @@ def _chunks(f, size, order, wide):
         at += len(head) + max(length, 0) + -length % (8 if wide else 2)
     return found
 
+# %% ../../nbs/foundations/containers.ipynb #e25f4c75
 def _open_ended(length):
     """Whether a length is what programs write that cannot know it: 0, right at 2 or 4 GiB, or beyond all
     files."""
@@ -140,12 +145,14 @@ def _tag_length(data):
     if data[:8] == b"APETAGEX": return 32 + int.from_bytes(data[12:16], "little")
     return 128 * (data[:3] == b"TAG")
 
+# %% ../../nbs/foundations/containers.ipynb #15c9941a
 def _past_tags(path, at):
     "The first byte behind the tags that begin at this one, which may be several."
     with open(path, "rb") as f:
         while f.seek(at) == at and (length := _tag_length(f.read(32))): at += length
     return at
 
+# %% ../../nbs/foundations/containers.ipynb #3a32965a
 def _counts_frames(path):
     """Whether an mp3 says how many frames it has (a Xing, Info or VBRI header), and is not much longer than
     that header says."""

@@ -20,6 +20,7 @@ def _text(path):
     try: return Path(path).read_text().split()
     except OSError: return []
 
+# %% ../../nbs/foundations/cores.ipynb #695b443c
 def cgroup_folders(
     kind:str, # "cpu" or "memory"
     root="/", # of the file system
@@ -34,12 +35,14 @@ def cgroup_folders(
         for tree in trees: found += [tree / x for x in (group, *group.parents)]
     return [x for x in dict.fromkeys(found) if x.is_dir()]
 
+# %% ../../nbs/foundations/cores.ipynb #198fc24d
 def _number(words, place=0):
     "One of a file's numbers; infinity where there is none."
     try: number = float(words[place])
     except (IndexError, ValueError): return math.inf
     return number if number >= 0 else math.inf
 
+# %% ../../nbs/foundations/cores.ipynb #739e1e17
 def cpu_quota(
     root="/", # of the file system
 ) -> float: # cores; infinity without a quota

@@ -40,6 +40,7 @@ class _Piece(NamedTuple):
     time: int # its time stamp in the stream's own units, or None
     layout: str # the channels by name
 
+# %% ../../nbs/foundations/decoding.ipynb #d801fb19
 def _rechannel(piece, layout, channels):
     """The samples of a piece with other channels: repeated, averaged, or mixed by ffmpeg's rules where it
     has some."""
@@ -125,6 +126,7 @@ def _begin(self: Decoder, streams):
         if not any(first) and self._open_sound(streams): first = self._look_ahead(self._blocks())
     self._pick(first)
 
+# %% ../../nbs/foundations/decoding.ipynb #f693964c
 @patch
 def _open_sound(self: Decoder, streams):
     "Whether libsndfile finds sound. What looks like an mp3 it reads no better, and with messages of its own."
@@ -148,12 +150,14 @@ def _look_ahead(self: Decoder, source, most=500):
         if all(first): break
     return first
 
+# %% ../../nbs/foundations/decoding.ipynb #e6cbd76e
 @patch
 def packets(self: Decoder):
     "Yield (position of the stream, its next pieces, whether something before was lost), packet by packet."
     while self.queue: yield self.queue.pop(0)
     yield from self.source
 
+# %% ../../nbs/foundations/decoding.ipynb #2c38795c
 @patch
 def _blocks(self: Decoder):
     "The pieces of a file that libsndfile reads."
@@ -176,11 +180,13 @@ def at(self: Decoder, i):
     "How far a stream is, in words."
     return f"{self.count[i] / self.sample_rate:.2f} s" if self.count else "its beginning"
 
+# %% ../../nbs/foundations/decoding.ipynb #e61ed889
 @patch
 def _rate(self: Decoder, i, frame, frames):
     "The rate of a frame. Where it changes, ffmpeg gives the first frame the one before; the decoder knows."
     return len(frames) == 1 and self.streams[i].codec_context.sample_rate or frame.sample_rate
 
+# %% ../../nbs/foundations/decoding.ipynb #8dbe9808
 @patch
 def _decoded(self: Decoder):
     "The pieces that PyAV decodes, packet by packet."
@@ -229,6 +235,7 @@ def _pick(self: Decoder, first):
     self.declared = self._promised()
     self.trim = [n if n and "ogg" in self.formats else math.inf for n in self.declared]
 
+# %% ../../nbs/foundations/decoding.ipynb #3a94dabd
 @patch
 def _promised(self: Decoder):
     "For each stream the samples that it promises on its own word, or 0."
@@ -254,6 +261,7 @@ def _place(self: Decoder, i, piece, lost):
     if not lost: self.note(f"{gap} samples after {self.at(i)} cannot be decoded")
     return np.pad(x, ((0, 0), (gap, 0)))
 
+# %% ../../nbs/foundations/decoding.ipynb #36f09a56
 @patch
 def _compare(self: Decoder, i, piece):
     "Remember where a stream changes its rate or channels: (position of the stream, seconds, before, after)."
@@ -280,12 +288,14 @@ def __iter__(self: Decoder):
         if x.shape[1]: yield i, x
     self.finish()
 
+# %% ../../nbs/foundations/decoding.ipynb #a5aefb76
 @patch
 def _placed(self: Decoder):
     "The pieces of all packets in their places: (position of the stream, array (channels, time))."
     for i, pieces, lost in self.packets():
         for k, piece in enumerate(pieces): yield i, self._place(i, piece, lost and not k)
 
+# %% ../../nbs/foundations/decoding.ipynb #efde0674
 @patch
 def finish(self: Decoder):
     "At the end of the file: was that all of it?"
@@ -306,6 +316,7 @@ def _counts_bytes(self: Decoder):
     "Whether the length of the file is told by how many bytes it should have."
     return bool(self.formats & {"wav", "w64", "aiff"})
 
+# %% ../../nbs/foundations/decoding.ipynb #d12eb17f
 @patch
 def warn(self: Decoder):
     "Say once what was wrong, if anything was, and that the stream has changed, if it has."
@@ -315,6 +326,7 @@ def warn(self: Decoder):
     if self.changes: found.append(ChangedAudio(f"{self.path} {self.change()}"))
     for warning in found: self.report(warning) if self.report else warnings.warn(warning, stacklevel=4)
 
+# %% ../../nbs/foundations/decoding.ipynb #37e8b1f8
 @patch
 def change(self: Decoder):
     "What changed on the way, in words; empty if nothing did."
@@ -348,6 +360,7 @@ def _tag(text):
     try: return raw.decode()
     except UnicodeDecodeError: return raw.decode("cp1252", "replace")
 
+# %% ../../nbs/foundations/decoding.ipynb #1f6acd3f
 def probe(
     path, # any audio or video file
     stream=0, # which of its audio streams

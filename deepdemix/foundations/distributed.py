@@ -76,7 +76,7 @@ def run_on_rank_zero(self:Ranks,
     if told[1] is not None: raise self.report_once(error or UserError(told[1]))
     return told[0]
 
-
+# %% ../../nbs/foundations/distributed.ipynb #9eafc766
 def is_first() -> bool:
     "Whether this process is the one that speaks for all; a lone one is."
     return (not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -89,6 +89,7 @@ def _introduce(recipe, store) -> dict:
     return dict(where=f"process on {platform.node()}", versions=_versions(), recipe=settings,
                 data={"digest": getattr(store, "digest", None)})
 
+# %% ../../nbs/foundations/distributed.ipynb #de00fec3
 def _compare(
     notes:list, # of `_introduce`, by rank
 ):
@@ -114,6 +115,7 @@ def _started() -> tuple|None:
     nodes = int(e.get("SLURM_NNODES", 1))
     return int(e["SLURM_NTASKS"]) // nodes, nodes
 
+# %% ../../nbs/foundations/distributed.ipynb #22926841
 def _agree(name, asked, started):
     "Raise a `UserError` where a number that was asked for is not the one that was started."
     if asked not in (None, "auto", started):
@@ -122,6 +124,7 @@ def _agree(name, asked, started):
             " make them equal"
         )
 
+# %% ../../nbs/foundations/distributed.ipynb #60d527c0
 def _places(
     kind:str, # "cpu", "cuda" or "mps"
     devices, # a number, "auto" or None
@@ -170,6 +173,7 @@ def _lost(
     )
     return "another process of this training has ended or can't be reached" if known else None
 
+# %% ../../nbs/foundations/distributed.ipynb #8054eec3
 class _Watch(logging.Handler):
     "Lightning's note that a process has died, as one line."
     def emit(self, record):

@@ -82,6 +82,7 @@ def _by_spectrum(waveform, sections):
                          for b0, b1, b2, a0, a1, a2 in sections.tolist())
     return torch.fft.irfft(torch.fft.rfft(waveform, size) * response.to(torch.complex64), size)[..., :frames]
 
+# %% ../../nbs/foundations/effects.ipynb #403ea0e4
 def shelf(
     waveform: Tensor, # (…, time)
     sample_rate: int, # in Hz

@@ -88,6 +88,7 @@ def _start(self: Writer, path):
     soundfile._snd.sf_command(file._file, _ADD_PEAK_CHUNK, soundfile._ffi.NULL, 0)
     return file
 
+# %% ../../nbs/foundations/encoding.ipynb #fd83c040
 def _plain(error): return str(getattr(error, "error_string", error)).rstrip(". ")
 
 # %% ../../nbs/foundations/encoding.ipynb #849f2981
@@ -111,6 +112,7 @@ def write(self: Writer,
     x = check_finite(x, self.path).numpy().T
     for start in range(0, len(x), 1 << 16): self._append(np.ascontiguousarray(x[start:start + (1 << 16)]))
 
+# %% ../../nbs/foundations/encoding.ipynb #60086759
 @patch
 def _append(self: Writer, x):
     "Hand one slice to libsndfile; too large a one would crash its Vorbis encoder."

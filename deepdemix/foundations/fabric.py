@@ -33,6 +33,7 @@ def _start_worker(i):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
+# %% ../../nbs/foundations/fabric.ipynb #98525688
 def batches_left(
     task, # which makes them
     recipe, # how many there are, and how many workers make them
@@ -82,12 +83,14 @@ def _strategy(
     from lightning.fabric.strategies import DDPStrategy
     return DDPStrategy(find_unused_parameters=True)
 
+# %% ../../nbs/foundations/fabric.ipynb #f70dcd2a
 def _plugins():
     "SLURM's environment, where SLURM has started this process; restarting is left to its user."
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect(): return None
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
 
+# %% ../../nbs/foundations/fabric.ipynb #e46d189e
 def _device_kind(
     recipe, # device, precision
 ) -> str: # "cuda", "mps" or "cpu"
@@ -99,6 +102,7 @@ def _device_kind(
         raise UserError("precision 16-mixed needs a GPU; use bf16-mixed or 32")
     return kind
 
+# %% ../../nbs/foundations/fabric.ipynb #908d685c
 def make_fabric(
     recipe, # device, precision
     devices=None, # processes on this machine

@@ -28,6 +28,7 @@ class DamagedAudio(UserWarning):
 class ChangedAudio(UserWarning):
     "A file that changes its sample rate or channels on the way; all of it has those of its first frame."
 
+# %% ../../nbs/foundations/files.ipynb #d5e59156
 def check_finite(
     waveform, # any tensor
     name, # of the file or song, for the message
@@ -53,6 +54,7 @@ def _disk_reason(error):
     import errno
     return _DISK.get(errno.errorcode.get(getattr(error, "errno", None), ""))
 
+# %% ../../nbs/foundations/files.ipynb #687a42e3
 def _new_folder(path):
     "Make the folder that `path` goes into, or say why not."
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,7 @@ def _machine():
     plain = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname()).strip("-")[:32]
     return f"{plain or 'host'}-{hashlib.sha256(host.encode()).hexdigest()[:6]}"
 
+# %% ../../nbs/foundations/files.ipynb #86857901
 def hidden_name(
     kind="", # what it is for, in small letters
     suffix="", # the end of the name
@@ -135,6 +138,7 @@ def _read_json(
     if not isinstance(d, dict): raise UserError(f"{path} holds no JSON object")
     return d
 
+# %% ../../nbs/foundations/files.ipynb #2cb6c719
 def _write_json(
     path, # where to
     d:dict, # what JSON can hold

@@ -93,6 +93,7 @@ def network_stems(
         stems = by_groups(network, batch.to(device), getattr(network, "channels", None) or 1)
         return stems.float().cpu()
 
+# %% ../../nbs/foundations/inference.ipynb #2eaef5d4
 def device_of(
     network, # with parameters, or without
 ) -> torch.device: # the processor for a network without parameters
@@ -138,6 +139,7 @@ class ChunkPool:
         self.turn = threading.Semaphore(self.fit)
         return future
 
+# %% ../../nbs/foundations/inference.ipynb #876f15ac
 @contextlib.contextmanager
 def one_thread():
     "A block in which PyTorch uses one core in this thread."
@@ -168,6 +170,7 @@ def stems_of_blocks(
         with single_threaded_pool(threads) as pool:
             yield from run_chunks(call, together, **plan, pool=ChunkPool(pool, threads, size), ahead=threads)
 
+# %% ../../nbs/foundations/inference.ipynb #1e06325f
 def stems_of_song(
     network, # waveform (b, c, time) -> stems (b, s, c, time), with `sources` and `sample_rate`
     waveform:Tensor, # (channels, time), at the network's rate

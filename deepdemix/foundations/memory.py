@@ -32,6 +32,7 @@ def _resident():
     try: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError: return 0
 
+# %% ../../nbs/foundations/memory.ipynb #b56a39e9
 def _tidier(libc):
     """Give back what is free once the process holds more than `ALLOWED` times what a step takes; call it
     after each."""
@@ -46,6 +47,7 @@ def _tidier(libc):
         most = after + max(ALLOWED * step, LEAST)
     return tidy
 
+# %% ../../nbs/foundations/memory.ipynb #98d603f6
 @contextlib.contextmanager
 def keep_memory(
     wanted:bool|None=None, # None: if the environment asks for it

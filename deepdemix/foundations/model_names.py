@@ -24,6 +24,7 @@ def describe_pretrained():
     cards = {name: WEIGHTS / name / "README.md" for name in pretrained_names()}
     return {name: next(iter(_sentences(card)), "") for name, card in cards.items()}
 
+# %% ../../nbs/foundations/model_names.ipynb #2cc5f905
 def _sentences(card):
     "The lines of prose of a model card: no headings, no metadata, no tables."
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
@@ -56,6 +57,7 @@ def find_model(name, # a bundled model, a run folder or a file in it, "hf:owner/
         f" ({', '.join(peer_names())})"
     )
 
+# %% ../../nbs/foundations/model_names.ipynb #0ab72e7c
 def peer_names():
     "The names of other projects' models."
     from deepdemix.networks.peers import PEERS
@@ -72,7 +74,7 @@ def _hub():
         ) from None
     return huggingface_hub
 
-
+# %% ../../nbs/foundations/model_names.ipynb #f72bbfe8
 def fetch_from_hub(repo): # "owner/name" or "owner/name@revision"
     "The local folder of a model on the Hub."
     repo, _, revision = repo.partition("@")
@@ -83,7 +85,7 @@ def fetch_from_hub(repo): # "owner/name" or "owner/name@revision"
             f"hf:{repo} can't be fetched: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
         ) from e
 
-
+# %% ../../nbs/foundations/model_names.ipynb #6170234a
 def push_to_hub(run, # a run folder, or the name of a bundled model
                 repo, # "owner/name"
                 private=False): # only for you

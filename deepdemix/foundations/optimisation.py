@@ -29,6 +29,7 @@ def lr_factor(
     if step < rise: return (step + 1) / (rise + 1)
     return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - rise) / max(1, recipe.steps - rise)))
 
+# %% ../../nbs/foundations/optimisation.ipynb #c5365ca9
 @functools.lru_cache
 def _plateau(history, patience):
     "What torch's `ReduceLROnPlateau` makes of a history, halving."
@@ -54,6 +55,7 @@ def _groups(
     groups = [dict(params=rest, scale=1.), dict(params=inner, scale=recipe.encoder_lr_scale)]
     return [{**g, "lr": recipe.lr * g["scale"]} for g in groups if g["params"]]
 
+# %% ../../nbs/foundations/optimisation.ipynb #1be1e508
 def build_optimizer(task, recipe):
     "Adam with the recipe's settings; AdamW if there is weight decay."
     cls = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
@@ -100,6 +102,7 @@ class Average(AveragedModel):
             copy_all(weights, now)
             copy_all([b for m in norms for b in m.buffers()], buffers)
 
+# %% ../../nbs/foundations/optimisation.ipynb #3db71ced
 @torch.no_grad()
 def copy_all(
     into:list, # tensors, which change
@@ -116,6 +119,7 @@ def measuring(
     return [m for m in network.modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None]
 
+# %% ../../nbs/foundations/optimisation.ipynb #f03e8b3d
 @torch.no_grad()
 def measure(
     network, # in training mode
@@ -142,6 +146,7 @@ def thawed(
     return (1 + (epoch - int(recipe.freeze_encoder)) // recipe.unfreeze_every if recipe.unfreeze_every
             else math.inf)
 
+# %% ../../nbs/foundations/optimisation.ipynb #6b3e3ce9
 def thaw(
     encoder:nn.Module, # its layers in the order from input to output
     count:float, # layers, counted from the last, that are trained

@@ -32,6 +32,7 @@ def _why(
     place = f"line {line}: " if line else ""
     return f"{place}{type(error).__name__}: {error}"
 
+# %% ../../nbs/foundations/outside.ipynb #5cd2af2d
 def _run_file(
     path:Path, # of the code
 ): # the module
@@ -77,6 +78,7 @@ def needed() -> list: # of {"name": …, "digest": …}
     return [dict(name=Path(key).name, digest=digest(key)) if key.endswith(".py") else dict(name=key)
             for key in IMPORTED]
 
+# %% ../../nbs/foundations/outside.ipynb #4c2ee7d8
 def missing_line(
     record:dict, # of a run
     run, # its folder

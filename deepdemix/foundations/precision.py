@@ -70,6 +70,7 @@ def settle_precision(
         fabric.strategy.precision = Precision()
     return precision
 
+# %% ../../nbs/foundations/precision.ipynb #69e1c525
 def _try_precision(task, state):
     "The precision of the run, and why."
     if state and state.get("used") == "32": return "32", ""

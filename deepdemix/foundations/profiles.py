@@ -47,6 +47,7 @@ class Defaults:
     recipe: dict = field(default_factory=dict) # at every size
     sizes: dict = field(default_factory=dict) # by profile
 
+# %% ../../nbs/foundations/profiles.ipynb #74357c12
 DEFAULTS = {"pretraining": Defaults(dict(kind="pretraining", network="encoder", loss="triplet", mixer={})),
             "recurrent": Defaults(ACROSS_SONGS)}
 SIZED_AS = {"workstation": "laptop"} # a profile whose networks are those of another
@@ -69,6 +70,7 @@ def _own(
     size = dict(network_args=p["network_args"].get(name, {}))
     return size | p.get("models", {}).get(name, {}) | sizes.get(SIZED_AS.get(profile, profile), {})
 
+# %% ../../nbs/foundations/profiles.ipynb #ee184ff0
 def recipe_for(
     name:str, # "baseline", "ddm", "ddm_skip", "recurrent" or "pretraining"
     profile:str="laptop", # a name of `PROFILES`

@@ -33,6 +33,7 @@ def random_state() -> dict:
     if torch.backends.mps.is_available(): state["mps"] = torch.mps.get_rng_state()
     return state
 
+# %% ../../nbs/foundations/randomness.ipynb #294e0ca3
 def set_random_state(
     state:dict, # of `random_state`
 ):

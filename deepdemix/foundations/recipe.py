@@ -20,6 +20,15 @@ from .files import UserError, _read_json, _write_json
 from .registry import _no_such
 
 # %% ../../nbs/foundations/recipe.ipynb #f9188520
+def _as_read(
+    recipe, # changes
+):
+    "Bring nested settings to the form that they have when read from JSON."
+    if isinstance(recipe.betas, list): recipe.betas = tuple(recipe.betas)
+    for name in ("network_args", "mixer", "task_args"):
+        setattr(recipe, name, json.loads(json.dumps(getattr(recipe, name) or {})))
+
+# %% ../../nbs/foundations/recipe.ipynb #3109b8c4
 @dataclass
 class Recipe:
     "All settings of one run; JSON in and out."
@@ -43,31 +52,22 @@ class Recipe:
     precision: str = "32" # "32", "bf16-mixed" or "16-mixed"
     loss: str = "l1_magnitude" # a name of `LOSSES`, or one of the task's own
     mixer: dict = field(default_factory=dict) # settings of the examples: see `Mixer`
-    # what a task needs besides: for separation, terms that are added to its loss
-    task_args: dict = field(default_factory=dict)
+    task_args: dict = field(default_factory=dict) # the task's own; for separation, terms beside its loss
     valid_examples: int = 300 # fixed validation mixes
     validation: str = "mixes" # "mixes": the loss on them; "songs": also SDR on whole songs
     monitor: str = "" # the figure that decides which weights are best; "": the task's own
     patience: int = 0 # epochs without gain before the run ends; 0: never
     max_minutes: float = 0. # training time after which the run stops, resumable; 0: none
-    # what counts as training time: "wall", or "processor" for the time that this process computes on all its
-    # cores
-    clock: str = "wall"
+    clock: str = "wall" # what counts as time: "wall", or "processor", what all cores compute for this process
     save_minutes: float = 5. # how often the state is saved within an epoch
     encoder: str|None = None # run folder, or name of bundled weights, whose encoder to start from
     start: str|None = None # run folder, or name of bundled weights, of a whole network to train further
     encoder_lr_scale: float = 1. # the encoder's step size, as a share of `lr`
     freeze_encoder: bool|int = False # true: never trained; a number: not for that many epochs
-    # epochs after which the next of a thawing encoder's layers is trained, the last first; 0: all at once
-    unfreeze_every: int = 0
+    unfreeze_every: int = 0 # epochs until the next layer of a thawing encoder learns too; 0: all at once
     device: str = "auto" # "auto", "cpu", "cuda" or "mps"
     num_workers: int = 0 # processes that make batches; 0: the training process does
-
-    def __post_init__(self):
-        "Bring nested settings to the form that they have when read from JSON."
-        if isinstance(self.betas, list): self.betas = tuple(self.betas)
-        for f in ("network_args", "mixer", "task_args"):
-            setattr(self, f, json.loads(json.dumps(getattr(self, f) or {})))
+    def __post_init__(self): _as_read(self)
 
 # %% ../../nbs/foundations/recipe.ipynb #a63aba70
 @patch
@@ -118,6 +118,7 @@ def _parse(
     holds_text = default is None or isinstance(default, str)
     return text if holds_text and not (value is None or isinstance(value, str)) else value
 
+# %% ../../nbs/foundations/recipe.ipynb #4a3f8a31
 def _default(f):
     "The default of a dataclass field."
     return f.default if f.default is not MISSING else f.default_factory()
@@ -137,6 +138,7 @@ def _value(
     if node.style: return node.value
     return None if node.value in ("", "~") else _parse(node.value, default)
 
+# %% ../../nbs/foundations/recipe.ipynb #52467b5b
 def _read_fields(
     path, # a recipe file: JSON by its name, YAML otherwise
 ) -> dict: # fields and values
@@ -157,6 +159,7 @@ def save(self:Recipe, path):
     "Write the settings alone as JSON."
     _write_json(path, self.to_dict())
 
+# %% ../../nbs/foundations/recipe.ipynb #e074b691
 @patch(cls_method=True)
 def load(
     cls:Recipe,
@@ -176,6 +179,7 @@ def _yaml_line(
     "A field with its comment."
     return f"{start:<28}  # {about}"
 
+# %% ../../nbs/foundations/recipe.ipynb #763e4d28
 @patch
 def to_yaml(self:Recipe) -> str: # with a line break at its end
     "The settings as YAML, with a comment on every field."
@@ -240,6 +244,27 @@ NOT_NEGATIVE = (
     "warmup", "lr_patience", "unfreeze_every",
 )
 
+# %% ../../nbs/foundations/recipe.ipynb #6104b3d4
+def _check_together(
+    recipe, # whose fields are each in order
+):
+    "Raise a `UserError` for fields that exclude each other."
+    if recipe.encoder and recipe.start:
+        raise UserError(
+            "the recipe fields 'encoder' and 'start' exclude each other: a whole network has its encoder"
+        )
+    if recipe.freeze_encoder < 0:
+        raise UserError(
+            f"the recipe field 'freeze_encoder' can't be {recipe.freeze_encoder}: it is true, false or a"
+            " number of epochs"
+        )
+    if recipe.unfreeze_every and recipe.freeze_encoder is True:
+        raise UserError(
+            "unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of"
+            " epochs, or false"
+        )
+
+# %% ../../nbs/foundations/recipe.ipynb #d8c72a5b
 @patch
 def check(self:Recipe): # itself
     "Raise a `UserError` that names the first field whose value makes no sense."
@@ -260,20 +285,7 @@ def check(self:Recipe): # itself
     for name, values in dict(ema=[self.ema], warmup=[self.warmup], betas=self.betas).items():
         if not all(0 <= v < 1 for v in values):
             raise UserError(f"the recipe field '{name}' can't be {getattr(self, name)}: it lies in [0, 1)")
-    if self.encoder and self.start:
-        raise UserError(
-            "the recipe fields 'encoder' and 'start' exclude each other: a whole network has its encoder"
-        )
-    if self.freeze_encoder < 0:
-        raise UserError(
-            f"the recipe field 'freeze_encoder' can't be {self.freeze_encoder}: it is true, false or a number"
-            " of epochs"
-        )
-    if self.unfreeze_every and self.freeze_encoder is True:
-        raise UserError(
-            "unfreeze_every has nothing to unfreeze: freeze_encoder=true is for good; give it a number of"
-            " epochs, or false"
-        )
+    _check_together(self)
     return self
 
 # %% ../../nbs/foundations/recipe.ipynb #4c8058bf
@@ -317,6 +329,7 @@ def steps_per_epoch(self:Recipe) -> int:
     "Steps of the optimiser in one epoch."
     return max(1, math.ceil(self.examples_per_epoch / self.examples_per_step))
 
+# %% ../../nbs/foundations/recipe.ipynb #3c3da1a0
 @patch(as_prop=True)
 def steps(self:Recipe) -> int:
     "Steps of the optimiser in the whole run."

@@ -37,6 +37,7 @@ def own_rooms() -> tuple: # modules
     return (baseline, pretraining, deepdemix, recurrent, open_unmix, conv_tasnet, mm_dense_lstm, tfc_tdf,
             hybrid_demucs, compact, ensemble, dense)
 
+# %% ../../nbs/foundations/registry.ipynb #9ce1281b
 def _import_rooms():
     "Import this package's rooms and what others have added, so that they register what they define."
     own_rooms()
@@ -85,6 +86,7 @@ def _keywords(
         for base in factory.__mro__[1:-1]: known = {**inspect.signature(base).parameters, **known}
     return {k for k, p in known.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)} - {"self"}
 
+# %% ../../nbs/foundations/registry.ipynb #ac15de48
 def _check_settings(
     what:str, # what the error calls a setting
     settings, # names that were given

@@ -24,6 +24,7 @@ def _tensorboard(out, known):
     from lightning.pytorch.loggers import TensorBoardLogger
     return TensorBoardLogger(str(out), name="tensorboard", version="", default_hp_metric=False), "tensorboard"
 
+# %% ../../nbs/foundations/reporting.ipynb #08043e84
 def _wandb(out, known):
     "A run of Weights & Biases."
     from lightning.pytorch.loggers import WandbLogger
@@ -32,6 +33,7 @@ def _wandb(out, known):
     out.mkdir(parents=True, exist_ok=True)
     return WandbLogger(out.name, str(out), id=name, resume="allow", project=project), name
 
+# %% ../../nbs/foundations/reporting.ipynb #babddf50
 def _mlflow(out, known):
     "A run of MLflow."
     from lightning.pytorch.loggers import MLFlowLogger
@@ -99,6 +101,7 @@ def __call__(self:Reporter, loop):
         say(f"epoch {row['epoch']}/{self.recipe.epochs}  {told}  {row['seconds']:.0f} s")
     if self.board: self.board.log_metrics(dict(row), row["step"])
 
+# %% ../../nbs/foundations/reporting.ipynb #a8bc7754
 @patch
 def _advance(self:Reporter, step):
     "Move the bar; a resumed run begins where it stopped."
@@ -107,6 +110,7 @@ def _advance(self:Reporter, step):
         self.bar = progress_bar(desc=self.name, dynamic_ncols=True, **steps)
     self.bar.update(step - self.bar.n)
 
+# %% ../../nbs/foundations/reporting.ipynb #fcca59bd
 @patch
 def close(self:Reporter):
     "Finish the bar and the log, which says how the run ended."

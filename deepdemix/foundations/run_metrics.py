@@ -23,6 +23,7 @@ def write_metrics(
         writer.writeheader()
         writer.writerows(rows)
 
+# %% ../../nbs/foundations/run_metrics.ipynb #7dc4d95b
 def read_metrics(
     run, # a run folder
 ): # a data frame, one row an epoch

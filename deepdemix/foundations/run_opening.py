@@ -55,6 +55,7 @@ def _unbegun(
     except UserError: return None
     return None if record.get("finished") else record
 
+# %% ../../nbs/foundations/run_opening.ipynb #1038007d
 @contextlib.contextmanager
 def sole_writer(
     out:Path, # the run folder, made if need be
@@ -74,6 +75,7 @@ def sole_writer(
     try: yield
     finally: _let_go(out, lock, missing)
 
+# %% ../../nbs/foundations/run_opening.ipynb #d94b55eb
 def _let_go(out, lock, missing):
     "Remove the lock, the record of a start that never came to a step, and the folders that were made for it."
     if (_unbegun(out) or {}).get("step") == 0: (out/"recipe.json").unlink()
@@ -101,6 +103,7 @@ def _open_run(
     if state: _check_epochs(recipe, state, out)
     return record, state
 
+# %% ../../nbs/foundations/run_opening.ipynb #07c2f2e7
 def _check_epochs(recipe, state, out):
     "Raise a `UserError` for a run that has done more than it is asked for."
     done = state["step"] / recipe.steps_per_epoch
@@ -118,6 +121,7 @@ def store_places(
     stores, weights = getattr(store, "stores", [store]), getattr(store, "weights", [1.])
     return [[str(Path(s.path).absolute()), w] for s, w in zip(stores, weights) if hasattr(s, "path")]
 
+# %% ../../nbs/foundations/run_opening.ipynb #d9207eb5
 def run_data(
     run, # a run folder
 ) -> list: # of [path, weight], as `open_stores` takes them; empty where that isn't known, or they have moved
@@ -126,6 +130,7 @@ def run_data(
     places = read_state(state).get("data", []) if state.exists() else []
     return places if all(Path(path).exists() for path, _ in places) else []
 
+# %% ../../nbs/foundations/run_opening.ipynb #f4295f9b
 def best_cost(
     out, # a run folder
 ) -> float|None: # lower is better

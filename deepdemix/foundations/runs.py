@@ -92,6 +92,7 @@ def comes_along(
     bundled = WEIGHTS/Path(run).name
     return bundled.name == str(run) and (bundled/"model.safetensors").is_file()
 
+# %% ../../nbs/foundations/runs.ipynb #2136114e
 def run_folder(
     run, # a run folder, or the name of weights that came with the package
 ) -> Path: # there may be nothing
@@ -107,6 +108,7 @@ def _origins(recipe):
         k: file_digest(run_folder(run) / "model.safetensors") for k in ORIGINS if (run := getattr(recipe, k))
     }
 
+# %% ../../nbs/foundations/runs.ipynb #08e06bd3
 def _revision():
     "The git revision of the package's own checkout, or None."
     home = Path(deepdemix.__file__).resolve().parents[1]
@@ -117,6 +119,7 @@ def _revision():
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
+# %% ../../nbs/foundations/runs.ipynb #07b0b27a
 def _versions():
     "Versions of what decides the numbers."
     found = {p: importlib.metadata.version(p) for p in ("torch", "lightning", "numpy")}
@@ -145,6 +148,7 @@ def new_record(
         | imports
     )
 
+# %% ../../nbs/foundations/runs.ipynb #65841e26
 def trained_on(
     run, # a run folder, or None
     name:str, # what the line calls it
@@ -153,6 +157,7 @@ def trained_on(
     try: return [f"{name} was trained on {say_minutes(read_record(run)['data']['minutes'])}."]
     except (UserError, OSError, KeyError, TypeError, ValueError): return []
 
+# %% ../../nbs/foundations/runs.ipynb #43de5984
 def save_network(
     network, # its `.args` rebuild it
     recipe, # the `Recipe` it was trained with, or the record of its run
@@ -196,6 +201,7 @@ def load_start(
         if old != new: raise UserError(f"{run} has {name} {old}, the network to be trained {new}")
     return load_into(network, trained.state_dict(), f"{run}")
 
+# %% ../../nbs/foundations/runs.ipynb #3abf496c
 def recipe_from(
     run, # a run folder, or the name of bundled weights
     **overrides, # recipe fields

@@ -20,6 +20,7 @@ def register_loss(
         return f
     return _register
 
+# %% ../../nbs/foundations/separation_losses.ipynb #86f732a5
 def _fold_channels(
     network, # with `.channels`
     mixture, # (b, c, t)
@@ -41,6 +42,7 @@ def l1_magnitude(
     with torch.no_grad(): x, s = network.stft(mixture).abs(), network.stft.stems(sources).abs()
     return (network.mask(x) * x[..., None] - s).abs().mean()
 
+# %% ../../nbs/foundations/separation_losses.ipynb #28f7fcae
 @register_loss("l1_waveform")
 def l1_waveform(
     network, # waveform (b, c, t) in, stems (b, s, c, t) out

@@ -41,7 +41,7 @@ def _files(folder, out):
         ours = not whole and out in x.absolute().parents
         if not hidden and not ours and x.is_file(): yield x
 
-
+# %% ../../nbs/foundations/song_files.ipynb #fa6f2a38
 def left_stems(
     files, # in a folder
     stems, # names of stems
@@ -52,7 +52,6 @@ def left_stems(
     for x in files: homes[folder_name(x)].add(x.parent)
     def beside(x): return homes[x.parent.name] | homes[re.sub(r"-[0-9]+$", "", x.parent.name)]
     return {x for x in files if x.stem in stems and beside(x) - {x.parent}}
-
 
 # %% ../../nbs/foundations/song_files.ipynb #7d1c0a64
 def find_songs(
@@ -73,7 +72,7 @@ def find_songs(
     if not found: raise UserError("there is nothing to separate: name at least one file or folder")
     return list(dict.fromkeys(found))
 
-
+# %% ../../nbs/foundations/song_files.ipynb #fdc240ec
 def _passed_over(others, left):
     "What of a folder is not taken, in a line; empty if nothing is."
     kinds = Counter(x.suffix.lower() or "without an ending" for x in others)

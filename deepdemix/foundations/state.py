@@ -26,6 +26,7 @@ def _pack(
     if isinstance(x, (list, tuple)): return {"list": [_pack(v, tensors) for v in x]}
     return x
 
+# %% ../../nbs/foundations/state.ipynb #405be53f
 def _unpack(x, tensors):
     "The inverse of `_pack`; tuples come back as lists."
     if not isinstance(x, dict): return x
@@ -43,6 +44,7 @@ def write_state(
     tree = json.dumps(_pack(state, tensors))
     write_weights(path, tensors, {"tree": tree, "format": "pt"})
 
+# %% ../../nbs/foundations/state.ipynb #0150c9c3
 def read_state(
     path, # a file of `write_state`
 ): # the tree

@@ -21,7 +21,7 @@ def average_songs(
     "Average songs: one number a source."
     return nan_average(np.swapaxes(values, -1, -2), "mean" if metric == "uSDR" else "median")
 
-
+# %% ../../nbs/foundations/statistics.ipynb #420f07c1
 def nan_average(
     values: np.ndarray,   # (..., n), NaN where there is none
     kind: str="mean",     # or "median"
@@ -174,7 +174,7 @@ def paired(
     return {"difference": float(statistic(d)), "low": low, "high": high, "p": rank_test(of_song),
             "improved": int((of_song > 0).sum()), "songs": int(np.isfinite(of_song).sum())}
 
-
+# %% ../../nbs/foundations/statistics.ipynb #d82beade
 def _song_means(d): return nan_average(d.mean(0))
 
 # %% ../../nbs/foundations/statistics.ipynb #dd64f10d

@@ -48,7 +48,7 @@ def _disk_errors(folder):
         if isinstance(e, FileNotFoundError) or e.errno is None: raise
         raise UserError(f"{folder}: can't write here: {e.strerror}") from e
 
-
+# %% ../../nbs/foundations/stem_folders.ipynb #ed1915e0
 def _levelled(blocks, folder, clip):
     "Yield first the gain, then the blocks at that gain (`rescale`), or clamped, or as they are."
     if clip != "rescale":
@@ -77,7 +77,7 @@ def _depth(format, subtype):
     if found in depths: return found
     raise UserError(f"subtype of {format} is one of {', '.join(depths)}, not {str(subtype)!r}")
 
-
+# %% ../../nbs/foundations/stem_folders.ipynb #c89aa254
 def _checked(format, subtype, clip):
     "Suffix, subtype and clip mode, or a `UserError` that lists what there is."
     format = str(format).lower().lstrip(".")
@@ -87,8 +87,6 @@ def _checked(format, subtype, clip):
     if clip not in ("rescale", "clamp", "none"):
         raise UserError(f"clip is rescale, clamp or none, not {clip!r}")
     return format, subtype, clip
-
-
 
 # %% ../../nbs/foundations/stem_folders.ipynb #93052d0c
 def free_folder(folder, # the wished one
@@ -100,7 +98,7 @@ def free_folder(folder, # the wished one
         folder = folder.with_name(f"{name}-{n}")
     return folder
 
-
+# %% ../../nbs/foundations/stem_folders.ipynb #f279e084
 def _publish(hidden, folder, overwrite, taken):
     "Give the finished folder its name; returns the name."
     if overwrite and folder.is_dir() and folder not in taken:
@@ -119,7 +117,7 @@ def sweep(out, # a folder that stems are written to
             old = time.time() - folder.stat().st_mtime >= age
             if old and abandoned(folder): shutil.rmtree(folder, ignore_errors=True)
 
-
+# %% ../../nbs/foundations/stem_folders.ipynb #2fdd678e
 @contextlib.contextmanager
 def _made(folder):
     "The folder, and those above it; what is made now and still empty in the end is removed."
@@ -130,7 +128,7 @@ def _made(folder):
         with contextlib.suppress(OSError):
             for x in new: x.rmdir()
 
-
+# %% ../../nbs/foundations/stem_folders.ipynb #d4b8c22b
 @contextlib.contextmanager
 def _hidden_folder(out):
     "A hidden folder in `out` that is gone afterwards, unless it was given a name."
@@ -141,4 +139,3 @@ def _hidden_folder(out):
         try: yield hidden
         except UserError as e: raise UserError(str(e).replace(str(hidden), str(out))) from e
         finally: shutil.rmtree(hidden, ignore_errors=True)
-

@@ -64,6 +64,7 @@ def _song(entry):
             raise ValueError(f"{name!r} is no name for a file in a store")
     return song
 
+# %% ../../nbs/foundations/store.ipynb #6b714ce4
 def _digest(songs):
     "One digest for a list of songs, whatever their order."
     lines = sorted(f"{s.title}\t{s.split}\t{s.digest}\t{s.mixture_digest}" for s in songs)
@@ -77,6 +78,7 @@ def stem_minutes(
     minutes = lambda pseudo: round(sum(s.duration for s in songs if bool(s.teacher) == pseudo) / 60, 3)
     return dict(true=minutes(False), pseudo=minutes(True), teachers=sorted({s.teacher for s in songs} - {""}))
 
+# %% ../../nbs/foundations/store.ipynb #0417d128
 def say_minutes(
     minutes:dict, # of `stem_minutes`
 ) -> str:
@@ -136,6 +138,7 @@ class Store:
             name: n for name in ("train", "valid", "test") if (n := sum(s.split == name for s in self.songs))
         }
 
+# %% ../../nbs/foundations/store.ipynb #07770413
 _SPLITS = {
     "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
     "dev": "valid", "test": "test", "testing": "test",
@@ -175,6 +178,7 @@ def open(cls: Store,
 @patch
 def _view(self: Store, songs): return Store(self.path, self.index, songs, self.maps)
 
+# %% ../../nbs/foundations/store.ipynb #6f918623
 @patch
 def split(self: Store,
     name, # train, valid or test
@@ -185,6 +189,7 @@ def split(self: Store,
         raise UserError(f"{self.path}: no songs in the split {name!r}; it has {have}")
     return self._view([s for s in self.songs if s.split == name])
 
+# %% ../../nbs/foundations/store.ipynb #727a88f4
 @patch
 def select(self: Store,
     songs, # titles or positions
@@ -225,6 +230,7 @@ def stems(self: Store,
     song = self.songs[i]
     return self._read(song, f"{song.file}.npy", np.reshape(song.scales[:-1], (-1, 1, 1)), start, frames)
 
+# %% ../../nbs/foundations/store.ipynb #f75fdca9
 @patch
 def mixture(self: Store,
     i, # position of the song
@@ -287,6 +293,7 @@ def _alone(out):
             if abandoned(part): part.unlink(missing_ok=True)
         yield
 
+# %% ../../nbs/foundations/store.ipynb #f5b57440
 def _new_folder(folder):
     "Make a folder that can be written in, or say why not."
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -302,6 +309,7 @@ def _arrays(store, song):
     )
     return [(Path(store) / song.part / "songs" / name, digest) for name, digest in files]
 
+# %% ../../nbs/foundations/store.ipynb #188b8774
 @patch
 def verify(self: Store):
     """Titles of songs whose arrays are gone or no longer fit their digests: reads everything. `prepare` with
@@ -325,6 +333,7 @@ def _elsewhere(url):
     except (ImportError, ValueError) as e:
         raise UserError(f"{url}: this kind of address can't be opened here ({e})") from None
 
+# %% ../../nbs/foundations/store.ipynb #f6afdbfc
 def _local(path):
     "The folder of a store with an address: one in the cache, with its index in it."
     fs, root = _elsewhere(path)
@@ -341,6 +350,7 @@ def _local(path):
     _write_json(out / "store.json", dict(index, elsewhere=str(path).rstrip("/")))
     return out
 
+# %% ../../nbs/foundations/store.ipynb #485f56c6
 @patch
 def _fetch(self: Store, song):
     "Bring the part that holds a song, or the song alone where there are no parts, into the cache."

@@ -71,6 +71,7 @@ def _prepare_one(job, settings):
     take, home = job
     return _finished(take, home, settings, False) or _write_song(take, home, settings)
 
+# %% ../../nbs/foundations/store_preparing.ipynb #a358f8f3
 def _decode_all(takes, homes, out, settings, progress, repair, each):
     """Prepare what is not finished: (entries by file, problems by title). On Ctrl-C songs in work are
     finished, those that wait are dropped."""
@@ -90,6 +91,7 @@ def _decode_all(takes, homes, out, settings, progress, repair, each):
             else: entries[waiting[k].file] = result
     return entries, problems
 
+# %% ../../nbs/foundations/store_preparing.ipynb #900a6c89
 def _some_inputs(takes):
     "One file of the first and of the last song: what every worker must be able to see."
     return [str(min(p for p, _ in t.parts.values())) for t in takes[:1] + takes[1:][-1:]
@@ -105,6 +107,7 @@ def _indexed(out):
     try: return {s["file"] for s in json.loads((out / "store.json").read_text())["songs"]}
     except (OSError, ValueError, KeyError, TypeError): return set()
 
+# %% ../../nbs/foundations/store_preparing.ipynb #1a523cd0
 def _check_out(takes, out, dtype):
     "Errors that need no decoding: an unknown type, two songs of one name, a folder that holds other songs."
     if dtype not in ("float32", "int16", "auto"):
@@ -124,6 +127,7 @@ def _tidy(out, homes):
     for index in out.glob("part-*/store.json"):
         if index.parent not in homes.values(): index.unlink(missing_ok=True)
 
+# %% ../../nbs/foundations/store_preparing.ipynb #022a7a62
 def _complaint(problems, kept):
     "One line about the songs that could not be prepared."
     some = "; ".join(list(problems.values())[:3]) + (
@@ -190,6 +194,7 @@ def _part(file, parts):
     if parts is not None and not 1 <= parts <= 10000: raise UserError(f"parts={parts}: use 1 to 10000")
     return f"part-{int(file.rsplit('-', 1)[1], 16) % parts:04d}" if parts else ""
 
+# %% ../../nbs/foundations/store_preparing.ipynb #a0e267a3
 def _write_index(folder, songs, sample_rate, sources, skipped=(), teacher=None):
     "Write the index that makes a folder a store."
     seconds = round(sum(s["frames"] for s in songs) / sample_rate, 3)
@@ -198,6 +203,7 @@ def _write_index(folder, songs, sample_rate, sources, skipped=(), teacher=None):
     _write_json(folder / "store.json",
                 dict(about, digest=_digest(map(_song, songs)), skipped=list(skipped), songs=songs))
 
+# %% ../../nbs/foundations/store_preparing.ipynb #294ed947
 def _write_parts(out, songs, sample_rate, sources, skipped, teacher=None):
     "Write the index of each part, and last the one of the whole."
     for part in sorted({s["part"] for s in songs} - {""}):

@@ -32,6 +32,7 @@ _TOLERANCE = 0.1
 _SILENT = 1e-4
 GATED = "below the gate"
 
+# %% ../../nbs/foundations/store_songs.ipynb #500a7970
 def _scale(x, exact):
     "What an integer is worth for this array in 16 bits; where they must be exact, `_Again` if they are not."
     top, bottom = float(x.max(initial=0)) * 2**15, float(x.min(initial=0)) * 2**15
@@ -39,6 +40,7 @@ def _scale(x, exact):
     if exact and not (fits and np.array_equal(np.rint(x * 2**15), x * 2**15)): raise _Again("float32")
     return 2.0**-15 if fits else max(top, -bottom) / 2**15 / (2**15 - 1)
 
+# %% ../../nbs/foundations/store_songs.ipynb #8b592325
 def _quantise(x, dtype, exact):
     "An array in the store's type, and its scale."
     if dtype == "float32": return np.ascontiguousarray(x, dtype="<f4"), 1.0
@@ -151,6 +153,7 @@ def _fit(take, name, sound, settings, channels, frames):
         x = np.repeat(x, channels, 0) if len(x) == 1 else x.mean(0, keepdims=True)
     return _lengthen(take, name, x, frames, settings, flags)
 
+# %% ../../nbs/foundations/store_songs.ipynb #b7e65ec9
 def _lengthen(take, name, x, frames, settings, flags):
     """Pad or cut a stem to the song's length; `_Again` if another is right for the song, `UserError` above
     0.1 s."""
@@ -180,6 +183,7 @@ def _missing(take, settings):
         )
     return missing
 
+# %% ../../nbs/foundations/store_songs.ipynb #a312b621
 def _parts(take, settings, frames, channels, read):
     "Yield (source, array (channels, frames), flags) in the order of the sources; missing ones are zeros."
     missing = _missing(take, settings)
@@ -248,6 +252,7 @@ def _write_mixture(take, path, settings, dtype, exact, info, stems, read):
         info, flags=flags, mixture_digest=array.digest, mixture_snr=snr, scales=[*info["scales"], scale]
     )
 
+# %% ../../nbs/foundations/store_songs.ipynb #ff089309
 def _write_arrays(take, base, settings, dtype, exact, frames):
     "Decode a song into its arrays, each whole or not at all: a dict of what the index shall know."
     _missing(take, settings)

@@ -80,6 +80,7 @@ def _table(amplitudes):
     period = np.fft.irfft(spectrum).astype(np.float32)
     return period / (np.abs(period).max() + 1e-9)
 
+# %% ../../nbs/foundations/toy_band.ipynb #fd41c3e5
 def _places(periods):
     """Where in a table a tone is, whose pitch is given in periods per sample (n,): the phase runs in 32
     bits, which wrap by themselves."""
@@ -110,6 +111,7 @@ def _falling(n, high, low, fall, decay, rate):
     f = low + (high - low) * _decay(n, fall, rate)
     return np.sin(2 * np.pi * np.cumsum(f) / rate).astype(np.float32) * _decay(n, decay, rate)
 
+# %% ../../nbs/foundations/toy_band.ipynb #2983242c
 def _drumkit(rng, rate):
     "One song's drums: name -> mono sound."
     n, u, mix = int(0.5 * rate), rng.uniform, np.exp(rng.uniform(-.7, .4, 4))
@@ -190,6 +192,7 @@ def _envelope(timbre, length, rate):
         (n / rate - t) / timbre.release, 0, 1
     )
 
+# %% ../../nbs/foundations/toy_band.ipynb #0b2ff454
 def _tables(timbre, hz, rate):
     "The bright and the dark table of a pitch, without harmonics near or above the Nyquist frequency."
     h = timbre.harmonics[:max(1, int(.45 * rate / hz))]
@@ -210,6 +213,7 @@ def _tone(timbre, pitch, length, rate):
         for row, gain in zip(out, (math.cos(side), math.sin(side))): row += gain * x
     return out * loud
 
+# %% ../../nbs/foundations/toy_band.ipynb #5988f460
 def _perform(timbre, notes, frames, rate):
     "All notes of one player: stereo (2, frames). A note that returns is computed once."
     out, known = np.zeros((2, frames), np.float32), {}
@@ -226,6 +230,7 @@ def _body(rng, count=48):
     return (np.exp(0.35 * rng.standard_normal(count))
             * (1 + 2 * rng.random() * np.exp(-((k - rng.uniform(2, 9)) ** 2) / 4)), k)
 
+# %% ../../nbs/foundations/toy_band.ipynb #6d0cba7c
 def _bass_timbre(rng):
     "A round, plucked, synthesised or sub bass."
     body, k = _body(rng)
@@ -324,6 +329,7 @@ def _smooth(x, n):
     total = np.cumsum(np.pad(x, (n // 2 + 1, n - n // 2 - 1), mode="edge"), dtype=np.float64)
     return ((total[n:] - total[:-n])[:len(x)] / n).astype(np.float32)
 
+# %% ../../nbs/foundations/toy_band.ipynb #f048e9f5
 def _tracks(notes, frames, rate, centre):
     """Pitch (MIDI, gliding, in the octave around `centre`) and loudness (0 to 1) per sample, and four
     formants at every 256th sample."""
@@ -348,6 +354,7 @@ def _formant_gain(f, formants, widths):
         gain += level * np.sqrt(r * q / ((1 - r) ** 2 + r * q))
     return gain
 
+# %% ../../nbs/foundations/toy_band.ipynb #1a36ac3d
 def _resonate(source, formants, widths, rate, window=1024):
     """Send (frames,) through moving resonances, given at every 256th sample (4, frames // 256 + 1), window
     by overlapping window."""
@@ -376,6 +383,7 @@ def _consonants(notes, rng, frames, rate):
             _place(out, sounds[rng.integers(4)], round((at - .05) * rate), rng.uniform(.4, 1))
     return out
 
+# %% ../../nbs/foundations/toy_band.ipynb #401a98e4
 def _vibrato(loud, rng, rate):
     "Semitones up and down that set in when a note is held, and a little unsteadiness."
     t, n = np.arange(len(loud), dtype=np.float32) / rate, int(.01 * rate)
@@ -406,6 +414,7 @@ def _room(rng, rate):
     return (np.stack([_noise(rng, n, 200, rng.uniform(3000, 9000), rate, 1) for _ in range(2)])
             * _decay(n, length, rate) / math.sqrt(length * rate / 2))
 
+# %% ../../nbs/foundations/toy_band.ipynb #21ee9660
 def _mixdown(stems, room, levels, wet, pans):
     "Stems (4, 2, frames) in the room, each placed and set to its level in dB RMS where it sounds."
     from scipy.signal import oaconvolve

@@ -37,6 +37,7 @@ class TriangleAdd:
         self.held, self.start, self.next, self.queue, self.pending = None, 0, 0, [], deque()
         self.out, self.norm, self.pos = None, None, 0
 
+# %% ../../nbs/foundations/triangle.ipynb #9b7cc35f
 @patch
 def push(self:TriangleAdd,
     block, # (channels, any number of samples)
@@ -49,6 +50,7 @@ def push(self:TriangleAdd,
     self.held, self.start = self.held[:, first - self.start:].clone(), first
     return done
 
+# %% ../../nbs/foundations/triangle.ipynb #5f2b9a64
 @patch
 def finish(self:TriangleAdd) -> list: # of (sources, channels, time)
     "The stream has ended: return what is left."
@@ -58,6 +60,7 @@ def finish(self:TriangleAdd) -> list: # of (sources, channels, time)
     while self.pending: done += self._collect()
     return done
 
+# %% ../../nbs/foundations/triangle.ipynb #832c90f5
 @patch
 def _first(self:TriangleAdd):
     "Where the first segment begins that has not gone through."
@@ -77,6 +80,7 @@ def _enqueue(self:TriangleAdd, frames):
     self.next += self.step
     return done + (self._flush() if len(self.queue) == self.batch_size else [])
 
+# %% ../../nbs/foundations/triangle.ipynb #b27d945e
 @patch
 @torch.no_grad()
 def _flush(self:TriangleAdd):
@@ -89,6 +93,7 @@ def _flush(self:TriangleAdd):
     while len(self.pending) > (self.ahead - 1 if self.pool else 0): done += self._collect()
     return done
 
+# %% ../../nbs/foundations/triangle.ipynb #25b04808
 @patch
 def _collect(self:TriangleAdd):
     "The oldest batch in work: what of it no later segment touches."
@@ -98,6 +103,7 @@ def _collect(self:TriangleAdd):
     for (start, frames, left), y in zip(places, stems): done += self._add(start, y[..., left:left + frames])
     return done
 
+# %% ../../nbs/foundations/triangle.ipynb #38336beb
 @patch
 def _add(self:TriangleAdd, start, y):
     "Add one weighted segment; return what lies before the next one."

@@ -50,6 +50,7 @@ def to_mono(
     "The mean over the channels, whose axis stays: (…, 1, time)."
     return waveform.mean(-2, keepdim=True)
 
+# %% ../../nbs/foundations/waveforms.ipynb #de18a86b
 def to_channels(
     waveform, # (…, channels, time)
     channels, # how many are wanted: 1 takes the mean, more repeats a mono signal, None leaves it

@@ -59,14 +59,16 @@ class Cells(nn.Module):
             dim=-1,
         )
 
-    def spread(self,
-        x:torch.Tensor, # (…, cells)
-    ) -> torch.Tensor: # (…, n_f): the last cell's value also for all bins above
-        "Give every bin the value of its cell."
-        counts = [(b - a) // w for a, b, w in self.parts]
-        bins = [y.repeat_interleave(w, -1) if w > 1 else y
-                for y, (_, _, w) in zip(x.split(counts, -1), self.parts)]
-        return torch.cat(bins + [x[..., -1:].expand(*x.shape[:-1], self.n_f - self.heard)], dim=-1)
+# %% ../../nbs/networks/compact.ipynb #303c2519
+@patch
+def spread(self:Cells,
+    x:torch.Tensor, # (…, cells)
+) -> torch.Tensor: # (…, n_f): the last cell's value also for all bins above
+    "Give every bin the value of its cell."
+    counts = [(b - a) // w for a, b, w in self.parts]
+    bins = [y.repeat_interleave(w, -1) if w > 1 else y
+            for y, (_, _, w) in zip(x.split(counts, -1), self.parts)]
+    return torch.cat(bins + [x[..., -1:].expand(*x.shape[:-1], self.n_f - self.heard)], dim=-1)
 
 # %% ../../nbs/networks/compact.ipynb #2cfa0ce4
 FLOOR = 1e-9
@@ -79,6 +81,7 @@ def covariance(
     "Sums of a conj(b) over the bins of each cell."
     return cells(a[..., :cells.heard].unsqueeze(-3) * b[..., :cells.heard].conj().unsqueeze(-4))
 
+# %% ../../nbs/networks/compact.ipynb #c3147bca
 def band_features(
     power:torch.Tensor, # (b, c, c, n_t, cells), a `covariance` of the mixture with itself
     cells:Cells, # of the same cells
@@ -120,7 +123,7 @@ class BandLinear(nn.Module):
         y = x.flatten(0, 1).transpose(0, 1) @ self.weight + self.bias
         return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
-
+# %% ../../nbs/networks/compact.ipynb #0e521d63
 class Path(nn.Module):
     "A bidirectional LSTM along axis 1 of `(n, steps, width)`, beside a shortcut."
     def __init__(self, width, dropout): # features, of what the LSTM adds
@@ -270,6 +273,7 @@ def spectrum(self:Compact,
     "The spectrogram, frequencies last."
     return self.stft(waveform).movedim(-1, -3)
 
+# %% ../../nbs/networks/compact.ipynb #dd2f9e19
 @patch
 def bands(self:Compact,
     power:torch.Tensor, # (b, c, c, n_t, cells)
@@ -277,6 +281,7 @@ def bands(self:Compact,
     "The encoder's output, band by band, a vector for every `stack` frames."
     return self.encoder(stack_frames(band_features(power, self.cells), self.stack))
 
+# %% ../../nbs/networks/compact.ipynb #e57c28bd
 @patch
 def cell_matrices(self:Compact,
     power:torch.Tensor, # (b, c, c, n_t, cells)
@@ -284,6 +289,7 @@ def cell_matrices(self:Compact,
     "What each stem takes of each channel, in every cell."
     return self.maskers(self.bands(power))[..., :power.shape[-2], :]
 
+# %% ../../nbs/networks/compact.ipynb #44ab8499
 @patch
 def matrices(self:Compact,
     spectrum:torch.Tensor, # complex (b, c, n_t, n_f)
@@ -305,6 +311,7 @@ def estimate(self:Compact,
         stems[..., bins] = self._bins(matrices[..., self.cells.cell_of[bins]], x[..., bins])
     return stems
 
+# %% ../../nbs/networks/compact.ipynb #5d35c982
 @patch
 def _bins(self:Compact, matrices, x):
     "The stems in some bins, from matrices (b, s, c, c, n_t, bins) and the mixture (b, c, n_t, bins)."
@@ -312,6 +319,7 @@ def _bins(self:Compact, matrices, x):
     for c in range(1, x.shape[1]): stems = stems + matrices[:, :, :, c] * x[:, None, None, c]
     return refine_stems(stems, x, self.refine)
 
+# %% ../../nbs/networks/compact.ipynb #4dc1d941
 @patch
 def forward(self:Compact,
     waveform:torch.Tensor, # (b, channels, time)
@@ -321,6 +329,7 @@ def forward(self:Compact,
     stems = self.estimate(self.spectrum(folded))
     return unfold(self.stft.inverse(stems.movedim(2, -1), folded.shape[-1]), 2)
 
+# %% ../../nbs/networks/compact.ipynb #7d864bad
 @patch
 def embed(self:Compact,
     waveform:torch.Tensor, # (b, channels, time)
@@ -341,6 +350,7 @@ def dense_embed(self:Compact,
     x = self.spectrum(fold_channels(waveform, 1, self.channels)[0])
     return self.bands(covariance(x, x, self.cells))
 
+# %% ../../nbs/networks/compact.ipynb #4b5bbdd0
 @patch(as_prop=True)
 def dense_grid(self:Compact) -> dict: # an `STFT`'s settings, and "edges": the bins between the bands
     "The frames and bands that the vectors of `dense_embed` cover."
@@ -368,6 +378,7 @@ def cell_errors(
     mx = sum(m[:, :, :, c, None] * xx[:, None, None, c] for c in channels)
     return torch.stack([xx[:, c, c].real for c in channels], 1), ss + ((mx - 2 * sx) * m.conj()).real.sum(3)
 
+# %% ../../nbs/networks/compact.ipynb #950fdb40
 def _grouped(network, mixture, sources):
     "The channels that the network sees together; for a mono network each is an example."
     groups = fold_channels(mixture, 1, network.channels)[0]

@@ -88,6 +88,21 @@ class TasNetEncoder(nn.Module):
         return w, total if self.blocks[0].skip else x
 
 # %% ../../nbs/networks/conv_tasnet.ipynb #1c4cba88
+def _check_sizes(
+    length:int, # samples of a filter
+    kernel:int, # frames
+    mask:str, # "relu" or "sigmoid"
+):
+    "Raise a `UserError` for settings that a network can't have."
+    if length < 2 or length % 2:
+        raise UserError(
+            f"conv_tasnet: length={length}: filters overlap by half, so give an even number of samples"
+        )
+    if kernel % 2 == 0: raise UserError(f"conv_tasnet: kernel={kernel}: give an odd number of frames")
+    if mask not in ("relu", "sigmoid"):
+        raise UserError(f"conv_tasnet: mask={mask!r}: it is relu or sigmoid")
+
+# %% ../../nbs/networks/conv_tasnet.ipynb #bad909ca
 @register_network("conv_tasnet")
 class ConvTasNet(nn.Module):
     """Learnt filters, masked by a stack of dilated convolutions [Luo & Mesgarani 2019]: waveform (batch,
@@ -109,13 +124,7 @@ class ConvTasNet(nn.Module):
         super().__init__()
         sizes = dict(filters=filters, length=length, bottleneck=bottleneck, hidden=hidden, skip=skip,
                      kernel=kernel, blocks=blocks, repeats=repeats)
-        if length < 2 or length % 2:
-            raise UserError(
-                f"conv_tasnet: length={length}: filters overlap by half, so give an even number of samples"
-            )
-        if kernel % 2 == 0: raise UserError(f"conv_tasnet: kernel={kernel}: give an odd number of frames")
-        if mask not in ("relu", "sigmoid"):
-            raise UserError(f"conv_tasnet: mask={mask!r}: it is relu or sigmoid")
+        _check_sizes(length, kernel, mask)
         self.args = json.loads(
             json.dumps(
                 dict(sizes, mask=mask, sources=list(sources), sample_rate=sample_rate, channels=channels)
@@ -140,6 +149,7 @@ def encode(self:ConvTasNet,
     more = -waveform.shape[-1] % self.hop
     return self.encoder(F.pad(waveform, (self.hop, self.hop + more)))
 
+# %% ../../nbs/networks/conv_tasnet.ipynb #6a29a55f
 @patch
 def forward(self:ConvTasNet,
     waveform:torch.Tensor, # (batch, channels, time)
@@ -151,6 +161,7 @@ def forward(self:ConvTasNet,
     stems = self.decoder(masked.flatten(0, 1)).unflatten(0, masked.shape[:2])
     return unfold(stems[..., self.hop:self.hop + waveform.shape[-1]], 2)
 
+# %% ../../nbs/networks/conv_tasnet.ipynb #1812536f
 @patch
 def embed(self:ConvTasNet,
     waveform:torch.Tensor, # (batch, channels, time)
@@ -168,6 +179,7 @@ def dense_embed(self:ConvTasNet,
     _, features = encoded or self.encode(fold_channels(waveform, 1, self.channels)[0])
     return features.transpose(1, 2).unsqueeze(2)
 
+# %% ../../nbs/networks/conv_tasnet.ipynb #4a22d118
 @patch(as_prop=True)
 def dense_grid(self:ConvTasNet) -> dict: # an `STFT`'s settings, and "edges": the bins between the bands
     "The frames, and the one band, that the vectors of `dense_embed` cover."

@@ -29,7 +29,7 @@ class Box:
     parameters: int
     glue: list = field(default_factory=list)
 
-
+# %% ../../nbs/networks/drawing.ipynb #13d344e4
 def describe(module):
     "The sizes of a module in a few characters: channels, kernel, features."
     by = lambda size: f"{size[0]}×{size[1]}" if isinstance(size, (tuple, list)) else str(size)
@@ -52,7 +52,7 @@ def find_boxes(module, whole=(), path=""):
         if here in whole or getattr(child, "one_box", False) or not list(child.children()): yield here, child
         else: yield from find_boxes(child, whole, here)
 
-
+# %% ../../nbs/networks/drawing.ipynb #96796c57
 def trace_shapes(network, # any module
                  *inputs, # what it is called with; it runs on their device
                  method="forward", # which of its methods
@@ -116,6 +116,7 @@ def _draw_arrows(ax, places, width, height):
                     solid_joinstyle="round")
             ax.annotate("", (x2, y2 + half), (x2 - 0.16, y2 + half), arrowprops=arrow)
 
+# %% ../../nbs/networks/drawing.ipynb #8991e3b0
 def _draw_ends(ax, start, end, first, last, top):
     """What goes in, above the first box, and what comes out, below the shape of the last; an arrow from and
     to each."""

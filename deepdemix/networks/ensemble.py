@@ -68,6 +68,7 @@ def spectrum(self:Ensemble,
     "The spectrogram, frequencies last."
     return self.stft(waveform).movedim(-1, -3)
 
+# %% ../../nbs/networks/ensemble.ipynb #52cd9084
 @patch
 def estimate(self:Ensemble,
     x:torch.Tensor, # complex (b, channels, n_t, n_f)
@@ -85,6 +86,7 @@ def estimate(self:Ensemble,
     stems = found / len(self.members)
     return stems if self.training else refine_stems(stems, x, self.refine)
 
+# %% ../../nbs/networks/ensemble.ipynb #9fd09ea1
 @patch
 def forward(self:Ensemble,
     waveform:torch.Tensor, # (b, channels, time)
@@ -103,6 +105,7 @@ def _same_data(
     same = "digest" in first and all(r.get("data", {}).get("digest") == first["digest"] for r in records)
     return dict(data={k: first[k] for k in ("digest", "songs", "minutes") if k in first}) if same else {}
 
+# %% ../../nbs/networks/ensemble.ipynb #1ce4ef32
 def join_runs(
     runs, # folders of finished runs, or of bundled weights
     out, # the folder to make
@@ -123,4 +126,5 @@ def join_runs(
     save_network(ensemble, record | made | dict(members=records), out)
     return out
 
+# %% ../../nbs/networks/ensemble.ipynb #93fa9eda
 register_defaults("ensemble", dict(loss="l1_waveform"))

@@ -75,7 +75,7 @@ def normalised(
     axes = tuple(range(1, x.ndim))
     return (x - x.mean(axes, keepdim=True)) / (1e-5 + x.std(axes, keepdim=True))
 
-
+# %% ../../nbs/networks/hybrid_demucs.ipynb #f3a35109
 class HybridEncoder(nn.Module):
     """Both encoders: complex spectrogram as channels `(b, 2 * c, n_f, n_t)` and waveform `(b, c, time)` ->
     `(b, latent, …, steps)`."""

@@ -44,7 +44,7 @@ def has_lstm(
     except RuntimeError: return False
     return True
 
-
+# %% ../../nbs/networks/layers.ipynb #eabb7081
 class LSTM(nn.LSTM):
     "PyTorch's LSTM, in single precision where a processor has none in that of an autocast around it."
     def forward(self, x, state=None):

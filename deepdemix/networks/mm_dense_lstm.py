@@ -52,7 +52,7 @@ class LSTMBlock(nn.Module):
 
     def forward(self, x): return self.spread(self.rnn(self.squeeze(x)[:, 0])[0])[:, None]
 
-
+# %% ../../nbs/networks/mm_dense_lstm.ipynb #b39bbda7
 class DenseLSTM(nn.Module):
     """A dense block, and the map of an LSTM beside its maps: (batch, n_in, n_t, n_f) -> (batch, n_out, n_t,
     n_f)."""
@@ -228,6 +228,7 @@ def levels(self:MMDenseLSTM,
     "Log magnitudes of what the network listens to: the floor of -100 dB is -1, and 0 dB is 1."
     return magnitude[:, :, :self.heard].clamp_min(FLOOR).log10().permute(0, 3, 1, 2) * 0.4 + 1
 
+# %% ../../nbs/networks/mm_dense_lstm.ipynb #2976f7eb
 @patch
 def predict(self:MMDenseLSTM,
     magnitude:torch.Tensor, # (batch, n_t, n_f, n_ac)

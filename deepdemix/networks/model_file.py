@@ -28,6 +28,7 @@ def _whole(about, name, path, least=1):
     if isinstance(value, int) and not isinstance(value, bool) and value >= least: return value
     raise UserError(f"{path}: {name} is a whole number from {least} on, not {value!r}")
 
+# %% ../../nbs/networks/model_file.ipynb #f321b402
 def read_description(
     path, # of the network's file
 ) -> dict: # sources, sample_rate, channels, segment, hop, layout, licence, trained_on
@@ -102,6 +103,7 @@ def load_script(
             f"{path} is no TorchScript file ({str(e).splitlines()[0][:120]}); pickles are not loaded"
         ) from e
 
+# %% ../../nbs/networks/model_file.ipynb #8a23cfc8
 class OnnxGraph(nn.Module):
     "A graph that onnxruntime runs on the processor, one example at a time if it was made so."
     def __init__(self,
@@ -135,6 +137,7 @@ def hybrid_spectrum(
                    return_complex=True)
     return z[:, :-1, 2:2 + hops].unflatten(0, x.shape[:2])
 
+# %% ../../nbs/networks/model_file.ipynb #ce26a09e
 def hybrid_inverse(
     z, # (..., 2048, hops) complex
     length:int, # samples
@@ -147,6 +150,7 @@ def hybrid_inverse(
     )
     return x[:, EDGE:EDGE + length].unflatten(0, z.shape[:-2])
 
+# %% ../../nbs/networks/model_file.ipynb #ef5fdbe1
 def hybrid_stems(
     # (waveform, spectrogram as channels) -> (spectrograms of the stems as channels, waveforms of the stems)
     graph,

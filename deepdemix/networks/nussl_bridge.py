@@ -33,7 +33,7 @@ def _silence():
             os.dup2(saved, 2)
             os.close(saved)
 
-
+# %% ../../nbs/networks/nussl_bridge.ipynb #71d5a9ef
 def import_nussl():
     "nussl 1.1.9, made to work on today's SciPy and NumPy; ImportError with the way out where it is missing."
     import numpy as np
@@ -63,7 +63,7 @@ def to_nussl_weights(state): # `Baseline.state_dict()`
     return {new + key.removeprefix(old): value for key, value in state.items()
             for old, new in NUSSL_NAMES.items() if key.startswith(old)}
 
-
+# %% ../../nbs/networks/nussl_bridge.ipynb #afa5abc4
 def from_nussl_weights(state): # `state_dict()` of nussl's recurrent mask inference model
     "The same weights under the names of `Baseline`; load them with `load_nussl_weights`."
     return {old + key.removeprefix(new): value for key, value in state.items()
@@ -94,7 +94,7 @@ class NusslMask(nn.Module):
 
     def forward(self, data): return self.network.mask(data)
 
-
+# %% ../../nbs/networks/nussl_bridge.ipynb #5f7bdb2b
 def to_nussl(network): # any `MaskNetwork`
     """A nussl `SeparationModel` around `network` (shared, not copied), with the outputs `mask` and
     `estimates`."""

@@ -24,6 +24,7 @@ def _several():
 
 def _in_common_step(): return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
 
+# %% ../../nbs/networks/open_unmix.ipynb #208010ba
 class Standardise(nn.Module):
     """Shift and scale each bin: `(b, n_t, n_ac, bins)` in and out; the first training batch that sounds sets
     both."""
@@ -39,6 +40,7 @@ class Standardise(nn.Module):
             self.measure(x.detach())
         return (x + self.mean) * self.scale
 
+# %% ../../nbs/networks/open_unmix.ipynb #3107963a
 @patch
 @torch.no_grad()
 def measure(self:Standardise,
@@ -56,6 +58,7 @@ def measure(self:Standardise,
     self.scale.copy_(1 / spread.clamp_min(1e-4 * spread.max()))
     self.measured.fill_(True)
 
+# %% ../../nbs/networks/open_unmix.ipynb #08ea3331
 @patch
 def reset_parameters(self:Standardise):
     "As if nothing had been heard."
@@ -143,6 +146,7 @@ def listen(self:OpenUnmix,
     x = magnitude.transpose(2, 3)[..., :self.heard] / self.stft.scale
     return [listener(x) for listener in self.encoder]
 
+# %% ../../nbs/networks/open_unmix.ipynb #fd2ef142
 @patch
 def predict(self:OpenUnmix,
     magnitude:torch.Tensor, # (batch, n_t, n_f, n_ac)
@@ -153,6 +157,7 @@ def predict(self:OpenUnmix,
         2, 3
     )
 
+# %% ../../nbs/networks/open_unmix.ipynb #392913fe
 @patch
 def embed(self:OpenUnmix,
     waveform:torch.Tensor, # (batch, channels, time)
@@ -170,6 +175,7 @@ def dense_embed(self:OpenUnmix,
     heard = encoded or self.listen(self.magnitudes(to_channels(waveform, self.channels)))
     return torch.cat(heard, -1).unsqueeze(2)
 
+# %% ../../nbs/networks/open_unmix.ipynb #85dd7d85
 @patch(as_prop=True)
 def dense_grid(self:OpenUnmix) -> dict: # an `STFT`'s settings, and "edges": the bins between the bands
     "The frames, and the one band, that the vectors of `dense_embed` cover."

@@ -29,6 +29,7 @@ class Peer:
     saw_test: bool = False # whether songs of MUSDB18's test set were among them
     licence: str = RESEARCH
 
+# %% ../../nbs/networks/peers.ipynb #1f381be1
 PEERS = {
     "htdemucs": Peer("Hybrid Transformer Demucs", "MUSDB18-HQ and 800 songs more"),
     "htdemucs_ft": Peer("the same, tuned for each stem; four times as slow", "MUSDB18-HQ and 800 songs more"),
@@ -65,6 +66,7 @@ def _demucs():
         ) from None
     return demucs
 
+# %% ../../nbs/networks/peers.ipynb #3eb02682
 def demucs_class(
     name:str, # such as "demucs.htdemucs.HTDemucs"
     path, # of the file that names it
@@ -75,6 +77,7 @@ def demucs_class(
     module, _, kind = name.rpartition(".")
     return getattr(__import__(module, fromlist=[kind]), kind)
 
+# %% ../../nbs/networks/peers.ipynb #8fb36881
 def _build(package, path) -> nn.Module:
     "The network of a package: class, arguments, weights."
     state = package["state"]
@@ -87,6 +90,7 @@ def _build(package, path) -> nn.Module:
     except (RuntimeError, TypeError, KeyError) as e:
         raise UserError(f"{path} does not fit Demucs' network: {str(e).splitlines()[0][:200]}") from e
 
+# %% ../../nbs/networks/peers.ipynb #65a644a3
 def read_demucs(
     path, # ends in .safetensors or .th
 ) -> nn.Module: # in eval mode
@@ -94,6 +98,7 @@ def read_demucs(
     path, demucs = Path(path), _demucs()
     return _build((_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path, demucs), path)
 
+# %% ../../nbs/networks/peers.ipynb #0f4ecf88
 def _read_safetensors(path, demucs):
     "Class, arguments and tensors of a safetensors file."
     import json
@@ -111,6 +116,7 @@ def _read_safetensors(path, demucs):
         tensors = demucs.hf._unflatten_state(tensors, structure)
     return dict(klass=demucs_class(about.get("klass", ""), path), args=args, kwargs=kwargs, state=tensors)
 
+# %% ../../nbs/networks/peers.ipynb #c0da8ed3
 def _check_structure(node, path):
     "`UserError` where the structure of quantised weights asks for a class from elsewhere."
     for key, value in (
@@ -120,6 +126,7 @@ def _check_structure(node, path):
             raise UserError(f"{path} asks for {value!r}; it is not loaded")
         _check_structure(value, path)
 
+# %% ../../nbs/networks/peers.ipynb #e003b084
 def _read_pickle(path, demucs):
     "The package of a .th file, through `weights_only`."
     safe = [demucs_class(name, path) for name in CLASSES] + [Fraction]
@@ -165,6 +172,7 @@ class PeerNetwork(nn.Module):
             if weight.any(): total = total + run_demucs(model, waveform) * weight[:, None, None]
         return total
 
+# %% ../../nbs/networks/peers.ipynb #9e595d74
 def valid_length(
     model, # one of Demucs' networks
     frames:int, # samples
@@ -172,6 +180,7 @@ def valid_length(
     "How many samples it takes for so many."
     return model.valid_length(frames) if hasattr(model, "valid_length") else frames
 
+# %% ../../nbs/networks/peers.ipynb #3af89331
 def run_demucs(
     model, # one of Demucs' networks
     waveform, # (b, c, time)
@@ -198,6 +207,7 @@ def fetch_demucs(
     raise UserError(f"the weights of {name} can't be fetched, and are not in the cache"
                     f" ({'; '.join(dict.fromkeys(errors))})")
 
+# %% ../../nbs/networks/peers.ipynb #44f20b4f
 def _from_hub(name, demucs):
     "Safetensors from the Hub."
     import yaml
@@ -206,6 +216,7 @@ def _from_hub(name, demucs):
     bag = yaml.safe_load(Path(hf_hub_download(repo, f"{name}.yaml")).read_text())
     return [hf_hub_download(repo, f"{x}.safetensors") for x in bag["models"]], bag.get("weights")
 
+# %% ../../nbs/networks/peers.ipynb #a6e3511c
 def _from_older_place(name, demucs):
     "Checkpoints by their address and checksum, into torch's cache."
     import yaml
@@ -219,6 +230,7 @@ def _from_older_place(name, demucs):
             torch.hub.download_url_to_file(url, str(files[-1]), files[-1].stem.split("-")[1], progress=False)
     return files, bag.get("weights")
 
+# %% ../../nbs/networks/peers.ipynb #e970ae41
 def load_peer(
     name, # of `PEERS`, or the path of one of Demucs' files
 ) -> PeerNetwork:

@@ -71,7 +71,7 @@ def mask(self:MaskNetwork, magnitude):
     folded, unfold = fold_channels(magnitude, 3, self.channels)
     return unfold(self.predict(folded), 3)
 
-
+# %% ../../nbs/networks/protocol.ipynb #7c50afd4
 @patch
 def forward(self:MaskNetwork, waveform):
     "The stems `(b, s, c, time)` of a waveform `(b, c, time)`: mask times mixture, with the mixture's phase."

@@ -116,6 +116,7 @@ def frames(self:Recurrent,
     levels[:, :, self.heard:] = math.log(FLOOR)
     return self.encoder(levels.flatten(2))
 
+# %% ../../nbs/networks/recurrent.ipynb #86c850e4
 @patch
 def predict(self:Recurrent,
     magnitude:torch.Tensor, # (batch, n_t, n_f, n_ac)
@@ -126,6 +127,7 @@ def predict(self:Recurrent,
     highest = painted[:, :, self.heard - 1:self.heard].expand(-1, -1, self.bands.n_bands - self.heard, -1, -1)
     return self.bands.spread(torch.cat([painted[:, :, :self.heard], highest], dim=2).softmax(dim=-1))
 
+# %% ../../nbs/networks/recurrent.ipynb #1c05915f
 @patch
 def embed(self:Recurrent,
     waveform:torch.Tensor, # (batch, channels, time)

@@ -25,6 +25,7 @@ def _normed(layer:nn.Module, n_out:int) -> nn.Sequential:
     "A layer, batch norm, ReLU."
     return nn.Sequential(layer, nn.BatchNorm2d(n_out), nn.ReLU())
 
+# %% ../../nbs/networks/tfc_tdf.ipynb #61ff8b54
 class TFCTDF(nn.Module):
     """Maps (batch, n, n_t, n_f) -> the same shape: convolutions, then linear layers over the frequencies
     beside a shortcut."""
@@ -100,6 +101,22 @@ class TFCTDFDecoder(nn.Module):
         return self.last(x)
 
 # %% ../../nbs/networks/tfc_tdf.ipynb #0315006f
+def _check_output(
+    bins:int, # that are seen and drawn
+    depth:int, # halvings
+    n_f:int, # bins of the STFT
+    output:str, # "direct" or "mask"
+):
+    "Raise a `UserError` for settings that don't go together."
+    if not 0 < bins <= n_f or bins % 2**depth:
+        raise UserError(
+            f"tfc_tdf: bins={bins}: give a multiple of {2**depth} (2**depth), at most {n_f},"
+            " which is what the window has"
+        )
+    if output not in ("direct", "mask"):
+        raise UserError(f"tfc_tdf: output={output!r}: it is direct or mask")
+
+# %% ../../nbs/networks/tfc_tdf.ipynb #13fba980
 @register_network("tfc_tdf")
 class TFCTDFNet(nn.Module):
     """A U-net on real and imaginary parts [Choi et al. 2020; Kim et al. 2021]: waveform (batch, channels,
@@ -123,22 +140,12 @@ class TFCTDFNet(nn.Module):
         super().__init__()
         self.stft = STFT(window_length, hop_length, window_type)
         sizes = dict(depth=depth, growth=growth, layers=layers, kernel=kernel, squeeze=squeeze)
-        if not 0 < bins <= self.stft.n_f or bins % 2**depth:
-            raise UserError(
-                f"tfc_tdf: bins={bins}: give a multiple of {2**depth} (2**depth), at most {self.stft.n_f},"
-                " which is what the window has"
-            )
-        if output not in ("direct", "mask"):
-            raise UserError(f"tfc_tdf: output={output!r}: it is direct or mask")
+        _check_output(bins, depth, self.stft.n_f, output)
         front = dict(sources=list(sources), sample_rate=sample_rate, channels=channels,
                      window_length=window_length, hop_length=hop_length, window_type=window_type)
         self.args = json.loads(json.dumps(dict(sizes, bins=bins, output=output, joint=joint) | front))
-        self.sources = tuple(sources)
-        self.sample_rate = sample_rate
-        self.channels = channels
-        self.bins = bins
-        self.depth = depth
-        self.output = output
+        self.sources, self.sample_rate, self.channels = tuple(sources), sample_rate, channels
+        self.bins, self.depth, self.output = bins, depth, output
         self.gain = 10 / (self.stft.scale * self.stft.window.norm().item())
         nets = 1 if joint else len(self.sources)
         self.latent = nets * growth * (depth + 1)
@@ -189,6 +196,7 @@ def forward(self:TFCTDFNet,
     folded, unfold = fold_channels(waveform, 1, self.channels)
     return unfold(self.stft.inverse_stems(self.estimate(self.stft(folded)), folded.shape[-1]), 2)
 
+# %% ../../nbs/networks/tfc_tdf.ipynb #f40fedec
 @patch
 def embed(self:TFCTDFNet,
     waveform:torch.Tensor, # (batch, channels, time)

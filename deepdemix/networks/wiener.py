@@ -22,10 +22,12 @@ def wiener_filter(
     parts = [_wiener(y, x, exponent, load) for y, x in pairs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
+# %% ../../nbs/networks/wiener.ipynb #99c1ce03
 def _squares(x):
     "|x|^2 of complex numbers."
     return x.real.square() + x.imag.square()
 
+# %% ../../nbs/networks/wiener.ipynb #bcd8cb74
 def _wiener(y, x, exponent, load):
     "The filter for a few frequencies."
     power = _squares(y)
@@ -35,6 +37,7 @@ def _wiener(y, x, exponent, load):
     filtered = _directed(y, x, power, share, load) if both else share[:, :, None] * x[:, None]
     return filtered + (x - filtered.sum(1))[:, None] / y.shape[1]
 
+# %% ../../nbs/networks/wiener.ipynb #6a517325
 def _directed(y, x, power, share, load):
     """Covariances times the inverse of their sum times the mixture, for two channels: all 2 x 2 matrices are
     Hermitian."""

@@ -158,11 +158,13 @@ def __call__(self:Estimates,
     stems = {name: paths for name, paths in self.places[place].items() if name in self.sources}
     return {name: read_stem(self, name, paths, mixture) for name, paths in stems.items()}
 
+# %% ../../nbs/scoring/estimates.ipynb #06afa7c4
 @patch(as_prop=True)
 def sources(self:Estimates) -> tuple:
     "The stems that are scored: all that occur but mixtures and sums of other stems."
     return tuple(name for name in self.stems if name not in SUMS)
 
+# %% ../../nbs/scoring/estimates.ipynb #2d35990e
 @patch(as_prop=True)
 def notes(self:Estimates) -> list:
     "Lines on what had to be changed, and on folders that no song has asked for."

@@ -27,7 +27,7 @@ def ratio_mask(stems: Tensor, mixture: Tensor) -> Tensor:
     magnitude = stems.abs()
     return magnitude / magnitude.sum(-1, keepdim=True).clamp_min(1e-12)
 
-
+# %% ../../nbs/scoring/oracles.ipynb #6332fbc0
 def real_mask(stems: Tensor, mixture: Tensor) -> Tensor:
     "The real mask in [0, 1] that comes closest to each source."
     return ((stems * mixture.conj()).real / mixture.abs().square().clamp_min(1e-20)).clamp(0, 1)

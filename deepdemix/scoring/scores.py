@@ -72,6 +72,7 @@ def _merged(a: dict, b: dict) -> dict:
     def both(x, y): return x if x == y else listed(x) + [v for v in listed(y) if v not in listed(x)]
     return {k: both(a[k], b[k]) if k in a and k in b else (a | b)[k] for k in {**a, **b}}
 
+# %% ../../nbs/scoring/scores.ipynb #e8f2c432
 def _record(key: tuple, names: tuple, values: dict, frames: dict) -> dict:
     "One song's entry of scores.json: numbers, None where there is none."
     def plain(x): return float(x) if math.isfinite(x) else None
@@ -84,7 +85,7 @@ def _record(key: tuple, names: tuple, values: dict, frames: dict) -> dict:
     return (dict(zip(("model", "seed", "split", "song"), key)) | {"scores": scores}
             | ({"frames": seconds} if frames else {}))
 
-
+# %% ../../nbs/scoring/scores.ipynb #7afbaf1a
 def _from_records(records: list, info: dict, failed: list) -> Scores:
     "Scores from the entries of scores.json."
     import pandas as pd
@@ -114,7 +115,7 @@ def array(self: Scores, metric: str, model: str, split: str=None) -> tuple[np.nd
     out[rows.seed.map(seeds.index), rows.song.map(titles.index), rows.source.map(sources.index)] = rows.value
     return out, titles
 
-
+# %% ../../nbs/scoring/scores.ipynb #7515ba57
 @patch
 def by_song(self: Scores, metric: str="SDR", model: str=None, split: str=None):
     "Table of one metric: songs down, sources across; the mean over seeds. The only model if none is named."
@@ -122,6 +123,7 @@ def by_song(self: Scores, metric: str="SDR", model: str=None, split: str=None):
     values, titles = self.array(metric, model or self._single(), split)
     return pd.DataFrame(values.mean(0), pd.Index(titles, name="song"), self.sources)
 
+# %% ../../nbs/scoring/scores.ipynb #7eceae1c
 @patch
 def _single(self: Scores) -> str:
     "The one model's name."
@@ -137,7 +139,7 @@ def ranked(self: Scores, metric: str="SDR", model: str=None, split: str=None, so
     order = (table[source] if source else table.mean(axis=1)).dropna().sort_values(ascending=False)
     return list(order.index)
 
-
+# %% ../../nbs/scoring/scores.ipynb #aa9edeec
 @patch
 def extremes(self: Scores, n: int=5, *args, **kwargs) -> list[str]:
     "Titles of the `n` best songs, then of the `n` worst, none twice; what else is given goes to `ranked`."
@@ -177,7 +179,7 @@ def _numbers(self: Scores, metric: str, model: str, split: str, intervals: bool)
         )
     return found | {(metric, name): float(x) for name, x in zip(self.sources, each)}
 
-
+# %% ../../nbs/scoring/scores.ipynb #aa786a88
 @patch
 def _separates(self: Scores, model: str) -> list[str]:
     "The sources that a model was scored on."
@@ -201,7 +203,7 @@ def with_interval(x: float, low: float, high: float) -> str:
     "A score and its interval, as tables show them: `3.00 [2.50, 3.25]`."
     return f"{_number(x)} [{_number(low)}, {_number(high)}]"
 
-
+# %% ../../nbs/scoring/scores.ipynb #6257cdd9
 @patch
 def _cells(self: Scores, numbers, metrics: list) -> dict:
     "The texts of one row of the summary."
@@ -220,7 +222,7 @@ def _label(self: Scores, model: str, split: str) -> str:
     several = self.rows.split.nunique() > 1
     return model + (f" ({count} seeds)" if count > 1 else "") + (f", {split}" if several else "")
 
-
+# %% ../../nbs/scoring/scores.ipynb #f4d08dba
 @patch
 def _notes(self: Scores, metrics: list) -> list[str]:
     "What a reader of a table with these metrics must know."
@@ -241,7 +243,7 @@ def _notes(self: Scores, metrics: list) -> list[str]:
     notes += [*self._mask_note(), *self.info.get("notes", ())]
     return notes + [f"no score: {f['song']} ({f['model']}): {f['reason']}" for f in self.failed]
 
-
+# %% ../../nbs/scoring/scores.ipynb #5b47a44d
 @patch
 def _mask_note(self: Scores) -> list[str]:
     "The STFT that the masks among the reference rows belong to."
@@ -274,6 +276,7 @@ def table(self: Scores,
     return Table([g for g in groups if g], [(m, c) for m in metrics for c in [OVERALL, *all.sources]],
                  caption, tuple(all._notes(metrics)))
 
+# %% ../../nbs/scoring/scores.ipynb #5a81b03b
 def _paper_rows(scores: Scores, metrics: list) -> list:
     "The paper's numbers on the splits that were scored."
     splits = list(scores.rows.split.unique())
@@ -319,6 +322,7 @@ def save(self: Scores,
     with atomic_path(path) as part: part.write_text(f'{head}, "songs": [\n{songs}\n]}}\n', encoding="utf-8")
     return Path(path)
 
+# %% ../../nbs/scoring/scores.ipynb #93a54f90
 def _rounded(x, digits: int):
     "The same with its numbers rounded."
     if isinstance(x, dict): return {k: _rounded(v, digits) for k, v in x.items()}
@@ -370,7 +374,7 @@ def save_songs(self: Scores,
             part.write_text(json.dumps(museval_song(frames), indent=2), encoding="utf-8")
     return paths
 
-
+# %% ../../nbs/scoring/scores.ipynb #2f72434c
 def _safe(name: str) -> str:
     "A title as a file name."
     return "".join("_" if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in str(name)).strip(". ") or "_"
@@ -398,7 +402,7 @@ def _museval_record(path: Path, key: tuple, sources: tuple) -> dict:
         entry["frames"] |= one["frames"]
     return entry
 
-
+# %% ../../nbs/scoring/scores.ipynb #bfa54eac
 @patch(cls_method=True)
 def from_museval(cls: Scores,
     # FOLDER/SPLIT/TITLE.json, or FOLDER/TITLE.json, as museval's `EvalStore` has them

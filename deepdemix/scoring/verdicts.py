@@ -62,7 +62,7 @@ def conclusion(self: Verdict) -> str:
     if self.negligible: return f"The whole interval lies within ±{MARGIN} dB: no difference that matters."
     return f"The interval includes zero: no difference is shown; {seen}."
 
-
+# %% ../../nbs/scoring/verdicts.ipynb #59c25404
 @patch(as_prop=True)
 def sentence(self: Verdict) -> str:
     "The verdict in plain words."
@@ -81,7 +81,7 @@ def _rows(self: Verdict) -> list[list[str]]:
                      f"{v.improved} of {v.songs}"])
     return rows
 
-
+# %% ../../nbs/scoring/verdicts.ipynb #26e0f66c
 @patch
 def __str__(self: Verdict) -> str:
     "The sentence, the table behind it, and what to keep in mind."
@@ -94,7 +94,7 @@ def __str__(self: Verdict) -> str:
 
 Verdict.__repr__ = Verdict.__str__
 
-
+# %% ../../nbs/scoring/verdicts.ipynb #b5446a58
 @patch
 def _repr_html_(self: Verdict) -> str:
     "The same for notebooks."
@@ -122,6 +122,7 @@ REMEDIES = {
     "sample_rate": "score both on data of one sample rate",
 }
 
+# %% ../../nbs/scoring/verdicts.ipynb #51455600
 def _same_protocol(a: Scores, b: Scores) -> None:
     "Refuse to compare what was not measured alike, and say what makes it comparable."
     for key, remedy in REMEDIES.items():
@@ -135,7 +136,7 @@ def _seeds(scores: Scores, metric: str, model: str, split: str) -> list:
     rows = scores.rows
     return list(rows[(rows.metric == metric) & (rows.model == model) & (rows.split == split)].seed.unique())
 
-
+# %% ../../nbs/scoring/verdicts.ipynb #e645b3fb
 def _match(
     a: Scores,    # of model A
     b: Scores,    # of model B

@@ -47,6 +47,7 @@ class Job:
     @property
     def folder(self): return Path(self.parent) / folder_name(self.path)
 
+# %% ../../nbs/serving/catalogue.ipynb #bfb39ab8
 def read_list(
     # a text file: a song a line, relative to the list's folder or absolute; lines that begin with # are
     # passed over
@@ -71,6 +72,7 @@ def _songs(source, out):
     root = path if path.is_dir() else path.parent
     return [(os.path.abspath(x), os.path.relpath(x, root)) for x in find_songs([path], out)]
 
+# %% ../../nbs/serving/catalogue.ipynb #cc967b8a
 def list_jobs(
     sources, # folders, lists and songs
     out, # where the stems go; what lies in here is not searched
@@ -102,12 +104,12 @@ def state_file(state, key, suffix=".json"):
     "A small file about one job; a million of them lie in 256 folders."
     return Path(state) / key[:2] / f"{key}{suffix}"
 
+# %% ../../nbs/serving/catalogue.ipynb #41c1e56d
 def fingerprint(path):
     "What tells a changed file from one that is as it was: its size and time; None if it can't be seen."
     try: found = os.stat(path)
     except OSError: return None
     return [found.st_size, found.st_mtime_ns]
-
 
 # %% ../../nbs/serving/catalogue.ipynb #ba000002
 SILENT = "overwrite", "progress", "taken", "report" # options that change no stem
@@ -120,6 +122,7 @@ def settings_of(
     given = {k: v for k, v in options.items() if k not in SILENT and v is not None and v != usual.get(k)}
     return given | ({"stems": stem_list(given["stems"])} if "stems" in given else {})
 
+# %% ../../nbs/serving/catalogue.ipynb #b9c93a6a
 def stem_list(stems) -> list:
     "A stem, or several in any kind of collection, as a list."
     return [stems] if isinstance(stems, str) else list(stems)
@@ -159,6 +162,7 @@ def model_digest(
     else: files = [x for x in (path, path.with_suffix(".json")) if x.is_file()]
     return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
 
+# %% ../../nbs/serving/catalogue.ipynb #81cede50
 def versions():
     "What must be the same on all machines for the stems to be the same."
     return {"deepdemix": deepdemix.__version__,
@@ -298,6 +302,7 @@ def flush(self:Manifest):
     if self.rows: self.writer.write_table(pa.Table.from_pylist(self.rows, schema))
     self.rows = []
 
+# %% ../../nbs/serving/catalogue.ipynb #21b0bfec
 @patch
 def _flush_csv(self:Manifest):
     import csv
@@ -307,6 +312,7 @@ def _flush_csv(self:Manifest):
         writer.writerows(self.rows)
     self.rows = []
 
+# %% ../../nbs/serving/catalogue.ipynb #28cb1b5d
 def read_manifest(
     folder, # the output folder of a catalogue
 ):
@@ -343,6 +349,7 @@ class Tally:
             f", {_time(left)} left" if worked > 1 and seen < self.total else ""
         )
 
+# %% ../../nbs/serving/catalogue.ipynb #47bf2cc8
 def _time(seconds):
     return (f"{seconds:.0f} s" if seconds < 100
             else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h")
@@ -386,6 +393,7 @@ def _stem_names(model, loading, options):
     sources = Separator.from_pretrained(model, **{**(loading or {}), "device": "cpu"}).sources
     return list(output_weights(sources, *(options.get(x) for x in ("two_stems", "stems", "residual_to"))))
 
+# %% ../../nbs/serving/catalogue.ipynb #69479ff1
 def _row(job, row, run):
     "What the manifest says about a job, whose result is a row or an error."
     if isinstance(row, Exception): row = dict(status="failed", reason=str(row))

@@ -41,6 +41,7 @@ def _ray():
     except ImportError as e: raise UserError(f"this needs Ray ({e}): pip install 'deepdemix[ray]'") from None
     return ray
 
+# %% ../../nbs/serving/cluster.ipynb #b6486b25
 def check_address(
     address, # "auto", "HOST:PORT" or "ray://HOST:PORT"
     seconds=5.0, # to wait for an answer
@@ -66,6 +67,7 @@ def check_address(
             " prints"
         )
 
+# %% ../../nbs/serving/cluster.ipynb #cfa23712
 def _speaks_http2(connection):
     """Whether who answers speaks HTTP/2, as Ray's servers do: the answer to the greeting is a frame of
     settings. With TLS one can't see that from here."""
@@ -142,6 +144,7 @@ def _start(ray, address, options, tries=4):
     finally:
         if main and callable(handler): signal.signal(signal.SIGTERM, handler)
 
+# %% ../../nbs/serving/cluster.ipynb #7612fb13
 def _end_processes(folder):
     "End what a start that failed has left behind: our own children that were told to work in this folder."
     import psutil
@@ -164,6 +167,7 @@ def ask(question, call):
                  if found and (fingerprint(path) or [None])[0] != found[0]],
     )
 
+# %% ../../nbs/serving/cluster.ipynb #f13a9010
 def objections(question, answers):
     "One line for each thing that a machine lacks."
     for a in answers:
@@ -223,6 +227,7 @@ class RayWorker(Careful):
         result = super().__call__(row["number"], pickle.loads(row["job"]))
         return {"number": row["number"], "result": pickle.dumps(result)}
 
+# %% ../../nbs/serving/cluster.ipynb #0b043457
 def _spread(ray, call, jobs, notes, workers, threads, gpus):
     "Yield (number, result) from the actors of a cluster."
     context = ray.data.DataContext.get_current()

@@ -29,6 +29,7 @@ class PathGraph(nn.Module):
     def forward(self, x):
         return x + reshape_as(self.out(self.rnn(reshape(self.norm(x), 0, -1, self.width))), x)
 
+# %% ../../nbs/serving/compact_graph.ipynb #44b06ee6
 class CompactGraph(nn.Module):
     "A `Compact` network, Wiener filter included: `(b, c, time)` -> `(b, s, c, time)`."
     def __init__(self,
@@ -74,6 +75,7 @@ def sums(self:CompactGraph,
     whole = lambda y, a, b, w: y if w == 1 else reshape(y, 0, (b - a) // w, w, self.c ** 2, -1).sum(2)
     return torch.cat([whole(y, *part) for y, part in zip(parts, self.cells.parts)], 1)
 
+# %% ../../nbs/serving/compact_graph.ipynb #79975c5e
 @patch
 def features(self:CompactGraph,
     real:torch.Tensor, # (b, n_f, c, t)
@@ -110,6 +112,7 @@ def encoded(self:CompactGraph,
         x = x.permute(2, 1, 0, 3)
     return x
 
+# %% ../../nbs/serving/compact_graph.ipynb #8350d327
 @patch
 def planes(self:CompactGraph,
     x:torch.Tensor, # of `encoded`
@@ -127,6 +130,7 @@ def planes(self:CompactGraph,
     y = reshape(y, 0, s, k, rows, self.n, -1).permute(0, 2, 4, 1, 3, 5)
     return reshape(y, 0, k * self.n, s, rows, -1)
 
+# %% ../../nbs/serving/compact_graph.ipynb #e1b09afd
 @patch
 def matrices(self:CompactGraph,
     planes:torch.Tensor, # of `planes`
@@ -155,6 +159,7 @@ def painted(self:CompactGraph,
     stems = product(mr, xr) - product(mi, xi), product(mr, xi) + product(mi, xr)
     return [reshape(y, 0, cells * width, self.s - 1, self.c, -1) for y in stems]
 
+# %% ../../nbs/serving/compact_graph.ipynb #cb886345
 @patch
 def decided(self:CompactGraph,
     real:torch.Tensor, # (b, n_f, c, t), the mixture
@@ -163,6 +168,7 @@ def decided(self:CompactGraph,
     "The matrices for a mixture."
     return self.matrices(self.planes(self.encoded(self.features(real, imaginary)), real.shape[-1]))
 
+# %% ../../nbs/serving/compact_graph.ipynb #fa25500c
 @patch
 def stems(self:CompactGraph,
     real:torch.Tensor, # (b, n_f, c, t), the mixture
@@ -190,6 +196,7 @@ def directions(self:CompactGraph,
     cross = torch.cat([(r0 * r1 + i0 * i1).sum(4), (i0 * r1 - r0 * i1).sum(4)], 3)
     return torch.cat([own, cross], 3) / own.sum(3, keepdim=True).clamp_min(1e-20)
 
+# %% ../../nbs/serving/compact_graph.ipynb #57c4f0d5
 @patch
 def solved(self:CompactGraph,
     mixture, # real and imaginary part (b, f, 2, t)
@@ -228,6 +235,7 @@ def filtered(self:CompactGraph,
         y * keep + reshape_as(turn @ solved, y) * wanted + (z * rest).unsqueeze(2) for y, turn, z in turns
     ]
 
+# %% ../../nbs/serving/compact_graph.ipynb #8703f16a
 @patch
 def turns(self:CompactGraph,
     found:torch.Tensor, # (b, f, s - 1, 4), of `directions`
@@ -256,6 +264,7 @@ def estimate(self:CompactGraph,
     done += [stems for _, stems, _ in parts]
     return torch.cat([part for k in (0, 1) for part in [stems[k] for stems in done]], 1)
 
+# %% ../../nbs/serving/compact_graph.ipynb #b97afc0d
 @patch
 def forward(self:CompactGraph,
     waveform:torch.Tensor, # (b, c, time)

@@ -34,6 +34,7 @@ def as_sets(
         raise UserError(f"what is heard together must be of one length; the stems have {found} samples")
     return result
 
+# %% ../../nbs/serving/desk.ipynb #60e971a9
 def _stems_of(name, stems):
     "One set, checked and in order."
     stems = stems if isinstance(stems, Mapping) else {"mixture": stems}
@@ -102,6 +103,7 @@ def desk_text(
     folder = files("deepdemix.serving") / "desk_files"
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
+# %% ../../nbs/serving/desk.ipynb #9136cb0c
 def fill(
     page:str, # with {names} in it
     **parts:str, # what stands for them
@@ -127,6 +129,7 @@ def desk_data(
     return dict(sets=tracks, rate=sample_rate, duration=length / sample_rate, title=title, format=format,
                 remarks=remarks, colors=SOURCE_COLORS)
 
+# %% ../../nbs/serving/desk.ipynb #7c4a3520
 def desk_page(
     data:dict, # from `desk_data`
     **parts:str, # places of desk.html that are filled in another way
@@ -161,6 +164,7 @@ def desk_html(
     ending = ENCODINGS[format]["format"].lower() if format in ENCODINGS else format
     return desk_page(desk_data(sets, rate, title, notes, sound, ending, remarks + [LONG] * long))
 
+# %% ../../nbs/serving/desk.ipynb #8ec4d2f9
 def embed(
     page:str, # a complete page of HTML
     height:int=720, # pixels, until the desk asks for what it needs

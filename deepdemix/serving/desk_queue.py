@@ -111,6 +111,7 @@ def make(self:DeskSong,
     if self.error is None: return
     self.error, self.state = upload.named(self.error) if upload else self.error, "failed"
 
+# %% ../../nbs/serving/desk_queue.ipynb #1433d6d5
 @patch
 def _models_for(self:DeskSong, opened, models):
     "{label: Separator} for a song; empty if its stems are there already."
@@ -124,12 +125,14 @@ def _models_for(self:DeskSong, opened, models):
     self.about = f"separated with {self.model}" + (", beside the true stems" if opened.stems else "")
     return {self.model: models[self.model]}
 
+# %% ../../nbs/serving/desk_queue.ipynb #ef65aad4
 @patch
 def _progress(self:DeskSong, done, total):
     "Called by a separator; False ends its work."
     if self.removed: return False
     self.step(f"separating with {self.model}", done, total)
 
+# %% ../../nbs/serving/desk_queue.ipynb #f33f5e8b
 @patch
 def _keep(self:DeskSong, sets, opened, notes):
     "The sound as files, and the data of the page."
@@ -196,6 +199,7 @@ def _next(self:SongQueue):
         else: self.worker = None
     return entry
 
+# %% ../../nbs/serving/desk_queue.ipynb #4437b53c
 @patch
 def _work(self:SongQueue):
     "What the thread does."
@@ -224,12 +228,14 @@ def _song_list(self:SongQueue, open):
     models = "\n".join(choice(i, *line) for i, line in enumerate(lines))
     return fill(desk_text("songs.html"), models=models, open="open" if open else "")
 
+# %% ../../nbs/serving/desk_queue.ipynb #5a8012cf
 @patch
 def front(self:SongQueue) -> str: # a complete page
     "The page on which songs are added."
     parts = dict(policy=SERVED, style=desk_text("desk.css"), script=desk_text("files.js", "songs.js"))
     return fill(desk_text("front.html"), songs=self._song_list(True), **parts)
 
+# %% ../../nbs/serving/desk_queue.ipynb #98460c7d
 @patch
 def page(self:SongQueue,
     number:int, # of a song
@@ -241,6 +247,7 @@ def page(self:SongQueue,
     return desk_page(entry.data, policy=SERVED, songs=self._song_list(False), keys=SONG_KEYS,
                      song=str(number), more=desk_text("songs.js"))
 
+# %% ../../nbs/serving/desk_queue.ipynb #6f7be409
 @patch
 def sound(self:SongQueue,
     number:int, # of a song

@@ -164,6 +164,7 @@ def _fields(self: Explorer):
     self.draw.layout.display = None if isinstance(self.data, Store) else "none"
     self.mask.layout.display = None if self.separator is not None else "none"
 
+# %% ../../nbs/serving/exploring.ipynb #29e2e6b4
 @patch
 def _on_change(self: Explorer, change):
     if not self.paused: self.show()
@@ -246,6 +247,7 @@ def draw_masks(self: Explorer):
         f' src="data:image/png;base64,{b64encode(buffer.getvalue()).decode()}">'
     )
 
+# %% ../../nbs/serving/exploring.ipynb #3c2ddf04
 @patch
 def draw_next(self: Explorer):
     "Set every field to what `Mixer` draws next, rounded to hundredths."
@@ -273,7 +275,7 @@ def explore_mix(
     explorer.show()
     return explorer.box
 
-
+# %% ../../nbs/serving/exploring.ipynb #a4bd6522
 def explore_masks(
     data, # a `Store`, or whatever `listen` takes
     model="default", # a name, run folder or `Separator`

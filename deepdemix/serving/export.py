@@ -91,6 +91,7 @@ def licence_of(
     found = re.search(r"^## Licence.*?\n+(.+?)(?:\n\n|$)", text, re.M | re.S)
     return re.split(r"(?<=\.) ", found[1].replace("**", "").replace("\n", " "))[0] if found else "not stated"
 
+# %% ../../nbs/serving/export.ipynb #619eb671
 def describe(
     network, # with `sources`, `sample_rate` and `channels`
     licence:str="not stated", # of the weights
@@ -126,6 +127,7 @@ def export(network, # waveform -> stems
         _check(exported, graph, path)
     return path
 
+# %% ../../nbs/serving/export.ipynb #e6cc4368
 def _refuse(network, path, half):
     "`UserError` for what can't be exported in this way."
     if path.suffix not in (".pt", ".onnx"):
@@ -134,6 +136,7 @@ def _refuse(network, path, half):
     if isinstance(network, OnnxNetwork):
         raise UserError("this model is an ONNX file already: export the run folder that it came from")
 
+# %% ../../nbs/serving/export.ipynb #3c6a677f
 def _check(exported, graph, path):
     "`UserError` if the exported network does not give what the network gives."
     reference = graph if isinstance(graph, WithoutSTFT) else graph.network
@@ -155,12 +158,14 @@ def onnx_graph(
             if inner.method == "mask": return inner.eval()
         raise UserError(f"{error}: export it to a name that ends in .pt") from None
 
+# %% ../../nbs/serving/export.ipynb #c421164a
 def round_weights(
     network, # changed in place
 ):
     "Round all parameters to half precision."
     for p in network.parameters(): p.data = p.data.half().float()
 
+# %% ../../nbs/serving/export.ipynb #30cb84c3
 def _torchscript(graph, path):
     "Trace and save; the saved network as a function."
     made = io.BytesIO()

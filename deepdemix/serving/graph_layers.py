@@ -30,6 +30,7 @@ class _ReshapeAs(torch.autograd.Function):
     @staticmethod
     def symbolic(g, x, like): return g.op("Reshape", x, g.op("Shape", like))
 
+# %% ../../nbs/serving/graph_layers.ipynb #3cad0ab9
 def reshape(
     x:torch.Tensor,
     *shape:int, # 0 keeps the size of the axis at this place, -1 is what is left
@@ -37,6 +38,7 @@ def reshape(
     "`x` in another shape, in one node of a graph."
     return _Reshape.apply(x, shape)
 
+# %% ../../nbs/serving/graph_layers.ipynb #99c10cae
 def reshape_as(
     x:torch.Tensor,
     like:torch.Tensor,
@@ -52,6 +54,7 @@ def _gates(
     "The same gates in another order."
     return torch.cat([x.chunk(4)[i] for i in order])
 
+# %% ../../nbs/serving/graph_layers.ipynb #03e068ae
 class _LSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, recurrence, bias, hidden):
@@ -64,6 +67,7 @@ class _LSTM(torch.autograd.Function):
         y = g.op("Transpose", g.op("LSTM", x, weights, recurrence, bias, **sizes), perm_i=[0, 2, 1, 3])
         return g.op("Reshape", y, g.op("Constant", value_t=torch.tensor([0, 0, -1])))
 
+# %% ../../nbs/serving/graph_layers.ipynb #76dbc0a5
 class LSTM(nn.Module):
     "A bidirectional LSTM of one layer: `(steps, n, width)` -> `(steps, n, 2 * hidden)`."
     def __init__(self,
@@ -95,7 +99,7 @@ class CentredNorm(nn.Module):
         mean, scale, shift = (v.view(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.scale, self.shift))
         return (x - mean) * scale + shift
 
-
+# %% ../../nbs/serving/graph_layers.ipynb #8cbf9bc2
 def centred(network):
     "A copy of a network whose batch norms are `CentredNorm`."
     network = copy.deepcopy(network)
@@ -146,6 +150,7 @@ def _outer(self:RealSTFT):
     self.register_buffer("outer", outer.contiguous())
     self.register_buffer("back", outer.T.contiguous())
 
+# %% ../../nbs/serving/graph_layers.ipynb #7f436c5f
 @patch
 def _rows(self:RealSTFT):
     """Where each bin is among the rows (d, c), and each row among the bins; first all real parts, then all
@@ -166,6 +171,7 @@ def waves(self:RealSTFT) -> torch.Tensor: # (q, 2 * c, p)
     angle = (turns - (turns / self.n).floor() * self.n) * (2 * math.pi / self.n)
     return torch.cat([angle.cos(), -angle.sin()], 1)
 
+# %% ../../nbs/serving/graph_layers.ipynb #06db0fec
 @patch
 def forward(self:RealSTFT,
     waveform:torch.Tensor, # (b, c, time)
@@ -179,6 +185,7 @@ def forward(self:RealSTFT,
     x = reshape(x, 0, 2 * self.q * self.c, -1).index_select(1, self.rows)
     return [reshape(part, 0, 0, self.channels, -1) for part in x.split([self.n_f, self.n_f], 1)]
 
+# %% ../../nbs/serving/graph_layers.ipynb #68cbab13
 @patch
 def overlapped(self:RealSTFT,
     pieces, # the hops of a window, in order; (…, n_t) each
@@ -191,6 +198,7 @@ def overlapped(self:RealSTFT,
         total = total + x[..., start:(start - left - right - 1) or None]
     return total
 
+# %% ../../nbs/serving/graph_layers.ipynb #39ebea81
 @patch
 def inverse(self:RealSTFT,
     spectrum:torch.Tensor, # (b, 2 * n_f, sounds, n_t): first all real, then all imaginary parts

@@ -107,6 +107,7 @@ class WaveGraph(nn.Module):
 GRAPHS = {Compact: CompactGraph, Ensemble: EnsembleGraph, MaskNetwork: MaskGraph, TFCTDFNet: TFCTDFGraph}
 GRAPHS[ConvTasNet] = WaveGraph
 
+# %% ../../nbs/serving/graphs.ipynb #c509c09e
 def real_graph(
     network:nn.Module, # waveform (b, c, time) -> stems (b, s, c, time)
 ) -> nn.Module: # the same, without complex numbers

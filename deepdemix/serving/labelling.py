@@ -40,6 +40,7 @@ def weights_digest(
         found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
+# %% ../../nbs/serving/labelling.ipynb #58382512
 class Teacher:
     "A separator that labels songs; `rows` says which of its stems make up each source of the store."
     def __init__(self,
@@ -81,6 +82,7 @@ def label(self:Teacher,
         for name, rows in self.rows.items(): spools[name].append(stems[rows].sum(0))
     return x, spools, rate
 
+# %% ../../nbs/serving/labelling.ipynb #26d95b0b
 @dataclass(frozen=True)
 class LabelTake(Take):
     "A song whose stems a teacher makes."
@@ -108,6 +110,7 @@ def _labelled(take):
     except Exception as e:
         raise UserError(f"{path}: {take.teacher} fails on it ({type(e).__name__}: {str(e)[:200]})") from e
 
+# %% ../../nbs/serving/labelling.ipynb #ac184dd1
 def _gated(take, spool, rate, least, heard, last):
     """A stem and its rate; silence where its loudest second is below the gate. `UserError` if no stem of the
     song passes."""
@@ -131,6 +134,7 @@ def song_titles(
     count = Counter(titles)
     return [f"{t} ({p.suffix[1:]})" if count[t] > 1 else t for t, p in zip(titles, paths)]
 
+# %% ../../nbs/serving/labelling.ipynb #dc44a68c
 def label_songs(
     songs, # files, and folders that are searched
     out, # folder of the store

@@ -76,6 +76,7 @@ def separate(
     if args.listen: _listen_to(summary, separator, args)
     return status
 
+# %% ../../nbs/serving/model_commands.ipynb #c652d843
 def _told(
     summary:dict, # of `Separator.separate_files`
     as_json:bool, # print it as it is
@@ -105,6 +106,7 @@ def _separated_songs(
         SeparatedSong(x["outputs"], x["input"], summary["model"], x.get("gain", 1.0), track) for x in heard
     ]
 
+# %% ../../nbs/serving/model_commands.ipynb #f01a4aee
 def _listen_to(
     summary:dict, # of `Separator.separate_files`
     separator, # which made it, and will make more
@@ -162,6 +164,7 @@ def models(
     for name in known_networks():
         print(f"  {name:12} {next(iter((NETWORKS[name].__doc__ or '').strip().splitlines()), '')}".rstrip())
 
+# %% ../../nbs/serving/model_commands.ipynb #e034b78c
 def label(
     args:argparse.Namespace, # songs, model, out, gate, dtype, device, threads, repair
 ) -> int: # exit status
@@ -174,6 +177,7 @@ def label(
     print(f"{args.out}: {len(store)} songs, {say_minutes(store.minutes)}")
     return int(bool(store.index["skipped"]))
 
+# %% ../../nbs/serving/model_commands.ipynb #1fa63daf
 def join(
     args:argparse.Namespace, # runs, out, refine
 ):
@@ -182,6 +186,7 @@ def join(
     from deepdemix.networks.ensemble import join_runs
     print(join_runs([find_model(run) for run in args.runs], args.out, refine=args.refine))
 
+# %% ../../nbs/serving/model_commands.ipynb #8c162863
 def export(
     args:argparse.Namespace, # model, out, half
 ):
@@ -193,6 +198,7 @@ def export(
     separator = Separator.from_pretrained(args.model, device="cpu")
     print(export(separator.network, args.out, licence_of(args.model), separator.name, args.half))
 
+# %% ../../nbs/serving/model_commands.ipynb #30eff63b
 def listen(
     args:argparse.Namespace, # files, model, voila, port, no_browser, track, references
 ):

@@ -92,12 +92,14 @@ def _from_path(path, track, references):
     if path.name.endswith(".stem.mp4"): return _from_streams(path)
     return OpenedSong(path.stem, *read(path, stream=stream_of(path, track)))
 
+# %% ../../nbs/serving/songs.ipynb #de5fafed
 def _from_musdb(track):
     "A track of the musdb package."
     def sound(x): return torch.as_tensor(x.T.copy()).float()
     stems = {name: sound(track.targets[name].audio) for name in SOURCES if name in track.targets}
     return OpenedSong(track.name, sound(track.audio), int(track.rate), stems, True, "true stems")
 
+# %% ../../nbs/serving/songs.ipynb #47eca867
 def _from_streams(path):
     "What a MUSDB stem file holds: the mixture, then drums, bass, other and vocals."
     streams, rate = read_streams(path)
@@ -112,6 +114,7 @@ def _from_streams(path):
         path.name.removesuffix(".stem.mp4"), mixture, rate, dict(zip(SOURCES, stems)), True, "true stems"
     )
 
+# %% ../../nbs/serving/songs.ipynb #20454083
 def _from_stems(title, stems, rate, references):
     "Stems, and a mixture: their own or their sum."
     stems = dict(stems)
@@ -131,6 +134,7 @@ def stem_files(
     whole = {name: x for name, x in named.items() if name == "mixture"}
     return stems | whole if stems else {}
 
+# %% ../../nbs/serving/songs.ipynb #df4c2765
 def _from_folder(path, references=False):
     "The stems of a folder."
     found = stem_files(path)
@@ -142,6 +146,7 @@ def _from_folder(path, references=False):
     stems, rate = _read_together(path, found)
     return _from_stems(path.name, as_sets({path.name: stems})[path.name], rate, references)
 
+# %% ../../nbs/serving/songs.ipynb #f4d6bfc2
 def _read_together(path, found):
     "({name: waveform}, Hz) of files that belong together, as long as the shortest."
     opened = {name: read(file) for name, file in found.items()}
@@ -167,6 +172,7 @@ def _from_archive(path, references=False):
             raise UserError(f"{path}: no stems in this archive; they are called {', '.join(SOURCES)}")
         return _from_folder(home, references)
 
+# %% ../../nbs/serving/songs.ipynb #6b16c9e2
 def _unpack(archive, home):
     "What sounds in an archive, by its plain name."
     sounds = [x for x in archive.infolist() if Path(x.filename).suffix.lower() in AUDIO]
@@ -194,6 +200,7 @@ def find_desk_songs(
         found += songs
     return list(dict.fromkeys(found))
 
+# %% ../../nbs/serving/songs.ipynb #1baad8dc
 def _songs_in(folder):
     "A folder of stems, or the songs of a folder and of those in it."
     if stem_files(folder):
@@ -214,12 +221,14 @@ def as_separators(
     return {str(label): x if isinstance(x, Separator) else Separator.from_pretrained(x)
             for label, x in models.items()}
 
+# %% ../../nbs/serving/songs.ipynb #d9a3a97e
 def label_of(
     model, # a name, run folder or `Separator`
 ) -> str:
     "What a model is called on the desk."
     return model.name if isinstance(model, Separator) else Path(str(model)).name or str(model)
 
+# %% ../../nbs/serving/songs.ipynb #886ea93c
 def describe_models(
     models:Mapping, # {label: Separator, name or folder}
 ) -> dict: # {label: a line}
@@ -240,6 +249,7 @@ def label_models(
     for x in models.values(): isinstance(x, Separator) or find_model(x, peers=True)
     return models
 
+# %% ../../nbs/serving/songs.ipynb #6a7bf6fa
 def model_choices(
     models=(), # as for `label_models`
 ) -> dict: # {label: one of them}
@@ -282,6 +292,7 @@ def song_sets(
     if song.stems: sets[song.label] = song.stems
     return sets | {song.whole: song.mixture}, notes
 
+# %% ../../nbs/serving/songs.ipynb #6e455dd2
 def build_desk(
     song, # whatever `open_song` takes
     separators:Mapping, # {label: Separator}

@@ -32,6 +32,7 @@ def _recipe_options(
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"),
                         help="where to compute (default: the recipe's, auto in a profile)")
 
+# %% ../../nbs/serving/training_commands.ipynb #5d039dbf
 def _training_options(
     parser:argparse.ArgumentParser, # the command's parser
 ):
@@ -87,6 +88,7 @@ def _start(
     from deepdemix.foundations.model_names import find_model, pretrained_names
     return name if name is None or name in pretrained_names() else str(find_model(name))
 
+# %% ../../nbs/serving/training_commands.ipynb #b009ec26
 def _run(
     name:str|None, # a run folder, or a file in it
 ) -> str|None: # the folder
@@ -107,6 +109,7 @@ def _fit(
               nodes=args.nodes, strategy=args.strategy)
     if is_first(): print(run)
 
+# %% ../../nbs/serving/training_commands.ipynb #41b82819
 def _find_out(
     args:argparse.Namespace, # out, resume
 ):
@@ -118,6 +121,7 @@ def _find_out(
         raise UserError(f"--out {args.out} and --resume {named} are two folders: name one")
     args.out = named
 
+# %% ../../nbs/serving/training_commands.ipynb #0040b296
 def _training_data(
     args:argparse.Namespace, # data, resume, out
 ):
@@ -127,6 +131,7 @@ def _training_data(
     from deepdemix.foundations.run_opening import run_data
     return open_stores(args.data or (args.resume and run_data(args.out)) or None)
 
+# %% ../../nbs/serving/training_commands.ipynb #8697c398
 def train(
     args:argparse.Namespace, # model, encoder and the training options
 ):
@@ -141,6 +146,7 @@ def train(
     recipe = _recipe(args, args.model, encoder=_run(args.encoder), start=_start(args.start))
     _fit(recipe, _training_data(args), args)
 
+# %% ../../nbs/serving/training_commands.ipynb #896dd3b3
 def pretrain(
     args:argparse.Namespace, # loss and the training options
 ):
@@ -151,6 +157,7 @@ def pretrain(
     recipe = _recipe(args, None if own else "pretraining", args.model, loss=args.loss)
     _fit(recipe, _training_data(args), args)
 
+# %% ../../nbs/serving/training_commands.ipynb #c04fd1a5
 def print_recipe(
     args:argparse.Namespace, # model, profile, recipe, seed, set, device, json
 ):
@@ -163,8 +170,6 @@ def print_recipe(
     recipe = _recipe(args, args.model)
     print(json.dumps(recipe.to_dict(), indent=1) if args.json else recipe.to_yaml(),
           end="\n" if args.json else "")
-
-
 
 # %% ../../nbs/serving/training_commands.ipynb #aac2ea26
 def _add_training_commands(

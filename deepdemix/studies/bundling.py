@@ -64,6 +64,7 @@ def tell(
     Recipe.from_dict(record["recipe"]).save(recipe)
     return line + tell_origins(origins, folder, f"{name}_")
 
+# %% ../../nbs/studies/bundling.ipynb #859fe030
 def tell_origins(
     origins:dict, # of `origins_of`
     folder, # where the recipes go

@@ -50,6 +50,7 @@ class Entry:
     @property
     def folder(self) -> str: return self.name.lower().replace(" ", "-")
 
+# %% ../../nbs/studies/contest.ipynb #c2f94f06
 ENTRIES = (
     Entry("Open-Unmix", "open_unmix", dict(hidden=200, shared=True), dict(loss="mse_magnitude", lr=1e-3)),
     Entry("Hybrid Demucs", "hybrid_demucs", dict(width=11), dict(loss="l1_waveform", lr=3e-4)),
@@ -160,6 +161,7 @@ def _over(run:Path) -> bool:
     "Whether a run has come to its end."
     return (run / "recipe.json").exists() and read_record(run)["status"] == "finished"
 
+# %% ../../nbs/studies/contest.ipynb #4e044366
 def train_entry(
     store:Store, # songs with a train and a valid split
     out:Path, # the contest's folder
@@ -188,6 +190,7 @@ def _scored(out:Path) -> set:
     rows = Scores.load(out / "scores.json").rows
     return set(zip(rows.model, rows.seed))
 
+# %% ../../nbs/studies/contest.ipynb #b18c86f0
 def _take_turn(
     store:Store, # songs in all splits
     out:Path, # the contest's folder

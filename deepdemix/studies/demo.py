@@ -39,6 +39,7 @@ def excerpt_path() -> Path: # a .stem.mp4 of five streams: mixture, drums, bass,
         raise UserError("the demo's real song comes with the package stempeg: pip install stempeg")
     return next(Path(spec.submodule_search_locations[0]).glob("data/*.stem.mp4"))
 
+# %% ../../nbs/studies/demo.ipynb #cef4cff8
 def separate_and_score(
     separator:Separator, # takes the song apart
     song:Path, # an audio file
@@ -72,6 +73,7 @@ def demo_songs(
     songs = {excerpt_path(): torch.stack(streams[1:]), path: toy}
     return [separate_and_score(separator, song, truth, out / "stems") for song, truth in songs.items()]
 
+# %% ../../nbs/studies/demo.ipynb #6859eee9
 def songs_text(
     songs:list, # what `demo_songs` gives
 ) -> str:
@@ -104,6 +106,7 @@ class Promise:
             f" {self.needed:+.1f})"
         )
 
+# %% ../../nbs/studies/demo.ipynb #3eeaeb74
 RANDOM_TWINS = 5
 
 def promises(

@@ -27,6 +27,7 @@ def named(
     if Path(text).exists() or not equals: return None, str(text)
     return name, place
 
+# %% ../../nbs/studies/field.ipynb #656f460e
 def row_names(
     entries, # pairs of `named`
 ) -> list: # the names, where there is none the place's last part

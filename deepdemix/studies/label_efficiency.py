@@ -111,6 +111,7 @@ def plot_efficiency(
     ax.minorticks_off()
     return ax
 
+# %% ../../nbs/studies/label_efficiency.ipynb #21d77901
 def _write_about(
     out:Path, # folder of the curve
     about:dict, # how it was called
@@ -124,6 +125,7 @@ def _write_about(
     )
     with atomic_path(out / "about.json") as part: Path(part).write_text(json.dumps(about, indent=1) + "\n")
 
+# %% ../../nbs/studies/label_efficiency.ipynb #bf668dbd
 def _save_curve(
     rows:list, # of `_label_point`
     out:Path, # folder of the curve

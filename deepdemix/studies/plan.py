@@ -27,6 +27,7 @@ class Run:
     encoder:str|None = None # the run whose encoder it starts from
     settings:dict = field(default_factory=dict) # recipe fields of its own
 
+# %% ../../nbs/studies/plan.ipynb #1d49b1c0
 @dataclass(frozen=True)
 class Plan:
     "What a study is about; JSON in and out."
@@ -53,6 +54,7 @@ def find(self:Plan,
     if found is None: raise UserError(f"the plan has no run '{name}'; it has {known}")
     return found
 
+# %% ../../nbs/studies/plan.ipynb #0dd0f1d6
 @patch
 def recipe(self:Plan,
     run:Run, # which
@@ -95,6 +97,7 @@ def save(self:Plan,
     with atomic_path(path) as part: Path(part).write_text(text, encoding="utf-8")
     return self
 
+# %% ../../nbs/studies/plan.ipynb #4012622d
 @patch(cls_method=True)
 def load(cls:Plan,
     path, # a plan, or a folder that holds plan.json

@@ -47,6 +47,7 @@ def checkpoint_epochs(
     "After which epochs the weights are kept."
     return {max(1, round(epochs * part)): part for part in PARTS}
 
+# %% ../../nbs/studies/planned.ipynb #d64c5430
 def keep_checkpoints(
     cls, # of a `Task`
     folder:Path, # the run folder
@@ -78,6 +79,7 @@ def songs_of(
     "The songs that a run is trained on, and all valid and test songs."
     return song_subset(store, run.songs, seed) if run.songs else store
 
+# %% ../../nbs/studies/planned.ipynb #0c9ba5e8
 def train_run(
     plan:Plan, # of the study
     run:Run, # which
@@ -106,6 +108,7 @@ def _update(
     found = json.loads(path.read_text()) if path.exists() else {}
     with atomic_path(path) as part: Path(part).write_text(json.dumps(found | more, indent=1) + "\n")
 
+# %% ../../nbs/studies/planned.ipynb #f8f931e2
 def publish_study_run(
     plan:Plan, # of the study
     run:Run, # which
@@ -133,6 +136,7 @@ def seal(
         scores.save(Path(tmp) / "scores.json", digits=4)
         Path(part).write_bytes(gzip.compress((Path(tmp) / "scores.json").read_bytes(), mtime=0))
 
+# %% ../../nbs/studies/planned.ipynb #7d9cc31f
 def unseal(
     path:Path, # of `seal`
 ) -> Scores:
@@ -159,6 +163,7 @@ def score_run(
     return evaluate(network, songs, name=name, seed=seed, references=False,
                     **{"channels": "mono"} | plan.scoring, **kwargs)
 
+# %% ../../nbs/studies/planned.ipynb #05d0d495
 def seal_run(
     plan:Plan, # of the study
     run:Run, # which; it is finished
@@ -184,6 +189,7 @@ def units(
     found = [(seed, run) for seed in plan.seeds for run in plan.runs if run.label]
     return [(seed, run) for seed, run in found[part[0] - 1::part[1]] if seeds is None or seed in seeds]
 
+# %% ../../nbs/studies/planned.ipynb #42c3622a
 def check_committed(
     path, # the plan
 ):
@@ -194,6 +200,7 @@ def check_committed(
     if done.returncode == 0 and done.stdout.strip():
         raise UserError(f"{path} is not committed: a plan is fixed before the first run, so commit it")
 
+# %% ../../nbs/studies/planned.ipynb #878897d9
 def check_same_plan(
     path:Path, # the plan
     root:Path, # folder of the study's runs
@@ -213,6 +220,7 @@ def check_open(
     if (Path(results) / "scores.json").exists():
         raise UserError(f"the study {results} is over: its test songs were read")
 
+# %% ../../nbs/studies/planned.ipynb #acd825e6
 def _open_study(results, store, root):
     "The plan of a study that is not over, whose runs lie in `root`."
     plan = Plan.load(results)
@@ -223,6 +231,7 @@ def _open_study(results, store, root):
     check_open(results)
     return plan
 
+# %% ../../nbs/studies/planned.ipynb #b5be7d42
 def _take_turn(plan, run, seed, store, root, results, progress):
     "Train, publish and score one arm, unless another process is at it; whether it is done."
     if (results / run.name / f"seed{seed}" / SEALED).exists(): return True
@@ -243,6 +252,7 @@ def _note_failure(run, seed, error, failed):
     failed.append((seed, run))
     return True
 
+# %% ../../nbs/studies/planned.ipynb #378287f2
 def run_study(
     results, # the study's folder, with plan.json; small files go there
     store, # all songs
@@ -294,6 +304,7 @@ def _whole_seeds(
     if not whole: raise UserError("no seed has all its runs: there is nothing to compare yet")
     return whole, missing
 
+# %% ../../nbs/studies/planned.ipynb #5241e596
 def read_test(
     results, # the study's folder, with plan.json
     store, # all songs, for the reference rows
@@ -331,6 +342,7 @@ def _timed(cls, into):
             return found
     return Timed
 
+# %% ../../nbs/studies/planned.ipynb #065fdcd3
 FEW = 2
 
 def few_songs(
@@ -345,6 +357,7 @@ def few_songs(
         if left[song.split] >= 0: kept.append(k)
     return store.select(kept)
 
+# %% ../../nbs/studies/planned.ipynb #eedd9bcc
 def _rehearsed(plan, run, seed, store, root, steps, longer):
     "A row of the table: processor seconds of a step and of a validation, and hours of the whole run."
     recipe, times = plan.recipe(run, seed, root), dict(steps=[], validation=[])
@@ -358,6 +371,7 @@ def _rehearsed(plan, run, seed, store, root, steps, longer):
     return dict(run=run.name, steps=recipe.steps, examples=recipe.steps * recipe.examples_per_step,
                 step_seconds=round(step, 3), validation_seconds=round(validation, 2), hours=round(hours, 3))
 
+# %% ../../nbs/studies/planned.ipynb #621cc46f
 def rehearse(
     results, # the study's folder, with plan.json
     store, # all songs
@@ -401,6 +415,7 @@ def _part(text):
     if k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n): return int(k), int(n)
     raise argparse.ArgumentTypeError(f"{text} is not of the form k/n, such as 1/2")
 
+# %% ../../nbs/studies/planned.ipynb #3297073b
 def make_parser() -> argparse.ArgumentParser: # the parser of the command
     "The options of `python -m deepdemix.studies.planned`."
     parser = argparse.ArgumentParser(prog="python -m deepdemix.studies.planned",
@@ -429,6 +444,7 @@ def _act(args):
     if not args.out: raise UserError("say where the runs go: --out RUNS")
     return 0 if run_study(args.results, store, args.out, args.part, args.seed, args.hours) else 1
 
+# %% ../../nbs/studies/planned.ipynb #3a3b67df
 def main(
     argv:list|None=None, # the words of the command; the shell's own if None
 ) -> int: # exit status: 0 success, 1 not all is done, 2 bad use, 130 or 143 when stopped

@@ -69,6 +69,7 @@ def beside_runs(
                         settings=dict(task_args=term)))
     return runs
 
+# %% ../../nbs/studies/regimes.ipynb #30a3e988
 def first_runs(
     songs:int, # training songs
 ) -> list: # of `Run`
@@ -127,6 +128,7 @@ def _fields(name, **more):
     own = recipe_for(name, "workstation", device="cpu", save_minutes=2.0, **more).to_dict()
     return {k: v for k, v in own.items() if v != plain[k]}
 
+# %% ../../nbs/studies/regimes.ipynb #62d1df1f
 def steps_plan() -> Plan:
     "Does the paper's pretraining help the paper's network at the author's number of steps?"
     recipes = dict(encoder=_fields("pretraining"), ddm=_fields("ddm"), long=_fields("ddm", epochs=85))
