@@ -413,8 +413,8 @@ def fit(
     logger:str="csv", # "tensorboard", "wandb" and "mlflow" get the figures besides
     progress:bool=True, # a bar on a terminal, a line an epoch elsewhere
     task=None, # a `Task`, or a class of one; None: by the recipe's kind
-    # processes on this machine, one to a device; "auto": one for every GPU; None: one, or as many as torchrun
-    # or SLURM has started
+    # processes on this machine, one to a device; "auto": one for every GPU, or on a processor as many as are
+    # worth it (`processes_worth`); None: one, or as many as torchrun or SLURM has started
     devices:int|str|None=None,
     nodes:int|None=None, # machines; None: one, or as many as torchrun or SLURM has started
     strategy:str="auto", # or "ddp", which several processes use anyway
@@ -428,7 +428,7 @@ def fit(
     with seeded(recipe.seed), quiet(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         if not isinstance(task, Task): task = build_task(recipe, store, task)
         check_monitor(task, recipe.monitor)
-        fabric = make_fabric(recipe, devices, nodes, strategy)
+        fabric = make_fabric(recipe, devices, nodes, strategy, task.network)
         with sole_writer(out, fabric.is_global_zero):
             record, state = _open_run(recipe, store, out, resume)
             return _run(recipe, store, out, task, record, state, logger, progress, fabric)

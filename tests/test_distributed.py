@@ -19,7 +19,8 @@ from torch import nn
 from deepdemix.audio import SOURCES, STFT
 from deepdemix.data import prepare_toy
 from deepdemix.foundations import distributed, precision
-from deepdemix.foundations.distributed import _places, _started, is_first
+from deepdemix.foundations.cores import available_cores
+from deepdemix.foundations.distributed import _places, _started, is_first, processes_worth
 from deepdemix.foundations.fabric import _strategy
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.randomness import seeded
@@ -457,6 +458,23 @@ def test_what_is_not_there(monkeypatch):
     with pytest.raises(UserError, match="a notebook trains with one process"): _places("cpu", 2, None)
 
 
+def test_auto_on_a_processor_is_what_divides_a_batch(monkeypatch):
+    r, line = recipe(batch_size=6, mixer=dict(duration=0.5, memory=1.0)), nn.Linear(1, 1)
+    monkeypatch.delattr(sys, "ps1", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for cores, memory, number in ((4, 99, 3), (2, 99, 2), (5, 99, 3), (4, 5, 2), (4, 0.1, 1), (1, 99, 1)):
+        monkeypatch.setattr(distributed, "available_cores", lambda: cores)
+        monkeypatch.setattr(distributed, "available_memory", lambda: memory * 2**30)
+        assert processes_worth(r, line) == number
+        assert processes_worth(r, nn.Sequential(line, nn.BatchNorm1d(1))) == 1 # six are not twice four
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert processes_worth(r, line) == 6
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(sys, "ps1", ">>>", raising=False)
+    assert processes_worth(r, line) == 1
+
+
 def test_the_first_process_chooses_the_precision_for_all(tmp_path):
     "There bfloat16 is slow, on the other one it is not; both train in single precision."
     def slow_on(rank):
@@ -490,6 +508,10 @@ def test_the_command_starts_its_processes(tmp_path, toy):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
                 str(free_port())]
     assert command(tmp_path, *few, "--out", "b", before=torchrun)[:2] == (0, "b\n")
+    few += ["--set", "mixer.memory=0.1"]
+    auto = command(tmp_path, "--model", "compact", *few, "--out", "auto", "--devices", "auto")
+    assert auto[:2] == (0, "auto\n")
+    assert read_record(tmp_path/"auto")["processes"] > 1 or available_cores() == 1
     a, b = (read_weights(tmp_path/n/"model.safetensors") for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a) and read_record(tmp_path/"a")["processes"] == 2
     for wrong, text in ((["--devices", "3"], "a batch of 4 can't be split evenly over 3 processes"),

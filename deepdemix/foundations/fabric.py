@@ -16,7 +16,7 @@ import warnings
 import torch
 from torch import nn
 
-from .distributed import _places, _Watch
+from .distributed import _places, _Watch, processes_worth
 from .files import UserError
 from .registry import _no_such
 
@@ -108,11 +108,14 @@ def make_fabric(
     devices=None, # processes on this machine
     nodes=None, # machines
     strategy:str="auto", # a name of `_strategy`
+    network=None, # decides what `devices="auto"` means on a processor
 ): # a `Fabric` that is not launched
     "Where and in which precision a recipe trains. What is not there raises a `UserError`."
     from lightning.fabric import Fabric
     kind = _device_kind(recipe)
-    devices, nodes = _places(kind, devices, nodes)
+    asked = kind == "cpu" and devices == "auto" and nodes in (None, 1) and network is not None
+    worth = processes_worth(recipe, network) if asked else 1
+    devices, nodes = _places(kind, devices, nodes, worth)
     return Fabric(
         accelerator=kind, devices=devices, num_nodes=nodes, strategy=_strategy(strategy, devices * nodes),
         precision="32-true" if recipe.precision == "32" else recipe.precision, plugins=_plugins(),

@@ -53,7 +53,10 @@ def _training_options(
     )
     parser.add_argument(
         "--devices", type=_devices, metavar="N|auto",
-        help="processes on this machine, one to a device (default: 1, or what torchrun or SLURM has started)",
+        help=(
+            "processes on this machine; auto: one to a GPU, or on a processor as many as are worth it"
+            " (default: 1, or what torchrun or SLURM has started)"
+        ),
     )
     parser.add_argument(
         "--nodes", type=int, metavar="N", help="machines (default: 1, or what torchrun or SLURM has started)"
