@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .foundations.cores import default_threads
+from .foundations.cores import default_threads, one_thread
 from .foundations.files import UserError
 from .foundations.waveforms import SAMPLE_RATE
 
@@ -84,6 +84,7 @@ def _silent(x: Tensor) -> Tensor:
     return (x.sum(-2) == 0).all(-1).any(-1)
 
 # %% ../nbs/02a_metrics.ipynb #658ae56a
+@one_thread()
 def framewise_sdr(
     references,                      # true sources (…, sources, channels, time)
     estimates,                       # estimated sources, same shape
@@ -151,6 +152,7 @@ class Moments(NamedTuple):
         return Moments(self.n, zero, zero, ss.clamp_min(0), sd, dd.clamp_min(0))
 
 # %% ../nbs/02a_metrics.ipynb #b083bd4b
+@one_thread()
 def moments(
     references,           # true sources (…, sources, channels, time)
     estimates,            # estimated sources, same shape
@@ -416,6 +418,7 @@ def sdr_and_moments(
     return _frame_db(signal, error, silent), Moments(time, *sums.sum(-1))
 
 # %% ../nbs/02a_metrics.ipynb #5d6be879
+@one_thread()
 def scores(
     references,                      # true sources (…, sources, channels, time)
     estimates,                       # estimated sources, same shape

@@ -31,6 +31,20 @@ def museval():
     return evaluate
 
 
+def test_a_metric_uses_one_core_and_gives_the_same_bits_for_any_number_of_threads(monkeypatch):
+    seen, double, before = [], M._double, torch.get_num_threads()
+    monkeypatch.setattr(M, "_double", lambda x: (seen.append(torch.get_num_threads()), double(x))[1])
+    r, e = signals(0, seconds=30.)
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append((M.framewise_sdr(r, e, RATE), M.scores(r, e, RATE)["SI-SDR"]))
+            assert torch.get_num_threads() == threads
+    finally: torch.set_num_threads(before)
+    assert set(seen) == {1} and all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def agree(ours, theirs, tolerance):
     "The same numbers, and no number in the same frames."
     ours = ours.numpy()

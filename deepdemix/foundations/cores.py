@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['cgroup_folders', 'cpu_quota', 'available_cores', 'default_threads', 'available_memory', 'resident_memory',
-           'single_threaded_pool']
+           'single_threaded_pool', 'one_thread']
 
 # %% ../../nbs/foundations/cores.ipynb #dafa20e8
 import contextlib
 import math
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -119,3 +120,14 @@ def single_threaded_pool(
             torch.set_num_threads(before)
         yield pool
     finally: pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../../nbs/foundations/cores.ipynb #067787d1
+@contextlib.contextmanager
+def one_thread() -> Iterator:
+    "A block, or with `@one_thread()` a function, in which PyTorch uses one core in this thread."
+    import torch
+    before = torch.get_num_threads()
+    if before != 1: torch.set_num_threads(1)
+    try: yield
+    finally:
+        if before != 1: torch.set_num_threads(before)

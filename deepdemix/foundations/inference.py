@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'CAUTION', 'channel_groups', 'by_groups', 'segment_of', 'plan_chunks', 'network_stems', 'device_of',
-           'ChunkPool', 'one_thread', 'stems_of_blocks', 'stems_of_song']
+           'ChunkPool', 'stems_of_blocks', 'stems_of_song']
 
 # %% ../../nbs/foundations/inference.ipynb #69c15880
-import contextlib
 import itertools
 import math
 import threading
@@ -19,6 +18,7 @@ from torch import Tensor
 from deepdemix.foundations.cores import (
     available_memory,
     default_threads,
+    one_thread,
     resident_memory,
     single_threaded_pool,
 )
@@ -138,16 +138,6 @@ class ChunkPool:
         self.fit = max(self.fit, self._fitting(most - before))
         self.turn = threading.Semaphore(self.fit)
         return future
-
-# %% ../../nbs/foundations/inference.ipynb #876f15ac
-@contextlib.contextmanager
-def one_thread():
-    "A block in which PyTorch uses one core in this thread."
-    before = torch.get_num_threads()
-    if before != 1: torch.set_num_threads(1)
-    try: yield
-    finally:
-        if before != 1: torch.set_num_threads(before)
 
 # %% ../../nbs/foundations/inference.ipynb #fd468fa5
 def stems_of_blocks(
