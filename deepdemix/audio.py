@@ -10,6 +10,8 @@ __all__ = ['SOURCES', 'SOURCE_COLORS', 'show_waveform', 'show_stems', 'player', 
 import io
 import math
 from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,13 +46,13 @@ def _axes(ax, width=4.9, height=1.6):
 
 # %% ../nbs/00_audio.ipynb #47bfd654
 def show_waveform(
-    waveform, # (channels, time) or (time,); channels are averaged
-    sample_rate=SAMPLE_RATE, # Hz
-    ax=None, # axes to draw on, or a new figure
-    title=None, # above the picture
-    color=SOURCE_COLORS["mixture"], # of the line
-    points=500, # the envelope is drawn at about this many places
-):
+    waveform:torch.Tensor, # (channels, time) or (time,); channels are averaged
+    sample_rate:int=SAMPLE_RATE, # Hz
+    ax:Any=None, # axes to draw on, or a new figure
+    title:str|None=None, # above the picture
+    color:str=SOURCE_COLORS["mixture"], # of the line
+    points:int=500, # the envelope is drawn at about this many places
+) -> Any:
     "Draw the envelope of a waveform over seconds; return the axes."
     ax, x = _axes(ax), torch.as_tensor(waveform).detach().cpu().float()
     x = x.mean(0) if x.ndim == 2 else x
@@ -64,11 +66,11 @@ def show_waveform(
 
 # %% ../nbs/00_audio.ipynb #69937979
 def show_stems(
-    stems, # (sources, channels, time)
-    sample_rate=SAMPLE_RATE, # Hz
-    names=SOURCES, # one a row
-    title=None, # above all rows
-):
+    stems:torch.Tensor, # (sources, channels, time)
+    sample_rate:int=SAMPLE_RATE, # Hz
+    names:tuple=SOURCES, # one a row
+    title:str|None=None, # above all rows
+) -> Any:
     "Draw the waveforms of all stems below each other, on one scale and in their colours; return the figure."
     import matplotlib.pyplot as plt
     stems = torch.as_tensor(stems).detach().cpu()
@@ -83,12 +85,12 @@ def show_stems(
 
 # %% ../nbs/00_audio.ipynb #5fa2e696
 def player(
-    waveform, # (channels, time)
-    sample_rate=SAMPLE_RATE, # Hz
-    rate=None, # resample to this for a smaller notebook, or leave it
-    seconds=None, # keep only the beginning, or all
-    mono=False, # average the channels
-):
+    waveform:torch.Tensor, # (channels, time)
+    sample_rate:int=SAMPLE_RATE, # Hz
+    rate:int|None=None, # resample to this for a smaller notebook, or leave it
+    seconds:float|None=None, # keep only the beginning, or all
+    mono:bool=False, # average the channels
+) -> Any:
     "An audio player for a notebook, at the level that the waveform has (16 bit)."
     import soundfile
     from IPython.display import Audio
@@ -125,9 +127,9 @@ class STFT(nn.Module):
     """Waveform (…, channels, time) to complex spectrogram (…, n_t, n_f, channels) and back: nussl's numbers,
     exactly invertible, differentiable."""
     def __init__(self,
-        window_length=512, # samples; n_f = window_length // 2 + 1
-        hop_length=128, # samples between frames
-        window_type="sqrt_hann", # or hann, or any name that scipy.signal.get_window takes
+        window_length:int=512, # samples; n_f = window_length // 2 + 1
+        hop_length:int=128, # samples between frames
+        window_type:str="sqrt_hann", # or hann, or any name that scipy.signal.get_window takes
     ):
         super().__init__()
         self.window_length, self.hop_length, self.window_type = window_length, hop_length, window_type
@@ -143,11 +145,11 @@ class STFT(nn.Module):
         super()._apply(fn, recurse)
         self.window = _window(self.window_type, self.window_length).float().to(self.window.device)
         return self
-    def extra_repr(self): return f"{self.window_length}, {self.hop_length}, {self.window_type!r}"
+    def extra_repr(self) -> str: return f"{self.window_length}, {self.hop_length}, {self.window_type!r}"
 
 # %% ../nbs/00_audio.ipynb #dd30ce37
 @patch
-def frames(self: STFT, samples):
+def frames(self: STFT, samples:int) -> int:
     "How many frames n_t a waveform of so many samples gives."
     return -(-max(samples + 2 * self.edge - self.window_length, 0) // self.hop_length) + 1
 
@@ -180,7 +182,7 @@ def _check(self: STFT):
 
 # %% ../nbs/00_audio.ipynb #6abb1594
 @patch
-def forward(self: STFT, waveform):
+def forward(self: STFT, waveform:torch.Tensor) -> torch.Tensor:
     """(…, channels, time) to complex (…, n_t, n_f, channels): `scipy.signal.stft` as nussl calls it, scaled
     by 1 / sum(window)."""
     if waveform.dtype in (torch.float16, torch.bfloat16): waveform = waveform.float()
@@ -191,7 +193,7 @@ def forward(self: STFT, waveform):
 
 # %% ../nbs/00_audio.ipynb #06d70453
 @patch
-def inverse(self: STFT, spectrogram, length=None):
+def inverse(self: STFT, spectrogram:torch.Tensor, length:int|None=None) -> torch.Tensor:
     """Complex (…, n_t, n_f, channels) to (…, channels, length); undoes `forward` exactly. Without `length`,
     all that the frames cover."""
     n_t = spectrogram.shape[-3]
@@ -214,40 +216,40 @@ def _overlapped(self: STFT, spectrogram, length):
 
 # %% ../nbs/00_audio.ipynb #157c9d4a
 @patch
-def magnitude(self: STFT, waveform):
+def magnitude(self: STFT, waveform:torch.Tensor) -> torch.Tensor:
     "(…, channels, time) to real (…, n_t, n_f, channels)."
     return self(waveform).abs()
 
 @patch
-def stems(self: STFT, stems):
+def stems(self: STFT, stems:torch.Tensor) -> torch.Tensor:
     "Stems (batch, sources, channels, time) to complex (batch, n_t, n_f, channels, sources)."
     return self(stems).movedim(-4, -1)
 
 # %% ../nbs/00_audio.ipynb #db521d32
 @patch
-def inverse_stems(self: STFT, spectrogram, length=None):
+def inverse_stems(self: STFT, spectrogram:torch.Tensor, length:int|None=None) -> torch.Tensor:
     "Complex (batch, n_t, n_f, channels, sources) to stems (batch, sources, channels, length)."
     return self.inverse(spectrogram.movedim(-1, -4), length)
 
 # %% ../nbs/00_audio.ipynb #701b02b9
 def amplitude_to_db(
-    magnitude, # any shape, not negative
-    amin=1e-4, # what is quieter counts as this: -80 dB
-    ref=1.0, # the magnitude that becomes 0 dB
-):
+    magnitude:torch.Tensor, # any shape, not negative
+    amin:float=1e-4, # what is quieter counts as this: -80 dB
+    ref:float=1.0, # the magnitude that becomes 0 dB
+) -> torch.Tensor:
     "Decibels, as nussl's `AmplitudeToDB` with its defaults: 20 log10(max(magnitude, amin) / ref)."
     return 20 * (magnitude.clamp(min=amin).log10() - math.log10(max(amin, abs(ref))))
 
 # %% ../nbs/00_audio.ipynb #dea86f4c
 def show_spectrogram(
-    spectrogram, # (n_t, n_f, channels), complex or magnitude; or a waveform (channels, time)
-    sample_rate=SAMPLE_RATE, # Hz
-    stft=None, # the `STFT` it came from, or shall come from; None: 512/128
-    ax=None, # axes to draw on, or a new figure
-    title=None, # above the picture
-    floor=-80, # dB below the loudest point that are still drawn
-    top=None, # highest frequency drawn in kHz, or all
-):
+    spectrogram:torch.Tensor, # (n_t, n_f, channels), complex or magnitude; or a waveform (channels, time)
+    sample_rate:int=SAMPLE_RATE, # Hz
+    stft:STFT|None=None, # the `STFT` it came from, or shall come from; None: 512/128
+    ax:Any=None, # axes to draw on, or a new figure
+    title:str|None=None, # above the picture
+    floor:int=-80, # dB below the loudest point that are still drawn
+    top:float|None=None, # highest frequency drawn in kHz, or all
+) -> Any:
     "Draw decibels over seconds and kHz; return the axes."
     ax, stft = _axes(ax, height=2.2), stft or STFT()
     x = torch.as_tensor(spectrogram).detach().cpu()
@@ -276,19 +278,20 @@ class OverlapAdd:
     """Run `fn` over a stream of any length in chunks of one size, with context on both sides and
     cross-fades, in bounded memory."""
     def __init__(self,
-        fn, # (batch, channels, chunk) -> (batch, sources, channels, chunk)
-        chunk, # samples per call
-        overlap=0.25, # the part of a chunk that it shares with the next one
-        context=None, # samples at each inner edge whose output is thrown away; None: a quarter of the overlap
-        batch_size=1, # chunks per call
+        fn:Callable, # (batch, channels, chunk) -> (batch, sources, channels, chunk)
+        chunk:int, # samples per call
+        overlap:float=0.25, # the part of a chunk that it shares with the next one
+        # samples at each inner edge whose output is thrown away; None: a quarter of the overlap
+        context:int|None=None,
+        batch_size:int=1, # chunks per call
         # chunks start at multiples of this: the hop of the network's STFT, so that its frames fall where they
         # would in the whole song
-        align=1,
-        fade="linear", # or "cosine"
-        pad=True, # fill a song shorter than a chunk up with zeros; otherwise `fn` gets it as it is
-        device=None, # where `fn` runs; its output comes back to where the waveform is
-        pool=None, # an executor that runs `fn`; None: the caller's own thread
-        ahead=1, # batches that the pool has in work while the oldest one is awaited
+        align:int=1,
+        fade:str="linear", # or "cosine"
+        pad:bool=True, # fill a song shorter than a chunk up with zeros; otherwise `fn` gets it as it is
+        device:str|torch.device|None=None, # where `fn` runs; its output comes back to where the waveform is
+        pool:Any=None, # an executor that runs `fn`; None: the caller's own thread
+        ahead:int=1, # batches that the pool has in work while the oldest one is awaited
     ):
         shared = max(round(chunk * overlap), 2 * (context or 0))
         self.step = (chunk - shared) // align * align
@@ -322,8 +325,8 @@ def _enqueue(self: OverlapAdd, start, last):
 # %% ../nbs/00_audio.ipynb #f1a41bd2
 @patch
 def push(self: OverlapAdd,
-    block, # (channels, any number of samples)
-):
+    block:torch.Tensor, # (channels, any number of samples)
+) -> list:
     "Take the next samples; return the list of stems (sources, channels, time) that are finished."
     self.held = block if self.held is None else torch.cat([self.held, block], 1)
     done = []
@@ -337,7 +340,7 @@ def push(self: OverlapAdd,
 
 # %% ../nbs/00_audio.ipynb #eb539bc6
 @patch
-def finish(self: OverlapAdd):
+def finish(self: OverlapAdd) -> list:
     "The stream has ended: return what is left."
     if self.held is None or not self.held.shape[1]: return []
     end = self.start + self.held.shape[1]
@@ -403,13 +406,13 @@ def _add(self: OverlapAdd, start, y, weight):
 
 # %% ../nbs/00_audio.ipynb #81e73e40
 def overlap_add_blocks(
-    fn, # (batch, channels, chunk) -> (batch, sources, channels, chunk)
-    blocks, # iterator of (channels, time) tensors, of any lengths
-    chunk, # samples per call of `fn`
-    overlap=0.25, # the part of a chunk that it shares with the next one
-    progress=None, # called with the number of samples finished so far
+    fn:Callable, # (batch, channels, chunk) -> (batch, sources, channels, chunk)
+    blocks:Any, # iterator of (channels, time) tensors, of any lengths
+    chunk:int, # samples per call of `fn`
+    overlap:float=0.25, # the part of a chunk that it shares with the next one
+    progress:Callable|None=None, # called with the number of samples finished so far
     **kwargs, # context, batch_size, align, fade, pad, device, pool, ahead: see `OverlapAdd`
-):
+) -> Iterator:
     """Yield stems (sources, channels, time) as they are finished; joined, they are exactly as long as the
     input. Memory is bounded by the chunks of a batch, and by how many batches a pool has in work."""
     adder, count = OverlapAdd(fn, chunk, overlap, **kwargs), 0
@@ -424,15 +427,16 @@ def overlap_add_blocks(
 
 # %% ../nbs/00_audio.ipynb #b9af221f
 def overlap_add(
-    fn, # (batch, channels, chunk) -> (batch, sources, channels, chunk)
-    waveform, # (channels, time)
-    chunk, # samples per call of `fn`
-    overlap=0.25, # the part of a chunk that it shares with the next one
-    context=None, # samples at each inner edge whose output is thrown away; None: a quarter of the overlap
-    batch_size=1, # chunks per call
-    progress=None, # called with the number of samples finished so far
+    fn:Callable, # (batch, channels, chunk) -> (batch, sources, channels, chunk)
+    waveform:torch.Tensor, # (channels, time)
+    chunk:int, # samples per call of `fn`
+    overlap:float=0.25, # the part of a chunk that it shares with the next one
+    # samples at each inner edge whose output is thrown away; None: a quarter of the overlap
+    context:int|None=None,
+    batch_size:int=1, # chunks per call
+    progress:Callable|None=None, # called with the number of samples finished so far
     **kwargs, # align, fade, pad, device, pool, ahead: see `OverlapAdd`
-):
+) -> torch.Tensor:
     """Run `fn` over a waveform of any length, chunk by chunk: stems (sources, channels, time). `UserError`
     for an empty waveform."""
     if not waveform.shape[-1]: raise UserError("there is nothing to separate: the waveform is empty")

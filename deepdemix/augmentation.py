@@ -22,12 +22,13 @@ from .foundations.files import UserError
 from .foundations.loudness import SILENCE
 from .foundations.pieces import LEVELS, Mix, Piece, _level_ok, level_gain
 from .foundations.randomness import BALANCED, COLOUR, MIX, PLACE, TRIPLET, generator
+from .foundations.store import Store
 
 # %% ../nbs/02_augmentation.ipynb #209f2e5d
 class Mixer:
     "Mixes of the stems of a store: `mix[i]` is a function of `seed` and `i` only."
     def __init__(self,
-        store, # a `Store`
+        store:Store, # a `Store`
         duration: float = 5.0, # seconds
         coherent: float = 1.0, # share of mixes whose sources come from one place in one song
         # ("lufs", reference, range of the SNR), ("gain", range in dB, around the song's balance) or None
@@ -66,7 +67,7 @@ class Mixer:
 
 # %% ../nbs/02_augmentation.ipynb #251d61c2
 @patch
-def __len__(self:Mixer): return self.size
+def __len__(self:Mixer) -> int: return self.size
 
 # %% ../nbs/02_augmentation.ipynb #2bf0cdd4
 @patch
@@ -284,7 +285,7 @@ def to_dict(self: Mixer) -> dict:
 # %% ../nbs/02_augmentation.ipynb #082bae02
 @patch(cls_method=True)
 def from_dict(cls: Mixer,
-    store, # a `Store`
+    store:Store, # a `Store`
     settings: dict, # what `to_dict` gave, perhaps by way of JSON
 ) -> Mixer:
     "A mixer with these settings."
@@ -300,7 +301,10 @@ def _tuples(value): return tuple(_tuples(v) for v in value) if isinstance(value,
 # %% ../nbs/02_augmentation.ipynb #63ffec3a
 class Excerpts:
     "What triplets and balanced batches share: audible excerpts of one stem of one song."
-    def __init__(self, store, duration, channels, seed, size, instruments, gate, level, bank):
+    def __init__(
+        self, store:Store, duration:float, channels:int|None, seed:int, size:int, instruments:tuple|list|None,
+        gate:float|None, level:tuple|None, bank:dict,
+    ):
         if bank["pitch"] is None and bank["stretch"] is None: bank["shift"] = None
         self.store = store
         self.duration = duration
@@ -320,9 +324,9 @@ class Excerpts:
             [k for k, s in enumerate(store.songs) if name in s.present] for name in self.instruments
         ]
 
-    def __len__(self): return self.size
+    def __len__(self) -> int: return self.size
 
-    def need(self, songs: int):
+    def need(self, songs: int) -> None:
         "Refuse a store in which an instrument is played in fewer songs than this."
         for name, pool in zip(self.instruments, self.pools):
             if len(pool) < songs:
@@ -341,13 +345,13 @@ def _starts(self: Excerpts, variant: Variant, source: int) -> tuple[np.ndarray, 
 
 # %% ../nbs/02_augmentation.ipynb #38718a0d
 @patch
-def song_order(self: Excerpts, rng, songs: list) -> np.ndarray: # the same numbers
+def song_order(self: Excerpts, rng:np.random.Generator, songs: list) -> np.ndarray: # the same numbers
     "The order in which songs are tried: a random one."
     return rng.permutation(songs)
 
 # %% ../nbs/02_augmentation.ipynb #f09d2a31
 @patch
-def find(self: Excerpts, rng, label: int, index: int, barred=()) -> Piece:
+def find(self: Excerpts, rng:np.random.Generator, label: int, index: int, barred:tuple|set=()) -> Piece:
     """An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in
     random order."""
     source = self.store.sources.index(self.instruments[label])
@@ -381,7 +385,7 @@ class Triplets(Excerpts):
     """Anchor and positive: one instrument in two songs; negative: another instrument in any song (paper,
     section 4.3)."""
     def __init__(self,
-        store, # a `Store`
+        store:Store, # a `Store`
         duration: float = 5.0, # seconds
         channels: int | None = 1, # 1: mono; None: the store's
         seed: int = 0, # decides everything
@@ -444,7 +448,7 @@ def batch(self: Triplets,
 class BalancedBatches(Excerpts):
     "`per_class` excerpts of every instrument, each from another song."
     def __init__(self,
-        store, # a `Store`
+        store:Store, # a `Store`
         per_class: int = 4, # excerpts of each instrument in a batch
         duration: float = 5.0, # seconds
         channels: int | None = 1, # 1: mono; None: the store's

@@ -6,6 +6,8 @@
 __all__ = ['Baseline', 'count_parameters']
 
 # %% ../nbs/04_baseline.ipynb #a926ae85
+from typing import Any
+
 from .foundations.registry import register_network
 from .networks.layers import AmplitudeToDB, BatchNorm, Embedding, RecurrentStack
 from .networks.protocol import MaskNetwork
@@ -17,11 +19,11 @@ class Baseline(MaskNetwork):
     sigmoid."""
     name = "baseline"
     def __init__(self,
-                 hidden_size=50, # of each direction
-                 num_layers=1, # recurrent layers
-                 bidirectional=True, # the paper counts the two directions as two layers
-                 dropout=0., # between recurrent layers; the paper gives none
-                 rnn_type="lstm", # or "gru"
+                 hidden_size:int=50, # of each direction
+                 num_layers:int=1, # recurrent layers
+                 bidirectional:bool=True, # the paper counts the two directions as two layers
+                 dropout:float=0., # between recurrent layers; the paper gives none
+                 rnn_type:str="lstm", # or "gru"
                  **kwargs): # sources, sample_rate, channels and the STFT's sizes, as in `MaskNetwork`
         sizes = dict(hidden_size=hidden_size, num_layers=num_layers, bidirectional=bidirectional,
                      dropout=dropout, rnn_type=rnn_type)
@@ -33,12 +35,12 @@ class Baseline(MaskNetwork):
             hidden_size * (1 + bidirectional), self.n_f, self.channels, len(self.sources)
         )
 
-    def predict(self, magnitude):
+    def predict(self, magnitude:Any) -> Any:
         "The mask `(b, n_t, n_f, channels, s)` of a magnitude `(b, n_t, n_f, channels)`."
         x = self.normalization(self.amplitude_to_db(magnitude))
         return self.embedding(self.recurrent_stack(x))
 
 # %% ../nbs/04_baseline.ipynb #b2f1ed8f
-def count_parameters(module):
+def count_parameters(module:Any) -> int:
     "Number of trainable values in a module."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)

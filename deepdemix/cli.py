@@ -52,7 +52,7 @@ def _ray_options(parser):
 # %% ../nbs/11_cli.ipynb #1b974bd9
 def download(
     args:argparse.Namespace, # out
-):
+) -> None:
     "Download the 7-second previews of MUSDB18."
     from deepdemix.data import download_musdb7
     print(download_musdb7(args.out))
@@ -60,7 +60,7 @@ def download(
 # %% ../nbs/11_cli.ipynb #a5258fef
 def prepare(
     args:argparse.Namespace, # one of musdb, stems, toy; out, seed and the options of a store
-):
+) -> None:
     "Decode songs once into a store."
     from deepdemix import data
     options = {
@@ -75,7 +75,7 @@ def prepare(
 # %% ../nbs/11_cli.ipynb #09c9baf2
 def evaluate(
     args:argparse.Namespace, # model, estimates, museval, data, split, out, channels, device
-):
+) -> int:
     "Score models and the stems of other tools on the songs of one split, beside the reference rows."
     from deepdemix.studies.field import score_field, verdicts
     rows = args.model, args.estimates, args.museval
@@ -89,7 +89,7 @@ def evaluate(
 # %% ../nbs/11_cli.ipynb #8831f18c
 def compare(
     args:argparse.Namespace, # a, b, model_a, model_b, split, metric
-):
+) -> None:
     "Compare two models, song by song; both may stand in one file."
     from deepdemix.scoring.scores import Scores
     from deepdemix.scoring.verdicts import compare
@@ -123,7 +123,7 @@ def _fields(
 # %% ../nbs/11_cli.ipynb #dc8de5c2
 def experiment(
     args:argparse.Namespace, # data, out, profile, seeds, controls, recipe, set, logger
-):
+) -> None:
     "Run the paper's experiment: baseline, DDM and DDM (pt), Table 1 and the verdict."
     from deepdemix.experiment import run_experiment
     result = run_experiment(_open(args), args.out, profile=args.profile, seeds=args.seeds,
@@ -134,7 +134,7 @@ def experiment(
 # %% ../nbs/11_cli.ipynb #dff9f8a8
 def label_efficiency(
     args:argparse.Namespace, # data, out, profile, seeds, songs, recipe, set, logger
-):
+) -> None:
     "Train on ever more songs, with and without a pretrained encoder, and draw the curves."
     from deepdemix.studies.label_efficiency import label_efficiency
     print(
@@ -146,7 +146,7 @@ def label_efficiency(
 # %% ../nbs/11_cli.ipynb #52ee2727
 def contest(
     args:argparse.Namespace, # data, out, minutes, cores, seeds, recipe, set, logger
-):
+) -> None:
     "Train four networks for the same time, with and without pretraining, and score them."
     from deepdemix.studies.contest import ENTRIES, run_contest
     found = run_contest(_open(args), args.out, ENTRIES, args.minutes, args.cores, args.seeds,
@@ -156,7 +156,7 @@ def contest(
 # %% ../nbs/11_cli.ipynb #14194093
 def demo(
     args:argparse.Namespace, # out, seed
-):
+) -> int:
     "The first run: the toy band, the paper's experiment in small, and two songs taken apart."
     from deepdemix.studies.demo import run_demo
     return run_demo(args.out, seed=args.seed)

@@ -176,10 +176,10 @@ def _survey(folder, sources, out=None):
 
 # %% ../nbs/01_data.ipynb #905fd3e9
 def assign_splits(
-    titles, # of the songs
-    valid=0.1, # share for validation
-    test=0.2, # share for the test
-    seed=0, # another seed, another split
+    titles:list, # of the songs
+    valid:float=0.1, # share for validation
+    test:float=0.2, # share for the test
+    seed:int=0, # another seed, another split
 ) -> dict:
     """Title -> train, valid or test, drawn by a hash of seed and title: at least one song in each split that
     has a share, if there are three."""
@@ -193,12 +193,12 @@ def assign_splits(
 # %% ../nbs/01_data.ipynb #e8f40f05
 def prepare_stems(
     # song/{drums,bass,other,vocals}.* or .stem.mp4, directly, under train/, valid/, test/, or under artists
-    folder,
-    out, # folder of the store
-    sources=SOURCES, # names of the stem files
-    valid=0.1, # share of validation songs, where the folder has no split for them
-    test=0.2, # share of test songs, where the folder has no split at all
-    seed=0, # of that split
+    folder:str|Path,
+    out:str|Path, # folder of the store
+    sources:tuple=SOURCES, # names of the stem files
+    valid:float=0.1, # share of validation songs, where the folder has no split for them
+    test:float=0.2, # share of test songs, where the folder has no split at all
+    seed:int=0, # of that split
     **settings, # as for `prepare`
 ) -> Store:
     """Decode any folder of stems into a store. Warns of what is left out. `UserError` as `prepare`, and
@@ -255,8 +255,8 @@ def validation_titles() -> tuple:
 
 # %% ../nbs/01_data.ipynb #de207b48
 def prepare_musdb(
-    root, # the folder with train/ and test/, or the one around it: 7 s previews, full stems or HQ
-    out, # folder of the store
+    root:str|Path, # the folder with train/ and test/, or the one around it: 7 s previews, full stems or HQ
+    out:str|Path, # folder of the store
     **settings, # as for `prepare`
 ) -> Store:
     """Decode MUSDB18 in any of its forms into a store, with the split of the `musdb` package: 80 train, 14
@@ -285,7 +285,7 @@ def find_musdb() -> Path:
 
 # %% ../nbs/01_data.ipynb #1e5bb3d6
 def download_musdb7(
-    out, # folder to download into, 161 MB
+    out:str|Path, # folder to download into, 161 MB
 ) -> Path:
     """Download the 7-second previews of MUSDB18 with the `musdb` package, which needs the ffmpeg program.
     Returns the folder."""
@@ -312,23 +312,23 @@ class ToyTake(Take):
     seed: int = 0
     duration: float = 7.0
     sample_rate: int = SAMPLE_RATE
-    def reader(self):
+    def reader(self) -> tuple:
         stems = dict(zip(SOURCES, toy_song(self.seed, self.duration, self.sample_rate).numpy()))
         return dict.fromkeys(SOURCES, 2), lambda name: (stems[name], self.sample_rate)
-    def fingerprint(self): return [["toy", _TOY, self.seed, self.duration, self.sample_rate]]
+    def fingerprint(self) -> list: return [["toy", _TOY, self.seed, self.duration, self.sample_rate]]
 
 # %% ../nbs/01_data.ipynb #273470c8
 _TOY = 2
 
 # %% ../nbs/01_data.ipynb #c70ba7dc
 def prepare_toy(
-    n, # songs
-    out, # folder of the store
-    seed=0, # another seed, another band
-    duration=7.0, # seconds a song
-    valid=0.15, # share of validation songs
-    test=0.25, # share of test songs
-    sample_rate=SAMPLE_RATE, # Hz
+    n:int, # songs
+    out:str|Path, # folder of the store
+    seed:int=0, # another seed, another band
+    duration:float=7.0, # seconds a song
+    valid:float=0.15, # share of validation songs
+    test:float=0.25, # share of test songs
+    sample_rate:int=SAMPLE_RATE, # Hz
     **settings, # as for `prepare`
 ) -> Store:
     """Let the toy band play `n` songs into a store: song k is `toy_song(1000 * seed + k)`. The first are for
@@ -346,8 +346,8 @@ def prepare_toy(
 # %% ../nbs/01_data.ipynb #8cd59d38
 def open_data(
     # a store or its address, a MUSDB18 folder or a folder of stems; None: the MUSDB18 of MUSDB_PATH
-    path=None,
-    progress=True, # show a bar when songs must be decoded
+    path:str|Path|None=None,
+    progress:bool=True, # show a bar when songs must be decoded
     **settings, # as for `prepare`
 ) -> Store:
     """Open a store; decode anything else once into the cache ($DEEPDEMIX_CACHE or ~/.cache/deepdemix) and
@@ -361,7 +361,7 @@ def open_data(
     return prepare_them(path, out, progress=progress, **settings)
 
 # %% ../nbs/01_data.ipynb #781f3f09
-def is_musdb(path) -> bool:
+def is_musdb(path:str|Path) -> bool:
     """Whether a folder, or the only one in it, is like MUSDB18: stem files in train/ or test/ and no valid/,
     or its songs."""
     root, places = _split_folders(Path(path), SOURCES)

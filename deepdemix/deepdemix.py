@@ -24,14 +24,14 @@ from .pretraining import DeepDeMixEncoder
 class Decoder(nn.Module):
     "The paper's decoder (4.2): latent `(b, latent)` -> mask `(b, n_t, n_f, n_ac, s)`, between 0 and 1."
     def __init__(self,
-                 latent=125, # size of the embedding
-                 hidden=144, # width between the two linear layers
-                 grid=(4, 12, 12), # maps, cells in time, cells in frequency after the linear layers
-                 channels=(8, 8), # maps after the first and the second convolution
-                 kernel=(3, 3), # of all three convolutions (time, frequency), odd
-                 size=(1724, 257), # frames and frequencies of the mask
-                 n_ac=1, # audio channels of the mask
-                 n_sources=4): # masks
+                 latent:int=125, # size of the embedding
+                 hidden:int=144, # width between the two linear layers
+                 grid:tuple=(4, 12, 12), # maps, cells in time, cells in frequency after the linear layers
+                 channels:tuple=(8, 8), # maps after the first and the second convolution
+                 kernel:tuple=(3, 3), # of all three convolutions (time, frequency), odd
+                 size:tuple=(1724, 257), # frames and frequencies of the mask
+                 n_ac:int=1, # audio channels of the mask
+                 n_sources:int=4): # masks
         super().__init__()
         self.grid, self.size, self.n_ac, self.reach = tuple(grid), tuple(size), n_ac, [k // 2 for k in kernel]
         if min(k % 2 for k in kernel) == 0:
@@ -48,18 +48,18 @@ class Decoder(nn.Module):
                                     conv(first, second), nn.ReLU(), nn.Upsample(self.size),
                                     conv(second, n_sources * n_ac), nn.Sigmoid())
 
-    def plain(self, latent):
+    def plain(self, latent:torch.Tensor) -> torch.Tensor:
         "The mask as the paper draws it, every layer at its full size."
         return self.to_mask(self.blocks(self.linear(latent)))
 
-    def to_mask(self, maps):
+    def to_mask(self, maps:torch.Tensor) -> torch.Tensor:
         "Maps `(b, s * n_ac, n_t, n_f)` -> mask `(b, n_t, n_f, n_ac, s)`."
         return maps.unflatten(1, (-1, self.n_ac)).permute(0, 3, 4, 2, 1)
 
 # %% ../nbs/06_deepdemix.ipynb #b4f0a826
-def compact_rows(cells, # cells of the coarse grid along this axis
-                 size, # steps of the full map along this axis
-                 edge): # steps from a block's border that may differ from its middle
+def compact_rows(cells:int, # cells of the coarse grid along this axis
+                 size:int, # steps of the full map along this axis
+                 edge:int) -> tuple: # steps from a block's border that may differ from its middle
     "For each row that is kept, its cell; and for each of `size` rows, which kept row equals it."
     cell = F.interpolate(torch.arange(cells, dtype=torch.float32)[None, None], size=size)[0, 0].long()
     starts = torch.searchsorted(cell, cell)
@@ -70,13 +70,13 @@ def compact_rows(cells, # cells of the coarse grid along this axis
     return cell[kept], kept.cumsum(0) - 1
 
 # %% ../nbs/06_deepdemix.ipynb #4f602f2b
-def take(maps, rows, columns):
+def take(maps:torch.Tensor, rows:torch.Tensor, columns:torch.Tensor) -> torch.Tensor:
     "Rows and columns of maps `(b, channels, rows, columns)`, by index, repeats allowed."
     return maps.index_select(3, columns.to(maps.device)).index_select(2, rows.to(maps.device))
 
 # %% ../nbs/06_deepdemix.ipynb #524d7cfd
 @patch
-def forward(self:Decoder, latent):
+def forward(self:Decoder, latent:torch.Tensor) -> torch.Tensor:
     """The mask `(b, n_t, n_f, n_ac, s)` of a latent `(b, latent)`; equal to `plain`, computed on the rows
     and columns that differ."""
     (t, t_full), (f, f_full) = (
@@ -91,15 +91,16 @@ class EncoderMaskNetwork(MaskNetwork):
     """A mask network with the paper's encoder; a subclass writes `excerpt_mask` for excerpts of `duration`
     seconds."""
     def __init__(self,
-                 sizes=None, # the subclass's own arguments
+                 sizes:dict|None=None, # the subclass's own arguments
                  *,
-                 duration=5., # seconds of an excerpt
-                 conv_channels=(16, 32, 64, 128), # channels of the encoder's four convolutions
-                 kernels=((8, 16), (8, 16), (4, 8), (4, 8)), # of the encoder's convolutions (time, frequency)
-                 pools=((16, 4), (8, 4)), # pooling of the encoder's blocks (time, frequency)
-                 linears=(500, 250), # widths of the encoder's linear layers
-                 latent=125, # size of the embedding
-                 dropout=0.5, # in the encoder
+                 duration:float=5., # seconds of an excerpt
+                 conv_channels:tuple|list=(16, 32, 64, 128), # channels of the encoder's four convolutions
+                 # of the encoder's convolutions (time, frequency)
+                 kernels:tuple|list=((8, 16), (8, 16), (4, 8), (4, 8)),
+                 pools:tuple|list=((16, 4), (8, 4)), # pooling of the encoder's blocks (time, frequency)
+                 linears:tuple|list=(500, 250), # widths of the encoder's linear layers
+                 latent:int=125, # size of the embedding
+                 dropout:float=0.5, # in the encoder
                  **kwargs): # sources, sample_rate, channels and the STFT's sizes, as in `MaskNetwork`
         encoder = dict(conv_channels=conv_channels, kernels=kernels, pools=pools, linears=linears,
                        latent=latent, dropout=dropout)
@@ -108,13 +109,13 @@ class EncoderMaskNetwork(MaskNetwork):
         self.frames = self.stft.frames(self.samples)
         self.encoder = DeepDeMixEncoder(self.frames, self.n_f, self.channels, **encoder)
 
-    def excerpt_mask(self, magnitude):
+    def excerpt_mask(self, magnitude:torch.Tensor) -> torch.Tensor:
         "The mask `(b, frames, n_f, channels, s)` of excerpts `(b, frames, n_f, channels)`."
         raise NotImplementedError(f"{type(self).__name__} must write excerpt_mask(magnitude)")
 
 # %% ../nbs/06_deepdemix.ipynb #629a8f2b
 @patch
-def predict(self:EncoderMaskNetwork, magnitude):
+def predict(self:EncoderMaskNetwork, magnitude:torch.Tensor) -> torch.Tensor:
     """The mask `(b, n_t, n_f, channels, s)` of a magnitude `(b, n_t, n_f, channels)`, for any number of
     frames."""
     if magnitude.shape[1] == self.frames: return self.excerpt_mask(magnitude)
@@ -126,7 +127,7 @@ def predict(self:EncoderMaskNetwork, magnitude):
 
 # %% ../nbs/06_deepdemix.ipynb #b058d318
 @patch
-def embed(self:EncoderMaskNetwork, waveform):
+def embed(self:EncoderMaskNetwork, waveform:torch.Tensor) -> torch.Tensor:
     """The embedding `(b, latent)` of a waveform `(b, c, time)` of any length; the mean over excerpts of
     `duration` seconds."""
     magnitude = self.magnitudes(to_channels(waveform, self.channels))
@@ -141,10 +142,12 @@ class DeepDeMix(EncoderMaskNetwork):
     latent."""
     name = "ddm"
     def __init__(self,
-                 hidden=144, # width between the decoder's linear layers
-                 grid=(4, 12, 12), # the decoder's first maps: how many, cells in time, cells in frequency
-                 decoder_channels=(8, 8), # maps after the decoder's first two convolutions; not in the paper
-                 decoder_kernel=(3, 3), # of the decoder's convolutions; not in the paper
+                 hidden:int=144, # width between the decoder's linear layers
+                 # the decoder's first maps: how many, cells in time, cells in frequency
+                 grid:tuple|list=(4, 12, 12),
+                 # maps after the decoder's first two convolutions; not in the paper
+                 decoder_channels:tuple=(8, 8),
+                 decoder_kernel:tuple=(3, 3), # of the decoder's convolutions; not in the paper
                  **kwargs): # duration, the encoder's sizes and the front end, as in `EncoderMaskNetwork`
         super().__init__(
             dict(hidden=hidden, grid=grid, decoder_channels=decoder_channels, decoder_kernel=decoder_kernel),
@@ -153,22 +156,25 @@ class DeepDeMix(EncoderMaskNetwork):
         self.decoder = Decoder(self.args["latent"], hidden, grid, decoder_channels, decoder_kernel,
                                (self.frames, self.n_f), self.channels, len(self.sources))
 
-    def excerpt_mask(self, magnitude): return self.decoder(self.encoder(magnitude))
+    def excerpt_mask(
+        self, magnitude:torch.Tensor,
+    ) -> torch.Tensor: return self.decoder(self.encoder(magnitude))
 
 # %% ../nbs/06_deepdemix.ipynb #5011bc9b
 class SkipDecoder(nn.Module):
     """Latent `(b, latent)` and the encoder's pooled maps -> mask `(b, n_t, n_f, n_ac, s)`, with the detail
     of the largest maps."""
     def __init__(self,
-                 latent, # size of the embedding
-                 map_channels, # channels of the encoder's pooled maps, the largest maps first
-                 hidden=144, # width between the two linear layers
-                 grid=(4, 12, 12), # maps, cells in time, cells in frequency after the linear layers
-                 channels=(64, 32), # maps after each convolution, the smallest maps first
-                 kernel=(3, 3), # of all convolutions (time, frequency)
-                 size=(1724, 257), # frames and frequencies of the mask
-                 n_ac=1, # audio channels of the mask
-                 n_sources=4): # masks
+                 latent:int, # size of the embedding
+                 map_channels:list, # channels of the encoder's pooled maps, the largest maps first
+                 hidden:int=144, # width between the two linear layers
+                 # maps, cells in time, cells in frequency after the linear layers
+                 grid:tuple|list=(4, 12, 12),
+                 channels:tuple=(64, 32), # maps after each convolution, the smallest maps first
+                 kernel:tuple=(3, 3), # of all convolutions (time, frequency)
+                 size:tuple=(1724, 257), # frames and frequencies of the mask
+                 n_ac:int=1, # audio channels of the mask
+                 n_sources:int=4): # masks
         super().__init__()
         if len(channels) != len(map_channels):
             raise UserError(f"decoder: {len(map_channels)} pooled maps need as many numbers of channels, not"
@@ -181,7 +187,7 @@ class SkipDecoder(nn.Module):
                                     for a, m, b in zip(into, map_channels[::-1], channels))
         self.last = SameConv2d(channels[-1], n_sources * n_ac, tuple(kernel))
 
-    def forward(self, latent, maps):
+    def forward(self, latent:torch.Tensor, maps:list) -> torch.Tensor:
         "`maps` are the encoder's, the largest first: `(b, channels, time, frequency)` each."
         x = self.linear(latent)
         for block, m in zip(self.blocks, reversed(maps)):
@@ -196,11 +202,12 @@ class SkipDeepDeMix(EncoderMaskNetwork):
     frequency."""
     name = "ddm_skip"
     def __init__(self,
-                 hidden=144, # width between the decoder's linear layers
-                 grid=(4, 12, 12), # the decoder's first maps: how many, cells in time, cells in frequency
+                 hidden:int=144, # width between the decoder's linear layers
+                 # the decoder's first maps: how many, cells in time, cells in frequency
+                 grid:tuple|list=(4, 12, 12),
                  # maps after each of the decoder's convolutions, the smallest maps first
-                 skip_channels=(64, 32),
-                 decoder_kernel=(3, 3), # of the decoder's convolutions
+                 skip_channels:tuple=(64, 32),
+                 decoder_kernel:tuple=(3, 3), # of the decoder's convolutions
                  **kwargs): # duration, the encoder's sizes and the front end, as in `EncoderMaskNetwork`
         super().__init__(
             dict(hidden=hidden, grid=grid, skip_channels=skip_channels, decoder_kernel=decoder_kernel),
@@ -210,4 +217,6 @@ class SkipDeepDeMix(EncoderMaskNetwork):
                                    skip_channels, decoder_kernel, (self.frames, self.n_f), self.channels,
                                    len(self.sources))
 
-    def excerpt_mask(self, magnitude): return self.decoder(*self.encoder.features(magnitude))
+    def excerpt_mask(
+        self, magnitude:torch.Tensor,
+    ) -> torch.Tensor: return self.decoder(*self.encoder.features(magnitude))

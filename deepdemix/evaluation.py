@@ -17,6 +17,7 @@ from .audio import STFT
 from .foundations.console import progress_bar
 from .foundations.files import UserError
 from .foundations.inference import plan_chunks, stems_of_song
+from .foundations.store import Store
 from .foundations.waveforms import SAMPLE_RATE
 from .metrics import METRICS, score_song
 from .scoring.oracles import PLAIN, REFERENCES, reference_estimates
@@ -27,11 +28,12 @@ from .tasks import scored_song
 class Windowed:
     "A network as a callable on whole songs: (channels, time) -> (sources, channels, time)."
     def __init__(self,
-        network: nn.Module,    # waveform (batch, channels, time) -> (batch, sources, channels, time)
+        network: nn.Module,  # waveform (batch, channels, time) -> (batch, sources, channels, time)
         duration: float=None,  # of the windows, in seconds; as `Separator` has them, if not given
-        overlap: float=None,   # the part of a window that it shares with the next; likewise
-        batch_size: int=1,     # windows per call
-        device=None,           # where the windows go; where the network is, if not given
+        overlap: float=None,  # the part of a window that it shares with the next; likewise
+        batch_size: int=1,  # windows per call
+        # where the windows go; where the network is, if not given
+        device:str|torch.device|None=None,
         # windows in work at once on a processor; as many as there are cores, if not given
         threads: int=None,
     ):
@@ -55,9 +57,9 @@ def windowed(network: nn.Module, duration: float=None, **kwargs) -> Windowed:
 FOLDED = {"guitar": "other", "piano": "other"}
 
 def stems_by_name(
-    estimates,        # (sources, channels, time) or {source: (channels, time)}
-    order: tuple,     # names of the rows of a tensor; the data's own if not given
-    names: tuple,     # the data's sources
+    estimates:dict|Tensor,  # (sources, channels, time) or {source: (channels, time)}
+    order: tuple,  # names of the rows of a tensor; the data's own if not given
+    names: tuple,  # the data's sources
 ) -> dict:            # {source: (channels, time)}, of the data's sources only
     "Estimates by name; stems that the data count to another source are added to it."
     if not isinstance(estimates, dict):
@@ -145,13 +147,13 @@ def _info(store, channels: str, mixture: str, **more) -> dict:
 
 # %% ../nbs/07_evaluation.ipynb #20092a4b
 def reference_rows(
-    store,                      # songs to score
-    channels: str=None,         # "mono" (if not given) or "stereo"
-    mixture: str=None,          # "sum" or "stream"; by default what fits `channels`
-    stft: STFT=None,            # of the masks; 512/128, the paper's, if not given
-    rows: tuple=None,           # which of `REFERENCES`; all but the complex mask by default
+    store:Store,  # songs to score
+    channels: str=None,  # "mono" (if not given) or "stereo"
+    mixture: str=None,  # "sum" or "stream"; by default what fits `channels`
+    stft: STFT=None,  # of the masks; 512/128, the paper's, if not given
+    rows: tuple=None,  # which of `REFERENCES`; all but the complex mask by default
     metrics: tuple=tuple(METRICS),  # which of `METRICS`
-    progress: bool=False,       # show a progress bar
+    progress: bool=False,  # show a progress bar
 ) -> Scores:
     """Scores of what no learning gives. They depend on the data and the STFT alone, so one call serves all
     models."""
@@ -193,22 +195,22 @@ def _estimator(separate, store, name: str, seed: int) -> tuple[Callable, list]:
 def evaluate(
     # mixture (channels, time) -> (sources, channels, time) or {source: (channels, time)}; or a network, which
     # is `windowed`
-    separate,
-    store,                      # songs to score: a `Store` or a view of it
+    separate:nn.Module|Callable,
+    store:Store,  # songs to score, or a view of some
     # "mono", the paper's protocol, or "stereo", the field's; by default the separator's own, mono if it has
     # none
     channels: str=None,
     # "sum" of the stems or the released "stream"; by default the sum for mono, the stream for stereo
     mixture: str=None,
     metrics: tuple=tuple(METRICS),  # which of `METRICS`
-    name: str="model",          # of the model, in tables
-    seed: int=0,                # which of the model's training runs this is
+    name: str="model",  # of the model, in tables
+    seed: int=0,  # which of the model's training runs this is
     # rows to score beside it: names; True for all, at the model's STFT; False for none; or their `Scores`
-    references=PLAIN,
-    window: float=None,         # seconds, if `separate` is a network; as `Separator` has them, if not given
-    bss: bool=False,            # also ISR, SIR and SAR, as museval (seconds per song)
-    progress: bool=False,       # show a progress bar
-    info: dict=None,            # more to keep in scores.json: recipe, digest of the weights, …
+    references:bool|tuple|Scores=PLAIN,
+    window: float=None,  # seconds, if `separate` is a network; as `Separator` has them, if not given
+    bss: bool=False,  # also ISR, SIR and SAR, as museval (seconds per song)
+    progress: bool=False,  # show a progress bar
+    info: dict=None,  # more to keep in scores.json: recipe, digest of the weights, …
 ) -> Scores:
     "Score a separator on every song; songs that fail are listed in `failed` with the reason."
     if name in REFERENCES: raise UserError(f"{name!r} is the name of a reference row; choose another")

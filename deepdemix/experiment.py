@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,9 +68,9 @@ def step_recipe(
     step:Step, # what to train
     profile:str, # "demo", "laptop", "author" or "paper"
     seed:int, # the run's seed
-    root:Path, # folder of this seed's runs
+    root:str|Path, # folder of this seed's runs
     settings:dict|None=None, # further recipe fields
-): # a Recipe
+) -> Any: # a Recipe
     """The recipe of one step. Fields that say how an encoder is handed over reach the steps that start from
     one, and no others."""
     recipe = recipe_for(step.network, profile, seed=seed)
@@ -89,7 +90,7 @@ def find_step(
 
 # %% ../nbs/09_experiment.ipynb #e335f2ff
 def finished(
-    run:Path, # a run folder
+    run:str|Path, # a run folder
 ) -> bool:
     "Whether the run in this folder has come to its end."
     return (Path(run) / "recipe.json").exists() and read_record(run)["status"] == "finished"
@@ -97,14 +98,14 @@ def finished(
 # %% ../nbs/09_experiment.ipynb #4ad63527
 def train_steps(
     store:Store, # songs with a train and a valid split
-    out:Path, # the experiment's folder
+    out:str|Path, # the experiment's folder
     steps:tuple, # what to train, in order
     profile:str, # sizes and counts
     seed:int, # of every run
     settings:dict|None=None, # further recipe fields
     progress:bool=True, # show progress
     logger:str="csv", # "tensorboard" writes event files besides
-):
+) -> None:
     "Train every step that isn't finished yet."
     root = Path(out) / f"seed{seed}"
     for step in steps:
@@ -131,7 +132,7 @@ def _known(
 def _add(
     scores, # `Scores` or None
     more:Scores, # to be added
-    path:Path, # where both are kept
+    path:str|Path, # where both are kept
 ) -> Scores:
     "Both together, saved."
     both = more if scores is None else scores + more
@@ -141,7 +142,7 @@ def _add(
 # %% ../nbs/09_experiment.ipynb #2849c336
 def score_steps(
     store:Store, # the songs
-    out:Path, # the experiment's folder
+    out:str|Path, # the experiment's folder
     steps:tuple, # what was trained
     seed:int, # of the runs
     splits:tuple=SPLITS, # which songs
@@ -167,7 +168,7 @@ def score_steps(
 class Experiment:
     "What an experiment's folder holds."
     def __init__(self,
-        out:Path, # the folder
+        out:str|Path, # the folder
     ):
         self.out, self.scores = Path(out), Scores.load(Path(out) / "scores.json")
         about = json.loads((self.out / "experiment.json").read_text())
@@ -183,8 +184,8 @@ class Experiment:
 
     def table(self,
         split:str="test", # "train", "valid" or "test"
-        metrics=("SNR", "SI-SDR", "SDR"), # columns
-    ): # a `Table`
+        metrics:tuple=("SNR", "SI-SDR", "SDR"), # columns
+    ) -> Any: # a `Table`
         "Table 1: the networks, the reference rows and, on MUSDB18, what the paper printed."
         return self.scores.only(split=split).table(
             metrics, paper=self.real,
@@ -196,7 +197,7 @@ class Experiment:
         a:str="DDM", # a row
         b:str="DDM (pt)", # another
         split:str="test", # songs
-    ): # a `Verdict`
+    ) -> Any: # a `Verdict`
         "What changes from A to B, over songs and seeds."
         return compare(self.scores, self.scores, metric, model_a=a, model_b=b, split=split,
                        name="pretraining" if (a, b) == ("DDM", "DDM (pt)") else "")
@@ -211,7 +212,7 @@ def differences(self:Experiment,
     a:str="DDM", # a row
     b:str="DDM (pt)", # another
     split:str="test", # songs
-): # an array, dB: one number a seed
+) -> np.ndarray: # an array, dB: one number a seed
     "What B scores above A in each seed: median over songs, then mean over sources."
     values = self.scores.array(metric, b, split)[0] - self.scores.array(metric, a, split)[0]
     return average_songs(values, metric).mean(-1)
@@ -219,9 +220,9 @@ def differences(self:Experiment,
 # %% ../nbs/09_experiment.ipynb #b403d271
 @patch
 def verdicts(self:Experiment,
-    metrics=("SDR", "SNR", "SI-SDR"), # which
+    metrics:tuple=("SDR", "SNR", "SI-SDR"), # which
     split:str="test", # songs
-): # a data frame: a row for every pair of `PAIRS` that was run and every metric
+) -> Any: # a data frame: a row for every pair of `PAIRS` that was run and every metric
     """All comparisons: difference (dB), 95 % interval over seeds and songs, each source, and how many songs
     improve."""
     import pandas as pd
@@ -235,7 +236,7 @@ def verdicts(self:Experiment,
 
 # %% ../nbs/09_experiment.ipynb #f348a183
 def detectable(
-    differences, # dB, one for each seed
+    differences:Any, # dB, one for each seed
     seeds:int|None=None, # of the design in question; None: as many as there are differences
     power:float=0.8, # probability of finding it
     level:float=0.95, # of the test
@@ -250,7 +251,7 @@ def detectable(
 
 # %% ../nbs/09_experiment.ipynb #0e51f621
 def seeds_needed(
-    differences, # dB, one for each seed
+    differences:Any, # dB, one for each seed
     effect:float, # dB
     most:int=1000, # seeds at which the search ends
     **kwargs, # power and level, as in `detectable`
@@ -260,7 +261,7 @@ def seeds_needed(
 
 # %% ../nbs/09_experiment.ipynb #e762079d
 @patch
-def costs(self:Experiment): # a data frame, one row a run
+def costs(self:Experiment) -> Any: # a data frame, one row a run
     "Parameters, examples seen, hours and the best epoch of every run."
     import pandas as pd
     rows = []
@@ -287,8 +288,8 @@ def text(self:Experiment) -> str:
 # %% ../nbs/09_experiment.ipynb #d6b59d73
 @patch
 def plot_pretraining(self:Experiment,
-    ax=None, # matplotlib axes
-): # the axes
+    ax:Any=None, # matplotlib axes
+) -> Any: # the axes
     "Figure 3: the loss of pretraining, epoch by epoch, for every seed."
     ax = show_metrics(
         {f"seed {seed}": run for (seed, name), run in self.runs().items() if name == "encoder"}, ax=ax
@@ -299,8 +300,8 @@ def plot_pretraining(self:Experiment,
 # %% ../nbs/09_experiment.ipynb #46647bfe
 @patch
 def plot_training(self:Experiment,
-    ax=None, # matplotlib axes
-): # the axes
+    ax:Any=None, # matplotlib axes
+) -> Any: # the axes
     "Validation loss of the separators, epoch by epoch, first seed."
     seed = self.seeds[0]
     runs = {step.label: self.out / f"seed{seed}" / step.name for step in self.steps if step.label}
@@ -313,7 +314,7 @@ def plot_training(self:Experiment,
 def plot_table(self:Experiment,
     metric:str="SNR", # which
     split:str="test", # songs
-): # a figure
+) -> Any: # a figure
     "Every song as a dot, for each source, beside the reference rows."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4.9, 4.2), dpi=80, layout="constrained")
@@ -324,9 +325,9 @@ def plot_table(self:Experiment,
 # %% ../nbs/09_experiment.ipynb #6efb24bd
 @patch
 def plot_embedding(self:Experiment,
-    store, # the songs
+    store:Store, # the songs
     seed:int=0, # of the run
-): # a figure
+) -> Any: # a figure
     """The encoder's map (t-SNE) of validation excerpts before and after pretraining, and how many their
     neighbours name rightly."""
     import matplotlib.pyplot as plt
@@ -349,7 +350,7 @@ def changes(self:Experiment,
     a:str="DDM", # a row
     b:str="DDM (pt)", # another
     split:str="test", # songs
-): # a data frame: songs down, the one that gains most first; sources across
+) -> Any: # a data frame: songs down, the one that gains most first; sources across
     "What B scores above A in each song (dB), the mean over seeds."
     change = self.scores.by_song(metric, b, split) - self.scores.by_song(metric, a, split)
     return change.loc[change.mean(axis=1).sort_values(ascending=False).index]
@@ -357,12 +358,12 @@ def changes(self:Experiment,
 # %% ../nbs/09_experiment.ipynb #a78c960e
 @patch
 def plot_changes(self:Experiment,
-    store, # the songs
+    store:Store, # the songs
     n:int=5, # how many that gain, and how many that lose
     a:str="DDM", # a row
     b:str="DDM (pt)", # another
     seed:int=0, # of the runs that draw
-): # a figure
+) -> Any: # a figure
     """The songs that gain most and those that lose most, one a row: mixture, the source that changes most,
     both estimates (kHz over seconds)."""
     import matplotlib.pyplot as plt
@@ -400,7 +401,7 @@ def _change_row(
 # %% ../nbs/09_experiment.ipynb #676a4b0e
 def run_experiment(
     store:Store, # songs in splits train, valid and test
-    out, # the experiment's folder
+    out:str|Path, # the experiment's folder
     profile:str="laptop", # "demo", "laptop", "author" or "paper"
     seeds:int=1, # how many runs of everything
     controls:bool=False, # train the control rows too
@@ -427,7 +428,7 @@ def run_experiment(
 
 # %% ../nbs/09_experiment.ipynb #e85c57b7
 def _same_experiment(
-    out:Path, # the experiment's folder
+    out:str|Path, # the experiment's folder
     about:dict, # what is asked for
 ):
     "Write down what the experiment is; refuse to mix two in one folder."
@@ -445,7 +446,7 @@ def _same_experiment(
 # %% ../nbs/09_experiment.ipynb #386755d5
 def save_report(
     experiment:Experiment, # that is finished
-    store=None, # the songs, for the pictures that need them
+    store:Store|None=None, # the songs, for the pictures that need them
 ) -> Experiment: # the same
     """Write the table as text, JSON and picture, figure 3 and, with the songs at hand, the embedding and the
     songs that change most."""

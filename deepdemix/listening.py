@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from fastcore.basics import patch
@@ -63,13 +65,13 @@ class Desk:
 # %% ../nbs/10_listening.ipynb #efd34a8b
 @patch
 def show(self:Desk,
-    song, # whatever `open_song` takes
-    labels=None, # which of the models; None: all
+    song:Any, # whatever `open_song` takes
+    labels:list|None=None, # which of the models; None: all
     sample_rate:int|None=None, # Hz, of a waveform or stems
     raises:bool=False, # pass a `UserError` on instead of showing it
     title:str|None=None, # instead of the song's own
     **opening, # track and references, of `open_song`
-):
+) -> None:
     """Put a song on the desk, separated if it must be, with progress; a `UserError` is shown as a line of
     text."""
     self.bar.layout.visibility, self.bar.value, self.message.value = "visible", 0, "separating"
@@ -89,15 +91,15 @@ def show(self:Desk,
 # %% ../nbs/10_listening.ipynb #b21f8472
 def listen(
     # a file, folder of stems, musdb track, {stem: waveform}, waveform; None to bring one with a button
-    song=None,
+    song:Any=None,
     # a name, run folder or `Separator`, a list of them to switch between, {label: model}, or None: only the
     # stems that there are
-    model="default",
+    model:str="default",
     sample_rate:int|None=None, # Hz, of a waveform or stems
     height:int=760, # pixels
     track:int=1, # of a file: which sound track, where a video has several
     references:bool=False, # the stems of a folder or dictionary are the true ones, to judge models by
-):
+) -> Any:
     """A listening desk in a notebook, as a widget. `UserError` for songs that can't be read and models that
     don't exist."""
     models = label_models(model)
@@ -120,12 +122,12 @@ class DeskServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), DeskHandler)
         self.address = f"http://127.0.0.1:{self.server_port}/"
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request:Any, client_address:tuple) -> None:
         "A browser that has gone away is no error; others are printed, where there is somebody to read them."
         if sys.stderr and not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
-    def server_close(self):
+    def server_close(self) -> None:
         "Close the address, and delete what was kept of songs."
         super().server_close()
         self.queue.close()
@@ -136,14 +138,14 @@ TYPES = {"html": "text/html; charset=utf-8", "text": "text/plain; charset=utf-8"
 
 class DeskHandler(BaseHTTPRequestHandler):
     "Answers for `DeskServer`."
-    def log_message(self, *args): pass
+    def log_message(self, *args) -> None: pass
 
-    def is_ours(self):
+    def is_ours(self) -> bool:
         "Whether the request names this machine, at whatever port."
         ours = r"(127\.0\.0\.1|localhost|\[::1\])\.?(:\d+)?"
         return re.fullmatch(ours, self.headers.get("Host", ""), re.IGNORECASE) is not None
 
-    def answer(self, status, content, kind="html"):
+    def answer(self, status:int, content:str, kind:str="html") -> None:
         content = content.encode("utf-8", "replace") if isinstance(content, str) else content
         self.send_response(status)
         headers = {"Content-Type": TYPES[kind], "Content-Length": len(content), "Cache-Control": "no-store",
@@ -152,13 +154,13 @@ class DeskHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def refuse(self, status, text):
+    def refuse(self, status:int, text:str) -> None:
         self.close_connection = True
         self.answer(status, text, "text")
 
 # %% ../nbs/10_listening.ipynb #a8e29983
 @patch
-def do_GET(self:DeskHandler):
+def do_GET(self:DeskHandler) -> None:
     "A page, a sound or the list."
     path, queue = urlsplit(self.path).path, self.server.queue
     if not self.is_ours(): return self.refuse(403, "this desk is for this machine alone")
@@ -174,7 +176,7 @@ def do_GET(self:DeskHandler):
 @patch
 def body(self:DeskHandler,
     length:int, # bytes
-):
+) -> Iterator:
     """Yield what is sent. `ConnectionError` if it breaks off, `TimeoutError` after `patience` seconds of
     nothing."""
     self.connection.settimeout(self.server.patience)
@@ -187,7 +189,7 @@ def body(self:DeskHandler,
 
 # %% ../nbs/10_listening.ipynb #2d110cda
 @patch
-def do_POST(self:DeskHandler):
+def do_POST(self:DeskHandler) -> None:
     "Take a song, whose bytes are the body, or remove one."
     url = urlsplit(self.path)
     query = {k: v[0] for k, v in parse_qs(url.query).items()}
@@ -202,7 +204,7 @@ def do_POST(self:DeskHandler):
 @patch
 def take(self:DeskHandler,
     query:dict, # name and model
-):
+) -> None:
     "Put the song that is sent at the end of the line."
     length, queue = self.headers.get("Content-Length", ""), self.server.queue
     if query.get("model") not in queue.models: return self.refuse(404, "there is no such model")
@@ -248,13 +250,14 @@ def _server_at(models, port):
 
 # %% ../nbs/10_listening.ipynb #1395bd1b
 def serve(
-    songs=None, # a song, stem file, folder of stems or of songs, or a list of them; None: choose on the page
-    model="default", # a bundled model, a run folder or a `Separator`
+    # a song, stem file, folder of stems or of songs, or a list of them; None: choose on the page
+    songs:Path|None=None,
+    model:str|Separator="default", # a bundled model, a run folder or a `Separator`
     port:int=0, # 0 for any free one
     open_browser:bool=True, # show the page
     track:int=1, # of a file: which sound track, where a video has several
     references:bool=False, # the stems of folders are the true ones, to judge the model by
-):
+) -> None:
     """Serve the listening desk on this machine until Ctrl-C. `UserError`, before anything is served, for a
     song or model that can't be read."""
     models = model_choices(as_separators(model))
@@ -273,8 +276,8 @@ def serve(
 
 # %% ../nbs/10_listening.ipynb #0f4a6bd9
 def voila_notebook(
-    song=None, # as for `listen`: a path
-    model="default", # a bundled model or a run folder
+    song:Any=None, # as for `listen`: a path
+    model:str|Path="default", # a bundled model or a run folder
     track:int=1, # as for `listen`
     references:bool=False, # as for `listen`
 ) -> str: # a notebook as JSON
@@ -290,8 +293,8 @@ def voila_notebook(
 
 # %% ../nbs/10_listening.ipynb #f07dcec7
 def serve_voila(
-    song=None, # a song, stem file or folder of stems; None: bring one with a button
-    model="default", # a bundled model or a run folder
+    song:Any=None, # a song, stem file or folder of stems; None: bring one with a button
+    model:str|Path="default", # a bundled model or a run folder
     port:int=0, # 0 for Voila's own
     open_browser:bool=True, # show the page
     track:int=1, # of a file: which sound track, where a video has several

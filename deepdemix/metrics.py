@@ -8,6 +8,7 @@ __all__ = ['MANY', 'PERFECT', 'METRICS', 'framewise_sdr', 'median_over_frames', 
 
 # %% ../nbs/02a_metrics.ipynb #7156fd6c
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
 
@@ -86,11 +87,11 @@ def _silent(x: Tensor) -> Tensor:
 # %% ../nbs/02a_metrics.ipynb #658ae56a
 @one_thread()
 def framewise_sdr(
-    references,                      # true sources (…, sources, channels, time)
-    estimates,                       # estimated sources, same shape
+    references:Tensor|np.ndarray,  # true sources (…, sources, channels, time)
+    estimates:Tensor|np.ndarray,  # estimated sources, same shape
     sample_rate: float=SAMPLE_RATE,  # samples per second
-    window: float=1.,                # frame length in seconds
-    hop: float=1.,                   # from one frame to the next, in seconds
+    window: float=1.,  # frame length in seconds
+    hop: float=1.,  # from one frame to the next, in seconds
 ) -> Tensor:                         # dB (…, sources, frames), float64; NaN where a source is silent
     "SDR of each frame, as `museval.evaluate(...)[0]` (BSS Eval v4, Stöter et al. 2018)."
     references, estimates = _pair(references, estimates)
@@ -122,11 +123,11 @@ def median_over_frames(
 
 # %% ../nbs/02a_metrics.ipynb #0e86fb7c
 def sdr(
-    references,                      # true sources (…, sources, channels, time)
-    estimates,                       # estimated sources, same shape
+    references:Tensor|np.ndarray,  # true sources (…, sources, channels, time)
+    estimates:Tensor|np.ndarray,  # estimated sources, same shape
     sample_rate: float=SAMPLE_RATE,  # samples per second
-    window: float=1.,                # frame length in seconds
-    hop: float=1.,                   # from one frame to the next, in seconds
+    window: float=1.,  # frame length in seconds
+    hop: float=1.,  # from one frame to the next, in seconds
 ) -> Tensor:                         # dB (…, sources)
     """The song's museval SDR: the median of `framewise_sdr`. The median of it over songs is the field's
     "cSDR"."""
@@ -154,9 +155,9 @@ class Moments(NamedTuple):
 # %% ../nbs/02a_metrics.ipynb #b083bd4b
 @one_thread()
 def moments(
-    references,           # true sources (…, sources, channels, time)
-    estimates,            # estimated sources, same shape
-    block: int=2 ** 19,   # numbers looked at in one go: what bounds the memory
+    references:Tensor|np.ndarray,  # true sources (…, sources, channels, time)
+    estimates:Tensor|np.ndarray,  # estimated sources, same shape
+    block: int=2 ** 19,  # numbers looked at in one go: what bounds the memory
 ) -> Moments:             # sums (…, sources, channels)
     "One pass over references and estimates for all metrics of a whole excerpt."
     references, estimates = _pair(references, estimates)
@@ -187,8 +188,8 @@ def _moments(references, estimates) -> Moments:
 
 # %% ../nbs/02a_metrics.ipynb #fb22394f
 def usdr(
-    references,         # true sources (…, sources, channels, time), or their `Moments`
-    estimates=None,     # estimated sources, same shape
+    references:Tensor|np.ndarray|Moments,  # true sources (…, sources, channels, time), or their `Moments`
+    estimates:Tensor|np.ndarray|None=None,     # estimated sources, same shape
     delta: float=1e-7,  # added to both energies
 ) -> Tensor:            # dB (…, sources)
     "Global SDR of the 2021 and 2023 demixing challenges."
@@ -209,8 +210,8 @@ def _channels(x: Tensor, per_channel: bool) -> Tensor:
 
 # %% ../nbs/02a_metrics.ipynb #6cf6424f
 def snr(
-    references,               # true sources (…, sources, channels, time), or their `Moments`
-    estimates=None,           # estimated sources, same shape
+    references:Tensor|np.ndarray|Moments,  # true sources (…, sources, channels, time), or their `Moments`
+    estimates:Tensor|np.ndarray|None=None,           # estimated sources, same shape
     per_channel: bool=False,  # keep the channels, as nussl does, instead of their mean
 ) -> Tensor:                  # dB (…, sources), or (…, sources, channels); NaN for a silent reference
     "Signal-to-noise ratio of each source, as nussl's `BSSEvalScale`."
@@ -219,8 +220,8 @@ def snr(
 
 # %% ../nbs/02a_metrics.ipynb #ee77d49e
 def sd_sdr(
-    references,               # true sources (…, sources, channels, time), or their `Moments`
-    estimates=None,           # estimated sources, same shape
+    references:Tensor|np.ndarray|Moments,  # true sources (…, sources, channels, time), or their `Moments`
+    estimates:Tensor|np.ndarray|None=None,           # estimated sources, same shape
     per_channel: bool=False,  # keep the channels, as nussl does, instead of their mean
 ) -> Tensor:                  # dB (…, sources), or (…, sources, channels); NaN for a silent reference
     "Scale-dependent SDR, as nussl's `BSSEvalScale`."
@@ -229,8 +230,8 @@ def sd_sdr(
 
 # %% ../nbs/02a_metrics.ipynb #44fa2975
 def si_sdr(
-    references,               # true sources (…, sources, channels, time), or their `Moments`
-    estimates=None,           # estimated sources, same shape
+    references:Tensor|np.ndarray|Moments,  # true sources (…, sources, channels, time), or their `Moments`
+    estimates:Tensor|np.ndarray|None=None,           # estimated sources, same shape
     per_channel: bool=False,  # keep the channels, as nussl does, instead of their mean
 # dB (…, sources), or (…, sources, channels); NaN for a silent reference or estimate
 ) -> Tensor:
@@ -242,10 +243,10 @@ def si_sdr(
 
 # %% ../nbs/02a_metrics.ipynb #cfb7df94
 def improvement(
-    metric,        # one of this page's functions of (references, estimates)
-    references,    # true sources (…, sources, channels, time)
-    estimates,     # estimated sources, same shape
-    mixture=None,  # (…, channels, time); the sum of the sources if not given
+    metric:Callable,  # one of this page's functions of (references, estimates)
+    references:Tensor|np.ndarray,  # true sources (…, sources, channels, time)
+    estimates:Tensor|np.ndarray,  # estimated sources, same shape
+    mixture:Tensor|None=None,  # (…, channels, time); the sum of the sources if not given
     **kwargs,      # passed on to `metric`
 ) -> Tensor:       # dB (…, sources)
     "What `estimates` gain over the mixture taken as every source: SDRi, SNRi, SI-SDRi, …"
@@ -367,12 +368,12 @@ def _decomposed(
 
 # %% ../nbs/02a_metrics.ipynb #adf2f1f6
 def isr_sir_sar(
-    references,                      # true sources (sources, channels, time)
-    estimates,                       # estimated sources, same shape
+    references:Tensor|np.ndarray,  # true sources (sources, channels, time)
+    estimates:Tensor|np.ndarray,  # estimated sources, same shape
     sample_rate: float=SAMPLE_RATE,  # samples per second
-    window: float=1.,                # frame length in seconds
-    hop: float=1.,                   # from one frame to the next, in seconds
-    taps: int=512,                   # length of the distortion filters
+    window: float=1.,  # frame length in seconds
+    hop: float=1.,  # from one frame to the next, in seconds
+    taps: int=512,  # length of the distortion filters
 # ISR, SIR, SAR in dB, each (sources, frames); NaN where a source is silent
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Image-to-spatial-distortion, source-to-interference and source-to-artefacts ratios, as
@@ -400,8 +401,8 @@ METRICS = {"SDR": sdr, "uSDR": usdr, "SNR": snr, "SD-SDR": sd_sdr, "SI-SDR": si_
 
 
 def sdr_and_moments(
-    references,                      # true sources (…, sources, channels, time)
-    estimates,                       # estimated sources, same shape
+    references:Tensor|np.ndarray,  # true sources (…, sources, channels, time)
+    estimates:Tensor|np.ndarray,  # estimated sources, same shape
     sample_rate: float=SAMPLE_RATE,  # samples per second
 ) -> tuple[Tensor, Moments]:         # `framewise_sdr` and `moments`
     "Both in one pass, second by second."
@@ -420,11 +421,11 @@ def sdr_and_moments(
 # %% ../nbs/02a_metrics.ipynb #5d6be879
 @one_thread()
 def scores(
-    references,                      # true sources (…, sources, channels, time)
-    estimates,                       # estimated sources, same shape
+    references:Tensor|np.ndarray,  # true sources (…, sources, channels, time)
+    estimates:Tensor|np.ndarray,  # estimated sources, same shape
     sample_rate: float=SAMPLE_RATE,  # samples per second
-    metrics: tuple=tuple(METRICS),   # which of `METRICS`
-    frames: bool=False,              # give the framewise SDR too, or None where SDR is not asked for
+    metrics: tuple=tuple(METRICS),  # which of `METRICS`
+    frames: bool=False,  # give the framewise SDR too, or None where SDR is not asked for
 # name -> dB (…, sources); with `frames` a pair of this and (…, sources, frames)
 ) -> dict[str, Tensor]:
     "Several metrics of one excerpt."
@@ -437,11 +438,11 @@ def scores(
 
 # %% ../nbs/02a_metrics.ipynb #ad8b7823
 def score_song(
-    references: Tensor,              # true sources (sources, channels, time)
-    estimates: Tensor,               # estimated sources, same shape
+    references: Tensor,  # true sources (sources, channels, time)
+    estimates: Tensor,  # estimated sources, same shape
     sample_rate: float=SAMPLE_RATE,  # samples per second
-    metrics: tuple=tuple(METRICS),   # which of `METRICS`
-    bss: bool=False,                 # also ISR, SIR and SAR (seconds per song)
+    metrics: tuple=tuple(METRICS),  # which of `METRICS`
+    bss: bool=False,  # also ISR, SIR and SAR (seconds per song)
 ) -> tuple[dict, dict]:              # metric -> (sources,), and metric -> (sources, frames) in dB
     "All metrics of one song; NaN where a source is silent or a metric has no value."
     audible = references.flatten(1).any(1)

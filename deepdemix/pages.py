@@ -9,6 +9,7 @@ __all__ = ['page_addresses', 'fill_addresses', 'include_files', 'fill_cell', 'Fi
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/pages/writing_pages.ipynb #04e9f5fc
 def page_addresses() -> dict[str, str]: # "{word}" -> what it stands for
@@ -35,7 +36,7 @@ _INCLUDE = re.compile(r"\{\{<\s*include\s+(\S+)\s*>\}\}")
 
 def include_files(
     text:str, # Markdown
-    folder:Path, # that the names of the files are relative to
+    folder:str|Path, # that the names of the files are relative to
 ) -> str:
     """A text with files in place of Quarto's include shortcodes, their headings one level down. Raises
     `FileNotFoundError`."""
@@ -47,9 +48,9 @@ def include_files(
 
 # %% ../nbs/pages/writing_pages.ipynb #bd6c1a65
 def fill_cell(
-    cell, # of a notebook; changed in place
-    folder:Path, # that the notebook lies in
-):
+    cell:Any, # of a notebook; changed in place
+    folder:str|Path, # that the notebook lies in
+) -> None:
     "Fill in the addresses and files of a Markdown cell, and the addresses in a code cell's Markdown outputs."
     if cell.cell_type == "markdown": cell.source = fill_addresses(include_files(cell.source, folder))
     for output in cell.get("outputs", []):
@@ -60,16 +61,16 @@ def fill_cell(
 class FillPages:
     "A processor of nbdev that fills in the addresses and files of a notebook."
     def __init__(self,
-        nb, # the notebook, as nbdev reads it
+        nb:Any, # the notebook, as nbdev reads it
     ):
         self.folder = Path(nb.path_).parent
 
-    def __call__(self, cell): fill_cell(cell, self.folder)
+    def __call__(self, cell:Any) -> None: fill_cell(cell, self.folder)
 
 # %% ../nbs/pages/writing_pages.ipynb #d35d2dae
 def picture_pieces(
-    path:Path, # of a picture
-    boxes, # (left, top, right, bottom) of each piece, in pixels
+    path:str|Path, # of a picture
+    boxes:list, # (left, top, right, bottom) of each piece, in pixels
     letters:float, # height of its smallest letters in pixels
     wanted:float=9.2, # height that they are shown at, in pixels of the page
 ) -> list: # of `IPython.display.Image`

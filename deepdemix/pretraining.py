@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ from .contrast.stores import WeightedBatches, WeightedTriplets, open_stores
 from .foundations.distributed import own_rows
 from .foundations.files import UserError
 from .foundations.profiles import recipe_for
+from .foundations.recipe import Recipe
 from .foundations.registry import register_network
+from .foundations.store import Store
 from .foundations.waveforms import SAMPLE_RATE, to_mono
 from .tasks import VALID_SEED, Task, register_task, register_term
 from .training import fit
@@ -97,8 +100,8 @@ def map_sizes(self:DeepDeMixEncoder) -> list:
 
 @patch
 def check(self:DeepDeMixEncoder,
-          spectrogram, # magnitude (batch, n_t, n_f, n_ac)
-         ):
+          spectrogram:torch.Tensor, # magnitude (batch, n_t, n_f, n_ac)
+         ) -> None:
     "A spectrogram that does not fit is a `UserError` that says so."
     want = (self.args["n_t"], self.args["n_f"], self.args["n_ac"])
     if tuple(spectrogram.shape[1:]) != want:
@@ -110,8 +113,8 @@ def check(self:DeepDeMixEncoder,
 # %% ../nbs/05_pretraining.ipynb #1f469382
 @patch
 def features(self:DeepDeMixEncoder,
-             spectrogram, # magnitude (batch, n_t, n_f, n_ac)
-            ):            # latent (batch, latent), list of pooled maps (batch, channels, time, frequency)
+             spectrogram:torch.Tensor, # magnitude (batch, n_t, n_f, n_ac)
+            ) -> tuple: # latent (batch, latent), list of pooled maps (batch, channels, time, frequency)
     "The latent, and the pooled map that each block hands on."
     self.check(spectrogram)
     x = self.norm(amplitude_to_db(spectrogram).permute(0, 3, 1, 2))
@@ -121,16 +124,16 @@ def features(self:DeepDeMixEncoder,
 
 @patch
 def forward(self:DeepDeMixEncoder,
-            spectrogram, # magnitude (batch, n_t, n_f, n_ac)
-           ):            # latent (batch, latent)
+            spectrogram:torch.Tensor, # magnitude (batch, n_t, n_f, n_ac)
+           ) -> torch.Tensor: # latent (batch, latent)
     "Raises `UserError` for a spectrogram of another size."
     return self.features(spectrogram)[0]
 
 # %% ../nbs/05_pretraining.ipynb #ce91e619
 @patch
 def embed_triplets(self:DeepDeMixEncoder,
-                   triplets, # magnitudes (batch, n_t, n_f, n_ac, 3): anchor, positive, negative
-                  ):         # embeddings (batch, 3, latent)
+                   triplets:torch.Tensor, # magnitudes (batch, n_t, n_f, n_ac, 3): anchor, positive, negative
+                  ) -> torch.Tensor:         # embeddings (batch, 3, latent)
     "The three members of each triplet through the one encoder (paper, 4.3)."
     b, *_, k = triplets.shape
     return self(triplets.movedim(-1, 1).flatten(0, 1)).unflatten(0, (b, k))
@@ -178,8 +181,8 @@ class EncoderNetwork(nn.Module):
 # %% ../nbs/05_pretraining.ipynb #b47bb9cb
 @patch
 def windows(self:EncoderNetwork,
-            waveform, # (batch, channels, time)
-           ):         # (batch, windows, 1, samples)
+            waveform:torch.Tensor, # (batch, channels, time)
+           ) -> torch.Tensor:         # (batch, windows, 1, samples)
     """Mono windows of `duration`, evenly spread so that they cover everything; a short waveform is padded
     with silence."""
     x, n = to_mono(waveform), self.samples
@@ -190,22 +193,22 @@ def windows(self:EncoderNetwork,
 # %% ../nbs/05_pretraining.ipynb #80229de3
 @patch
 def embed(self:EncoderNetwork,
-          waveform, # (batch, channels, time), any length
-         ):         # (batch, latent)
+          waveform:torch.Tensor, # (batch, channels, time), any length
+         ) -> torch.Tensor:         # (batch, latent)
     "The encoder's latent; the mean over the windows of a waveform that is longer than `duration`."
     x = self.windows(waveform)
     return self.encoder(self.stft.magnitude(x.flatten(0, 1))).unflatten(0, x.shape[:2]).mean(1)
 
 @patch
 def forward(self:EncoderNetwork,
-            waveform, # (batch, channels, time)
-           ):         # (batch, latent)
+            waveform:torch.Tensor, # (batch, channels, time)
+           ) -> torch.Tensor:         # (batch, latent)
     "The same as `embed`."
     return self.embed(waveform)
 
 # %% ../nbs/05_pretraining.ipynb #6a0c3708
 def instruments_of(
-    store, # the songs of one split
+    store:Store, # the songs of one split
 ) -> dict: # instrument: number of songs in which it sounds
     "The instruments of some songs; a stem that is silent does not count."
     sounds = lambda name, song: name in song.present and f"{name} silent" not in song.flags
@@ -214,7 +217,7 @@ def instruments_of(
 
 # %% ../nbs/05_pretraining.ipynb #e4fa972d
 def check_classes(
-    store, # the songs of one split
+    store:Store, # the songs of one split
     what:str="train", # its name, for the error
 ) -> int: # songs of the rarest instrument
     "Raise a `UserError` unless there are two instruments, each in two songs."
@@ -234,7 +237,7 @@ def check_classes(
 
 # %% ../nbs/05_pretraining.ipynb #dbc515e7
 def embedding_size(
-    network, # with `embed`
+    network:nn.Module, # with `embed`
     duration:float, # seconds to try it with, where it does not say its `latent`
 ) -> int:
     "Dimensions of a network's embedding."
@@ -251,7 +254,7 @@ WITHIN = (-5., 10.) # dB of a stem over the rest of its song, in the mixtures of
 class ContrastTask(Task):
     """Contrast between instruments: batches of `Triplets` or `BalancedBatches` of the training songs, and
     their loss."""
-    def __init__(self, network, recipe, store):
+    def __init__(self, network:nn.Module, recipe:Recipe, store:Store):
         super().__init__(network, recipe, store)
         if not hasattr(network, "embed"):
             raise UserError(
@@ -275,7 +278,7 @@ class ContrastTask(Task):
 def stream(self:ContrastTask,
            split:str, # of the store
            seed:int, # decides everything
-          ): # `Triplets`, or a list of `BalancedBatches`
+          ) -> list|Triplets: # `Triplets`, or a list of `BalancedBatches`
     "Where the batches of a split come from."
     songs, mixer, duration = self.store.split(split), dict(self.recipe.mixer), self.duration
     if not len(songs): raise UserError(f"the data has no songs in its '{split}' split")
@@ -308,7 +311,7 @@ def stream(self:ContrastTask,
 # %% ../nbs/05_pretraining.ipynb #2538263d
 @patch
 def units(self:ContrastTask,
-          stream, # of `stream`
+          stream:list|Triplets, # of `stream`
          ) -> int: # triplets, or excerpts with their views
     "What a batch can be split into."
     s = self.settings
@@ -317,17 +320,16 @@ def units(self:ContrastTask,
     return sum(part.per_class * len(part.instruments) for part in stream) * (2 if twice else 1)
 
 @patch
-def take_part(self:ContrastTask, rank:int, world:int):
+def take_part(self:ContrastTask, rank:int, world:int) -> None:
     "Become one of several processes. Raises a `UserError` where a batch can't be split evenly."
     own_rows(self.units(self.train_stream), (rank, world))
     self.share = rank, world
 
-# %% ../nbs/05_pretraining.ipynb #2566d7b4
 @patch
 def batch(self:ContrastTask,
-          stream, # of `stream`
+          stream:list|Triplets, # of `stream`
           number:int, # of the batch
-         ): # waveforms (n, 1, time), labels (n,), numbers of the excerpts (n,)
+         ) -> tuple: # waveforms (n, 1, time), labels (n,), numbers of the excerpts (n,)
     "One batch, a function of the stream and the number only."
     rng = np.random.default_rng([self.recipe.seed, number])
     if self.triplets:
@@ -346,15 +348,15 @@ def batch(self:ContrastTask,
     return waves, labels, excerpts
 
 @patch
-def train_batch(self:ContrastTask, step:int):
+def train_batch(self:ContrastTask, step:int) -> tuple:
     "Batch number `step`."
     return self.batch(self.train_stream, step)
 
 # %% ../nbs/05_pretraining.ipynb #f22f24f6
 def active_share(
-    z, # embeddings (3 n, dim): anchor, positive, negative, anchor, …
+    z:torch.Tensor, # embeddings (3 n, dim): anchor, positive, negative, anchor, …
     margin:float=1., # of the loss
-): # a scalar in [0, 1]
+) -> torch.Tensor: # a scalar in [0, 1]
     "The share of triplets that are not yet satisfied."
     a, p, n = z.detach().float().unflatten(0, (-1, 3)).unbind(1)
     return ((a - p).norm(dim=1) - (a - n).norm(dim=1) + margin > 0).float().mean()
@@ -362,12 +364,12 @@ def active_share(
 # %% ../nbs/05_pretraining.ipynb #9e63513c
 @patch
 def loss(self:ContrastTask,
-         z, # embeddings (n, dim)
-         labels, # (n,)
-         excerpts, # (n,)
+         z:torch.Tensor, # embeddings (n, dim)
+         labels:torch.Tensor, # (n,)
+         excerpts:torch.Tensor, # (n,)
          remember:bool=True, # use the memory
          world:int=1, # processes whose embeddings are compared
-        ): # a scalar
+        ) -> torch.Tensor: # a scalar
     "The contrastive loss, and the term that keeps excerpts apart."
     loss = self.heads(z, labels, self.triplets, remember, world)
     if not self.settings.instance: return loss
@@ -375,7 +377,7 @@ def loss(self:ContrastTask,
         return loss + self.settings.instance * together(metric_loss("ntxent"), world)(z.float(), excerpts)
 
 @patch
-def training_loss(self:ContrastTask, batch):
+def training_loss(self:ContrastTask, batch:tuple) -> tuple:
     "The loss of a batch; logs the share of active triplets."
     waves, labels, excerpts = batch
     z = self.network.embed(waves)
@@ -384,7 +386,7 @@ def training_loss(self:ContrastTask, batch):
     return loss, {"train_loss": loss.detach() / self.share[1]} if self.share[1] > 1 else {}
 
 @patch
-def output(self:ContrastTask, network, waves):
+def output(self:ContrastTask, network:nn.Module, waves:torch.Tensor) -> torch.Tensor:
     "The embeddings, of any network."
     return network.embed(waves)
 
@@ -393,7 +395,7 @@ def output(self:ContrastTask, network, waves):
 class PretrainingTask(ContrastTask):
     "Contrast, validated on songs that are never trained on."
     logs_gradient = True
-    def __init__(self, network, recipe, store):
+    def __init__(self, network:nn.Module, recipe:Recipe, store:Store):
         super().__init__(network, recipe, store)
         self.valid_stream = self.stream("valid", VALID_SEED)
         self.stuck, self._kept, self._held = 0, {}, None
@@ -401,7 +403,7 @@ class PretrainingTask(ContrastTask):
             raise UserError("freeze_encoder leaves pretraining nothing to train: it is for what comes after")
 
 @patch(as_prop=True)
-def figures(self:PretrainingTask):
+def figures(self:PretrainingTask) -> list:
     "Of contrast, and of how the embeddings lie."
     cloud = [f"valid_{k}" for k in ("loss", "knn", "alignment", "uniformity", "effective_rank", "spread")]
     triplets = ["active", "valid_active"] if self.triplets else []
@@ -409,7 +411,7 @@ def figures(self:PretrainingTask):
 
 # %% ../nbs/05_pretraining.ipynb #e621ea3b
 @patch
-def validate(self:PretrainingTask):
+def validate(self:PretrainingTask) -> dict:
     "valid_loss, valid_knn, collapse and the figures of `cloud`; all on songs never trained on."
     n = math.ceil(self.recipe.valid_examples / self.recipe.batch_size)
     losses, active, points = zip(*[self._valid(k) for k in range(n)])
@@ -435,7 +437,6 @@ def _valid(self:PretrainingTask, k):
     value, point = (float(self.loss(x, labels, excerpts, remember=False)) for x in (z, torch.ones_like(z)))
     return value, float(active_share(z, self.settings.margin)) if self.triplets else float("nan"), point
 
-# %% ../nbs/05_pretraining.ipynb #f2397cc3
 @patch
 def _collapsed(self:PretrainingTask, logs):
     "Whether everything is one point; says so at the second validation in a row."
@@ -453,15 +454,15 @@ def _collapsed(self:PretrainingTask, logs):
 
 # %% ../nbs/05_pretraining.ipynb #a567d684
 def pretrain(
-    store, # what `open_stores` takes: a `Store`, a path, or a list of them with weights
-    out, # the run folder to make
+    store:Store|str|Path|list, # what `open_stores` takes: a `Store`, a path, or a list of them with weights
+    out:str|Path, # the run folder to make
     loss:str="triplet", # "triplet", "supcon", "ntxent" or "multi_similarity"
     profile:str="laptop", # sizes and counts: a name of `training.PROFILES`
     seed:int=0, # of weights, dropout and examples
     resume:bool=False, # go on with the run in `out`
     progress:bool=True, # a bar on a terminal, a line an epoch elsewhere
     **overrides, # recipe fields, or names of `Settings`
-): # the run folder
+) -> Path: # the run folder
     """Train an encoder by contrast: the paper's, or with `network` that of any network with `embed`. The
     mixer's duration follows the encoder's, where that has one."""
     names = [f.name for f in fields(Settings)]
@@ -477,7 +478,7 @@ def pretrain(
 # %% ../nbs/05_pretraining.ipynb #5147e421
 @register_term("contrast")
 def contrast_term(
-    task, # a separation task: its network, recipe and store
+    task:Task, # a separation task: its network, recipe and store
     settings:dict, # "loss", and the names of `Settings`
 ) -> ContrastTask:
     """The contrastive loss of the network's `embed`, to be added to a separation loss; `UserError` for a

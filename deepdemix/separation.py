@@ -13,6 +13,7 @@ import os
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from .foundations.waveforms import as_waveform, check_rate, resample_blocks
 
 # %% ../nbs/08_separation.ipynb #7d1c0a52
 def check_names(
-    names, # of stems
+    names:tuple, # of stems
 ) -> tuple: # the same
     "The names of stems, each of which can be a file's. `UserError` for one that can't."
     for name in map(str, names):
@@ -53,18 +54,20 @@ class Separator:
     def __init__(self,
                  # waveform (b, c, time) -> stems (b, s, c, time), with `sources`, `sample_rate` and
                  # `channels`
-                 network,
-                 name="network", # what messages and summaries call it
-                 device="auto", # auto, cpu, cuda or mps
-                 chunk=None, # seconds that the network sees at a time; None: what it was made for, or 20
+                 network:torch.nn.Module,
+                 name:str="network", # what messages and summaries call it
+                 device:str="auto", # auto, cpu, cuda or mps
+                 # seconds that the network sees at a time; None: what it was made for, or 20
+                 chunk:float|None=None,
                  # part of a chunk that it shares with the next; None: 1/8 (1/4 for networks made for one
                  # length)
-                 overlap=None,
-                 context=None, # seconds on each side that are seen and not used; None: 2/5 of the overlap
-                 batch_size=1, # chunks that go through the network together
+                 overlap:float|None=None,
+                 # seconds on each side that are seen and not used; None: 2/5 of the overlap
+                 context:float|None=None,
+                 batch_size:int=1, # chunks that go through the network together
                  # chunks in work at once on the processor, one core each; None: as many as PyTorch has
                  # threads and the process cores
-                 threads=None):
+                 threads:int|None=None):
         self.device, self.name, self.threads = pick_device(device), str(name), threads
         if threads is not None and not 1 <= threads <= 1024:
             raise UserError(f"threads={threads}: use 1 to 1024")
@@ -74,7 +77,7 @@ class Separator:
         self.channels = network.channels or 1
         self.plan = plan_chunks(network, chunk, overlap, context) | dict(batch_size=batch_size)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Separator({self.name}: {', '.join(self.sources)} at {self.sample_rate} Hz on {self.device})"
 
 # %% ../nbs/08_separation.ipynb #5ae848fa
@@ -96,7 +99,7 @@ def _stems(self:Separator, batch):
 
 # %% ../nbs/08_separation.ipynb #dc624c54
 @patch
-def __call__(self:Separator, waveform): # (channels, time) at the model's rate
+def __call__(self:Separator, waveform:torch.Tensor) -> torch.Tensor: # (channels, time) at the model's rate
     "The stems `(s, channels, time)` of a waveform, on the CPU."
     if not waveform.shape[-1]: return torch.zeros(len(self.sources), *waveform.shape, dtype=torch.float32)
     blocks = waveform.detach().float().cpu().split(self.plan["chunk"], -1)
@@ -116,14 +119,14 @@ class Waiting:
     length."""
     def __init__(self): self.blocks, self.length = deque(), 0
 
-    def tap(self, blocks):
+    def tap(self, blocks:Iterator) -> Iterator:
         "The same blocks, remembered."
         for block in blocks:
             self.blocks.append(block)
             self.length += block.shape[-1]
             yield block
 
-    def take(self, n): # samples
+    def take(self, n:int) -> torch.Tensor: # samples
         "The next `n` samples, or all that wait if there are fewer."
         parts, n = [], min(n, self.length)
         self.length -= n
@@ -151,9 +154,9 @@ def _resampled(stems, # iterator of (s, c, time)
 # %% ../nbs/08_separation.ipynb #0c8c2c82
 @patch
 def separate_blocks(self:Separator,
-                    blocks, # iterator of (channels, time) float tensors
-                    sample_rate, # theirs, in Hz
-                    rows=None): # which sources are wanted; None for all
+                    blocks:Iterable, # iterator of (channels, time) float tensors
+                    sample_rate:float, # theirs, in Hz
+                    rows:list|None=None) -> Iterator: # which sources are wanted; None for all
     """Yield (mixture `(channels, time)`, stems `(s, channels, time)`) piece by piece, at the input's rate
     and of exactly its length."""
     waiting, rows = Waiting(), list(range(len(self.sources))) if rows is None else list(rows)
@@ -172,10 +175,11 @@ def separate_blocks(self:Separator,
             yield mixture, mixture.new_zeros(len(rows), *mixture.shape)
 
 # %% ../nbs/08_separation.ipynb #3d3c33f4
-def output_weights(sources, # names of the network's sources
-                   two_stems=None, # only this source, and the mixture without it
-                   stems=None, # only these sources, in this order
-                   residual_to=None): # this source takes what the others leave of the mixture
+def output_weights(sources:tuple, # names of the network's sources
+                   two_stems:str|None=None, # only this source, and the mixture without it
+                   stems:list|tuple|None=None, # only these sources, in this order
+                   # this source takes what the others leave of the mixture
+                   residual_to:str|None=None) -> dict:
     """`{name of an output: weights of (mixture, *sources)}`. `UserError` for names that the model doesn't
     have."""
     chosen = [stems] if isinstance(stems, str) else list(stems or [])
@@ -205,8 +209,8 @@ def _outputs(self:Separator, blocks, sample_rate, weights):
 
 # %% ../nbs/08_separation.ipynb #7d1c0a60
 def stream_of(
-    path, # any audio or video file
-    track, # of its sound tracks, counted from 1
+    path:str|Path, # any audio or video file
+    track:int, # of its sound tracks, counted from 1
 ) -> int: # counted from 0, as `read` does
     "The stream of a sound track: a video may have several languages. `UserError` if there is no such track."
     if track == 1: return 0
@@ -217,14 +221,14 @@ def stream_of(
 # %% ../nbs/08_separation.ipynb #c3a0f400
 @patch
 def separate(self:Separator,
-             waveform, # (channels, time) or (time,) tensor or array, or a file
-             sample_rate=None, # Hz; None: the file's, or the model's
-             two_stems=None, # only this source, and the mixture without it
-             stems=None, # only these sources
-             residual_to=None, # this source takes what the others leave of the mixture
-             track=1, # of a file: which sound track
+             waveform:Path|torch.Tensor, # (channels, time) or (time,) tensor or array, or a file
+             sample_rate:float|None=None, # Hz; None: the file's, or the model's
+             two_stems:str|None=None, # only this source, and the mixture without it
+             stems:list|tuple|None=None, # only these sources
+             residual_to:str|None=None, # this source takes what the others leave of the mixture
+             track:int=1, # of a file: which sound track
              # True for a bar, or a function (seconds done, seconds in all), which cancels by returning False
-             progress=False):
+             progress:bool=False) -> dict:
     """`{stem: (channels, time)}` of the same length, rate and kind as the input (a file gives tensors).
     `UserError` for NaN and for unreadable files."""
     name = waveform if isinstance(waveform, (str, os.PathLike)) else "the waveform"
@@ -254,8 +258,6 @@ def _as_tensor(waveform):
     if isinstance(waveform, torch.Tensor): return x.float(), lambda y: back(y).to(waveform)
     kind = np.asarray(waveform).dtype.newbyteorder("=")
     return x.float(), lambda y: back(y).numpy().astype(kind)
-
-
 
 # %% ../nbs/08_separation.ipynb #c7cf92af
 class Cancelled(Exception):
@@ -311,8 +313,8 @@ def _outside_network(name, path, options):
 def from_pretrained(cls:Separator,
                     # a bundled model, a run folder, "hf:owner/name", another project's model, or a file:
                     # ONNX, TorchScript, Demucs' .th
-                    name="default",
-                    **kwargs): # device, chunk, overlap, context, batch_size, threads
+                    name:str="default",
+                    **kwargs) -> Separator: # device, chunk, overlap, context, batch_size, threads
     """A separator from weights on disk. `UserError` for unknown names, pickles, and weights that don't fit
     their recipe."""
     folder = find_model(name, peers=True)
@@ -374,22 +376,23 @@ def _reported(self:Separator, blocks, info, weights, report):
 # %% ../nbs/08_separation.ipynb #b9c74768
 @patch
 def separate_file(self:Separator,
-                  path, # a song: any audio or video file
-                  out, # the folder in which the song gets a folder of its own
-                  two_stems=None, # only this source, and the mixture without it
-                  stems=None, # only these sources
-                  residual_to=None, # this source takes what the others leave of the mixture
-                  format="wav", # wav, flac, mp3, ogg or opus
-                  subtype=None, # bit depth: 16 (default), 24 or 32 (float, wav only)
-                  clip=None, # rescale (default), clamp or none (default for float)
-                  overwrite=False, # replace stems that are there; otherwise the folder gets a number
-                  tags=True, # copy title, artist, …
-                  track=1, # which sound track, where a video has several
+                  path:str|Path, # a song: any audio or video file
+                  out:str|Path, # the folder in which the song gets a folder of its own
+                  two_stems:str|None=None, # only this source, and the mixture without it
+                  stems:list|tuple|None=None, # only these sources
+                  residual_to:str|None=None, # this source takes what the others leave of the mixture
+                  format:str="wav", # wav, flac, mp3, ogg or opus
+                  subtype:str|None=None, # bit depth: 16 (default), 24 or 32 (float, wav only)
+                  clip:str|None=None, # rescale (default), clamp or none (default for float)
+                  overwrite:bool=False, # replace stems that are there; otherwise the folder gets a number
+                  tags:bool=True, # copy title, artist, …
+                  track:int=1, # which sound track, where a video has several
                   # True for a bar, or a function (seconds done, seconds in all), which cancels by returning
                   # False
-                  progress=False,
-                  taken=(), # folders not to be used
-                  report=None): # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
+                  progress:bool=False,
+                  taken:tuple|set=(), # folders not to be used
+                  # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
+                  report:Callable|None=None) -> dict:
     """Separate a song into files of its rate and length. Returns a summary that JSON can hold; warns with
     `DamagedAudio` for a cut-off file. `UserError`: nothing was written."""
     format, subtype, clip = _checked(format, subtype, clip)
@@ -423,15 +426,13 @@ def _finish(hidden, format, tags):
         except Exception as e: notes.append(f"{path.name}: tags were not copied ({type(e).__name__}: {e})")
     return notes
 
-
-
 # %% ../nbs/08_separation.ipynb #5c531ebe
 @patch
 def separate_files(self:Separator,
-                   paths, # files and folders
-                   out, # the folder in which every song gets a folder of its own
-                   skip_existing=False, # leave songs alone whose stems are there
-                   **options): # of `separate_file`
+                   paths:Path|list, # files and folders
+                   out:str|Path, # the folder in which every song gets a folder of its own
+                   skip_existing:bool=False, # leave songs alone whose stems are there
+                   **options) -> dict: # of `separate_file`
     "Separate many songs: summaries of all `songs`, and lines on what has `failed` and was `passed_over`."
     weights = output_weights(self.sources, *(options.get(x) for x in ("two_stems", "stems", "residual_to")))
     format = _checked(options.get("format", "wav"), options.get("subtype"), options.get("clip"))[0]
@@ -461,10 +462,10 @@ def _one_of_many(self:Separator, path, out, taken, options):
 
 # %% ../nbs/08_separation.ipynb #7d1c0a66
 def existing_song(
-    path, # a song
-    out, # the folder in which it would get a folder
-    files, # names of its stems' files
-    taken=(), # folders of other songs
+    path:str|Path, # a song
+    out:str|Path, # the folder in which it would get a folder
+    files:list, # names of its stems' files
+    taken:set=(), # folders of other songs
 ) -> dict: # its summary, or None
     "What an earlier run has made of a song, if all of it is there and as long as the song."
     try: length = probe(path).duration
@@ -478,5 +479,3 @@ def existing_song(
                 outputs = {Path(x).stem: str(folder / x) for x in files}
                 found = dict(input=str(path), folder=str(folder), outputs=outputs)
                 return found | dict(duration=length, skipped=True)
-
-

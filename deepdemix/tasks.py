@@ -9,6 +9,8 @@ __all__ = ['TASKS', 'TERMS', 'VALID_SEED', 'Task', 'register_task', 'build_task'
 # %% ../nbs/02b_tasks.ipynb #26c0859a
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -17,9 +19,10 @@ from torch import nn
 from .foundations.distributed import own_rows
 from .foundations.files import UserError, check_finite
 from .foundations.inference import stems_of_song
-from .foundations.recipe import _fits
+from .foundations.recipe import Recipe, _fits
 from .foundations.registry import _check_settings, _import_rooms, _no_such, build_network
 from .foundations.separation_losses import LOSSES
+from .foundations.store import Store
 from .foundations.waveforms import to_mono
 from .metrics import score_song
 
@@ -33,30 +36,31 @@ class Task:
     logs_gradient = False # whether the table of the run has the gradient's norm as `grad_norm`
     share = 0, 1 # number of this process, and of all that train together
     def __init__(self,
-                 network, # what is trained
-                 recipe, # how
-                 store): # on what
+                 network:nn.Module, # what is trained
+                 recipe:Recipe, # how
+                 store:Store): # on what
         self.network, self.recipe, self.store = network, recipe, store
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         "Where the network is."
         return next(self.network.parameters()).device
 
-    def train_batch(self, step:int): raise NotImplementedError
-    def training_loss(self, batch): raise NotImplementedError
-    def beside(self, batch, mixture, sources):
+    def train_batch(self, step:int) -> Any: raise NotImplementedError
+    def training_loss(self, batch:Any) -> tuple: raise NotImplementedError
+    def beside(self, batch:tuple, mixture:torch.Tensor, sources:torch.Tensor) -> tuple:
         "The loss of a term: of its own batch, or of the mixes of separation."
         return self.training_loss(batch)
     def validate(self) -> dict: raise NotImplementedError
-    def output(self, network, inputs): return network(inputs) # inputs: the first part of a batch
+    # inputs: the first part of a batch
+    def output(self, network:nn.Module, inputs:torch.Tensor) -> torch.Tensor: return network(inputs)
 
 # %% ../nbs/02b_tasks.ipynb #d3ba5306
 TASKS = {}
 
 def register_task(
     kind:str, # the `kind` of the recipes that it is for
-): # a decorator for a class called with (network, recipe, store)
+) -> Callable: # a decorator for a class called with (network, recipe, store)
     "Register a task."
     def _register(cls):
         TASKS[kind] = cls
@@ -65,8 +69,8 @@ def register_task(
 
 # %% ../nbs/02b_tasks.ipynb #59a7e83f
 def build_task(
-    recipe, # its `kind` says which
-    store, # the data
+    recipe:Recipe, # its `kind` says which
+    store:Store, # the data
     cls=None, # the class of the task; None: the one registered for the recipe's kind
 ) -> Task:
     "The task of a recipe, with a fresh network."
@@ -81,7 +85,7 @@ def register_term(
     name:str, # what `task_args` call it
 # a decorator for a function of (task, settings) that returns a `Task`, of which `heads`, `train_batch` and
 # `training_loss` are used
-):
+) -> Callable:
     "Register a term beside a separation loss."
     def _register(f):
         TERMS[name] = f
@@ -90,7 +94,7 @@ def register_term(
 
 # %% ../nbs/02b_tasks.ipynb #cd57150a
 def build_terms(
-    task, # a separation task
+    task:Task, # a separation task
 ) -> dict: # name: (weight, the term's own task)
     "The terms that a recipe gives a weight; an unknown name or a weight below 0 raises a `UserError`."
     terms = {}
@@ -121,15 +125,13 @@ def _check_data(
             wrong = f"the data has {name} {there}, the network '{recipe.network}' {own}"
             raise UserError(f"{wrong}: set network_args.{name}, or prepare other data")
 
-
-
 # %% ../nbs/02b_tasks.ipynb #88e06a80
 VALID_SEED = 300
 
 @register_task("separation")
 class SeparationTask(Task):
     "Mixes in, a loss of `LOSSES` out; validated on fixed mixes and, if the recipe says so, on whole songs."
-    def __init__(self, network, recipe, store):
+    def __init__(self, network:nn.Module, recipe:Recipe, store:Store):
         super().__init__(network, recipe, store)
         if recipe.loss not in LOSSES: _import_rooms()
         if recipe.loss not in LOSSES: raise _no_such("loss", recipe.loss, LOSSES)
@@ -142,12 +144,12 @@ class SeparationTask(Task):
         heads = {name: term.heads for name, (_, term) in self.terms.items() if term.heads is not None}
         if heads: self.heads = nn.ModuleDict(heads)
 
-    def train_batch(self, step):
+    def train_batch(self, step:int) -> tuple:
         mixes = self._mixes(step, range(self.recipe.batch_size))
         return ((*mixes, {name: term.train_batch(step) for name, (_, term) in self.terms.items()})
                 if self.terms else mixes)
 
-    def training_loss(self, batch):
+    def training_loss(self, batch:tuple) -> tuple:
         mixture, sources, *more = batch
         loss, logs = self._loss(mixture, sources), {}
         if self.terms: logs = dict(separation=loss.detach(), train_loss=loss.detach())
@@ -204,7 +206,7 @@ def _valid_batch(self:SeparationTask, start, n):
 
 # %% ../nbs/02b_tasks.ipynb #fe8965ec
 @patch
-def validate(self:SeparationTask):
+def validate(self:SeparationTask) -> dict:
     "The loss on the fixed mixes, and the SDR of whole songs."
     total, n = 0., self.recipe.valid_examples
     for start in range(0, n, self.recipe.batch_size):
@@ -217,7 +219,7 @@ def validate(self:SeparationTask):
 
 # %% ../nbs/02b_tasks.ipynb #b6000003
 @patch(as_prop=True)
-def figures(self:SeparationTask):
+def figures(self:SeparationTask) -> list:
     "Of the mixes, of whole songs where they are separated, and of the terms."
     songs = ["valid_sdr", *(f"valid_sdr_{s}" for s in self.network.sources)]
     terms = ["separation", *self.terms] if self.terms else []
@@ -225,11 +227,11 @@ def figures(self:SeparationTask):
 
 # %% ../nbs/02b_tasks.ipynb #8eeef5c2
 def scored_song(
-    store, # the data
+    store:Store, # the data
     i:int, # position of the song
     channels:str, # "mono" or "stereo"
     mixture:str, # "sum" of the stems, or the released "stream"
-): # stems (sources, channels, time) and mixture (channels, time)
+) -> tuple: # stems (sources, channels, time) and mixture (channels, time)
     "One song under a protocol. `UserError` for a song that can't be scored."
     stems = store.stems(i)
     check_finite(stems, "the stems")
@@ -244,8 +246,8 @@ def scored_song(
 # %% ../nbs/02b_tasks.ipynb #114be7bf
 @torch.no_grad()
 def song_sdr(
-    network, # a separator
-    store, # the songs
+    network:nn.Module, # a separator
+    store:Store, # the songs
 ) -> dict: # decibels: valid_sdr (mean over sources) and valid_sdr_drums, …
     """museval's SDR of whole songs: median over seconds, then over songs, then the mean over sources. Silent
     songs don't count."""
@@ -273,26 +275,26 @@ def _cut(
 
 # %% ../nbs/02b_tasks.ipynb #a3970f39
 @patch
-def take_part(self:Task, rank:int, world:int):
+def take_part(self:Task, rank:int, world:int) -> None:
     "Become one of several processes. Raises a `UserError` where a batch can't be split evenly."
     own_rows(self.recipe.batch_size, (rank, world))
     self.share = rank, world
 
 @patch
-def own_batch(self:Task, step:int):
+def own_batch(self:Task, step:int) -> tuple:
     "This process's part of batch `step`."
     return _cut(self.train_batch(step), self.share) if self.share[1] > 1 else self.train_batch(step)
 
 # %% ../nbs/02b_tasks.ipynb #b0e39894
 @patch
-def take_part(self:SeparationTask, rank:int, world:int):
+def take_part(self:SeparationTask, rank:int, world:int) -> None:
     "The terms take part too."
     Task.take_part(self, rank, world)
     for _, term in self.terms.values(): term.take_part(rank, world)
 
 # %% ../nbs/02b_tasks.ipynb #6f0ca109
 @patch
-def own_batch(self:SeparationTask, step:int):
+def own_batch(self:SeparationTask, step:int) -> tuple:
     "This process's mixes of batch `step`, and its part of the terms' batches."
     if self.share[1] == 1 or type(self).train_batch is not SeparationTask.train_batch:
         return Task.own_batch(self, step)

@@ -15,7 +15,9 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from .foundations.run_metrics import write_metrics
 from .foundations.run_opening import _open_run, best_cost, sole_writer, store_places
 from .foundations.runs import load_encoder, load_start, new_record, run_folder
 from .foundations.state import write_state
+from .foundations.store import Store
 from .foundations.weights import load_into, write_weights
 from .tasks import Task, build_task
 
@@ -43,10 +46,10 @@ class Loop:
     def __init__(self,
                  task:Task, # what a step is
                  recipe:Recipe, # how to train
-                 out:Path, # the run folder
+                 out:str|Path, # the run folder
                  record:dict, # of recipe.json
-                 report, # called with the loop after every step
-                 fabric): # of `make_fabric`
+                 report:Callable, # called with the loop after every step
+                 fabric:Any): # of `make_fabric`
         self.task, self.recipe, self.out, self.record = task, recipe, Path(out), record
         self.report, self.fabric, self.ranks = report, fabric, Ranks()
         self.network, self.module, self.optimizer = task.network, None, build_optimizer(task, recipe)
@@ -78,13 +81,14 @@ class TrainingStep(nn.Module):
         self.task, self.network, self.heads = task, task.network, task.heads
 
     def forward(self,
-                batch): # a function that returns the batch: Fabric would round waveforms that it sees
+                # a function that returns the batch: Fabric would round waveforms that it sees
+                batch:Callable) -> tuple:
         return self.task.training_loss(batch())
 
 def take_step(
     loop:Loop, # changes
-    batches, # an iterator
-):
+    batches:Iterator, # an iterator
+) -> None:
     "Move the weights once, by the mean gradient of `accumulate` batches."
     fabric, count, clip = loop.fabric, loop.recipe.accumulate, loop.recipe.grad_clip
     loop.optimizer.zero_grad()
@@ -107,7 +111,7 @@ def take_step(
 # %% ../nbs/03_training.ipynb #c2891bad
 def end_epoch(
     loop:Loop, # changes
-):
+) -> None:
     "Validate, add a row to metrics.csv, keep the weights if they are the best."
     pool_figures(loop)
     row = dict(epoch=loop.epoch, step=loop.step, examples=loop.step * loop.recipe.examples_per_step)
@@ -134,7 +138,7 @@ def validate(
 # %% ../nbs/03_training.ipynb #132b74a8
 def save_state(
     loop:Loop,
-):
+) -> None:
     "Write all that the next start needs, unless the weights are spoilt."
     if not all(bool(torch.isfinite(p).all()) for p in loop.network.parameters()): raise not_finite(loop)
     pool_figures(loop)
@@ -153,7 +157,7 @@ def save_state(
 def load_counters(
     loop:Loop, # changes
     state:dict, # of `save_state`
-):
+) -> None:
     "Take up counters, figures and weights."
     loop.step, loop.rows, loop.best = state["step"], state["rows"], best_cost(loop.out)
     loop.seconds, loop.epoch_began = state["seconds"], state["seconds"] - state["epoch_seconds"]
@@ -165,7 +169,7 @@ def load_counters(
 def load_rest(
     loop:Loop, # its network is on its device
     state:dict|None, # of `save_state`
-):
+) -> None:
     "Take up optimiser, averaged weights, precision and random states, and start the clocks."
     if loop.average: loop.average.to(loop.fabric.device)
     if state:
@@ -178,7 +182,7 @@ def load_rest(
 # %% ../nbs/03_training.ipynb #0b5d2d7c
 def train(
     loop:Loop, # changes
-):
+) -> None:
     "Step after step, until the run is finished, out of time or told to stop."
     with contextlib.closing(batches_left(loop.task, loop.recipe, loop.step)) as batches:
         while not loop.stop:
@@ -206,18 +210,17 @@ NO_GRADIENT = "no weight has a part in the loss: all are frozen, or the network 
 
 def set_learning_rates(
     loop:Loop, # changes
-):
+) -> None:
     "The step size of each group of weights, and how much of the encoder learns."
     factor = lr_factor(loop.recipe, loop.step, loop.costs if loop.recipe.lr_schedule == "plateau" else ())
     for g in loop.optimizer.param_groups: g["lr"] = loop.recipe.lr * g["scale"] * factor
     if loop.recipe.freeze_encoder or loop.recipe.unfreeze_every:
         thaw(loop.network.encoder, thawed(loop.recipe, loop.epoch))
 
-# %% ../nbs/03_training.ipynb #310a4f68
 def check_loss(
     loop:Loop,
     loss:torch.Tensor, # of a batch
-):
+) -> None:
     "Raise a `UserError` for a loss that can't be learned from. A GPU is not asked: each look is a wait."
     alone = loop.ranks.world == 1 and loss.device.type == "cpu"
     if alone and not torch.isfinite(loss): raise not_finite(loop)
@@ -233,18 +236,17 @@ def not_finite(
         f" lr (now {loop.recipe.lr:g}) or grad_clip=1; {loop.out} keeps the last good state"
     ))
 
-# %% ../nbs/03_training.ipynb #6117f471
 def note(
     loop:Loop, # changes
     figures:dict, # of a batch
-):
+) -> None:
     "Keep figures until the end of the epoch."
     for k, v in figures.items(): loop.figures.setdefault(k, []).append(torch.as_tensor(v).detach().float())
 
 # %% ../nbs/03_training.ipynb #2752610d
 def pool_figures(
     loop:Loop, # changes
-):
+) -> None:
     "Make the figures of each batch since the last call their means over all processes."
     if loop.ranks.world == 1: return
     new = {k: torch.stack([x.cpu() for x in v[loop.pooled.get(k, 0):]]) for k, v in loop.figures.items()
@@ -259,7 +261,7 @@ def pool_figures(
 def start_random(
     loop:Loop,
     saved:list, # of `random_state`, by rank
-):
+) -> None:
     """Set random states as they were. A process without one draws from the seed, its number and the step, so
     that no two drop the same cells."""
     rank = loop.ranks.rank
@@ -273,7 +275,7 @@ MEASURED = 20 # batches
 
 def averaged(
     loop:Loop,
-): # a context
+) -> Any: # a context
     """A block in which the network carries its averaged weights, if the recipe has any, with statistics of
     the last training batches."""
     if not loop.average: return contextlib.nullcontext()
@@ -299,7 +301,7 @@ def cost_of(
 def keep_epoch(
     loop:Loop, # changes
     row:dict, # of the table
-):
+) -> None:
     "Keep the weights if they are the best, and write the table and the record."
     cost = cost_of(row, loop.monitor)
     if loop.best is None or cost < loop.best: keep_weights(loop, cost, row)
@@ -311,7 +313,7 @@ def keep_weights(
     loop:Loop, # changes
     cost:float, # lower than any before
     row:dict, # of the table
-):
+) -> None:
     "Write the best weights so far, with the figure that made them so."
     loop.best = cost
     write_weights(loop.out/"model.safetensors", loop.network.state_dict(),
@@ -323,7 +325,7 @@ def keep_weights(
 def write_record(
     loop:Loop, # changes
     status:str, # "running", "finished", "interrupted", "out of time" or "failed"
-):
+) -> None:
     "Write recipe.json with how far the run came; the first process does."
     if loop.ranks.rank: return
     loop.record |= dict(status=status, finished=status == "finished", step=loop.step, epoch=loop.epoch,
@@ -343,9 +345,9 @@ def is_over(
 # %% ../nbs/03_training.ipynb #1b55f675
 def begin(
     loop:Loop, # changes
-    store, # the data
+    store:Store, # the data
     state:dict|None, # of the earlier start, as this process found it
-):
+) -> None:
     "Start the processes, take up the state, put the network on its device, and listen for signals."
     loop.fabric.launch()
     state = synchronise(loop, store, state)
@@ -363,7 +365,7 @@ def begin(
 # %% ../nbs/03_training.ipynb #140ddc63
 def synchronise(
     loop:Loop, # changes
-    store, # the data
+    store:Store, # the data
     state:dict|None, # as this process found it
 ) -> dict|None: # the state of the first process
     "Let the processes talk to each other, and compare what they were given."
@@ -378,7 +380,7 @@ def synchronise(
 def note_signal(
     loop:Loop, # changes
     number:int, # of the signal
-):
+) -> None:
     "The first signal asks for a stop after this step, a second Ctrl-C stops at once."
     if loop.signal and number == signal.SIGINT: raise KeyboardInterrupt
     loop.signal = int(number)
@@ -387,7 +389,7 @@ def note_signal(
 def check_monitor(
     task:Task, # with the names of its `figures`, or None where nobody knows
     name:str, # the recipe's monitor
-):
+) -> None:
     "Raise a `UserError` for a figure that a run won't have; a task with a validation of its own is believed."
     kind = lambda what: next(i for i, c in enumerate(type(task).__mro__) if what in vars(c))
     if not name or task.figures is None or kind("validate") < kind("figures") or name in task.figures: return
@@ -398,7 +400,7 @@ def check_monitor(
 def check_encoder(
     task:Task,
     recipe:Recipe, # `freeze_encoder`, `unfreeze_every`
-):
+) -> None:
     "Raise a `UserError` for a network whose encoder shall be frozen and that has none."
     frozen = recipe.freeze_encoder or recipe.unfreeze_every
     if frozen and not isinstance(getattr(task.network, "encoder", None), nn.Module):
@@ -407,12 +409,12 @@ def check_encoder(
 # %% ../nbs/03_training.ipynb #b6000006
 def fit(
     recipe:Recipe, # what and how
-    store, # a `Store`, or a path that `open_data` takes
-    out, # the run folder to make
+    store:Any, # a `Store`, or a path that `open_data` takes
+    out:str|Path, # the run folder to make
     resume:bool=False, # go on with the run in `out`; begins one if there is none
     logger:str="csv", # "tensorboard", "wandb" and "mlflow" get the figures besides
     progress:bool=True, # a bar on a terminal, a line an epoch elsewhere
-    task=None, # a `Task`, or a class of one; None: by the recipe's kind
+    task:Any=None, # a `Task`, or a class of one; None: by the recipe's kind
     # processes on this machine, one to a device; "auto": one for every GPU, or on a processor as many as are
     # worth it (`processes_worth`); None: one, or as many as torchrun or SLURM has started
     devices:int|str|None=None,

@@ -110,3 +110,20 @@ def patches(room):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_class_grows_in_its_own_room(room): assert not list(patches(room))
+
+
+def unannotated(room):
+    "Parameters and results of a room's public functions and methods whose type nobody says."
+    public = lambda name: not name.startswith("_") or name.startswith("__")
+    for top in ast.parse(ROOMS[room].read_text(encoding="utf-8")).body:
+        if not isinstance(top, (ast.FunctionDef, ast.ClassDef)) or not public(top.name): continue
+        for f in (top.body if isinstance(top, ast.ClassDef) else [top]):
+            if not isinstance(f, ast.FunctionDef) or not public(f.name): continue
+            given = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
+            bare = [a.arg for a in given if not a.annotation and a.arg not in ("self", "cls")]
+            yield from (f"{f.name}({name})" for name in bare)
+            if f.returns is None and f.name != "__init__": yield f"{f.name} ->"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_public_functions_say_their_types(room): assert list(unannotated(room)) == []

@@ -9,6 +9,7 @@ __all__ = ['LOOKED_AT', 'FEWEST', 'CROSS_ENTROPY', 'FITS', 'Grid', 'owners', 'dr
 
 # %% ../../nbs/contrast/dense.ipynb #da074c86
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -23,13 +24,15 @@ from .losses import Contrast
 from .probing import cloud, neighbour_accuracy
 from ..foundations.files import UserError
 from ..foundations.randomness import seeded
+from ..foundations.recipe import Recipe
+from ..foundations.store import Store
 from ..tasks import VALID_SEED, Task, build_task, register_task, register_term
 
 # %% ../../nbs/contrast/dense.ipynb #f2685163
 class Grid(nn.Module):
     "The cells that a network's dense vectors cover."
     def __init__(self,
-        network, # with `dense_grid`
+        network:nn.Module, # with `dense_grid`
     ):
         super().__init__()
         settings = dict(network.dense_grid)
@@ -37,9 +40,9 @@ class Grid(nn.Module):
         self.stft, self.bands = STFT(**settings), len(self.edges) - 1
 
     def forward(self,
-        stems, # (b, s, c, time)
-        frames=None, # numbers of some frames of each example (b, k); None: all
-    ): # energy (b, s, k, bands)
+        stems:torch.Tensor, # (b, s, c, time)
+        frames:torch.Tensor|None=None, # numbers of some frames of each example (b, k); None: all
+    ) -> torch.Tensor: # energy (b, s, k, bands)
         stft, n_t = self.stft, self.stft.frames(stems.shape[-1])
         missing = (n_t - 1) * stft.hop_length + stft.window_length - stft.edge - stems.shape[-1]
         x = F.pad(stems, (stft.edge, missing))
@@ -52,10 +55,10 @@ class Grid(nn.Module):
 
 # %% ../../nbs/contrast/dense.ipynb #40b88a95
 def owners(
-    energy, # (b, s, k, bands)
+    energy:torch.Tensor, # (b, s, k, bands)
     share:float=0.7, # of a cell's energy that its owner holds at least
     floor:float=-80., # dB below the loudest cell of the excerpt
-): # (b, k, bands): numbers of stems, -1 where no stem owns a cell
+) -> torch.Tensor: # (b, k, bands): numbers of stems, -1 where no stem owns a cell
     "Which stem a cell belongs to."
     total, (most, stem) = energy.sum(1), energy.max(1)
     quiet = total <= 10 ** (floor / 10) * total.amax((1, 2), keepdim=True)
@@ -65,23 +68,23 @@ def owners(
 LOOKED_AT, FEWEST = 8, 24
 
 def draw_frames(
-    rng, # a numpy generator
+    rng:np.random.Generator, # a numpy generator
     examples:int, # of a batch
     n_t:int, # frames of each
     bands:int, # of a frame
     cells:int, # that will be drawn in all
-): # (examples, k), no frame twice
+) -> torch.Tensor: # (examples, k), no frame twice
     "Frames to look at, `FEWEST` or more of each example."
     k = min(n_t, max(FEWEST, math.ceil(LOOKED_AT * cells / (examples * bands))))
     return torch.from_numpy(rng.permuted(np.tile(np.arange(n_t), (examples, 1)), axis=1)[:, :k].copy())
 
 # %% ../../nbs/contrast/dense.ipynb #1395cc2d
 def draw_cells(
-    rng, # a numpy generator
-    owned, # (b, k, bands), of `owners`
+    rng:np.random.Generator, # a numpy generator
+    owned:torch.Tensor, # (b, k, bands), of `owners`
     stems:int, # how many there are
     per_stem:int, # cells of each at most
-): # places (n, 3): example, frame, band; stems (n,)
+) -> tuple: # places (n, 3): example, frame, band; stems (n,)
     "The same number of cells of each stem, as far as there are so many."
     order = torch.from_numpy(rng.random(owned.shape)).to(owned.device)
     found = []
@@ -143,7 +146,7 @@ class CellHead(nn.Module):
             self.classify = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, stems))
         else: self.contrast = Contrast(loss, dim, temperature=settings.temperature, head=settings.head)
 
-    def forward(self, z, stems):
+    def forward(self, z:torch.Tensor, stems:torch.Tensor) -> torch.Tensor:
         "A scalar, in single precision; 0 where there is nothing to learn from."
         with torch.autocast(z.device.type, enabled=False):
             if len(z) < 2: return z.float().sum() * 0
@@ -152,7 +155,7 @@ class CellHead(nn.Module):
 
 # %% ../../nbs/contrast/dense.ipynb #7f7d1166
 def dense_size(
-    network, # with `dense_embed`
+    network:nn.Module, # with `dense_embed`
 ) -> int:
     "Dimensions of a network's dense vectors."
     was, silence = network.training, torch.zeros(1, network.channels, network.sample_rate)
@@ -163,7 +166,7 @@ def dense_size(
 # %% ../../nbs/contrast/dense.ipynb #11c5aff2
 class DenseContrast(Task):
     "Contrast between the cells of mixtures that one stem owns."
-    def __init__(self, network, recipe, store):
+    def __init__(self, network:nn.Module, recipe:Recipe, store:Store):
         "Raises `UserError` for a network without `dense_embed` and for settings that don't fit."
         super().__init__(network, recipe, store)
         if not hasattr(network, "dense_embed"):
@@ -176,10 +179,10 @@ class DenseContrast(Task):
 @patch
 @torch.no_grad()
 def pick(self:DenseContrast,
-    sources, # (b, s, c, time)
+    sources:torch.Tensor, # (b, s, c, time)
     number:int, # of the batch
     seed:int|None=None, # None: the recipe's
-): # places (n, 3): example, frame, band; stems (n,)
+) -> tuple: # places (n, 3): example, frame, band; stems (n,)
     "The cells of a batch that are compared: a function of the batch, its number and the seed."
     rng = np.random.default_rng([self.recipe.seed if seed is None else seed, number])
     grid, (b, s), most = self.grid.to(sources.device), sources.shape[:2], self.settings.per_stem
@@ -193,11 +196,11 @@ def pick(self:DenseContrast,
 # %% ../../nbs/contrast/dense.ipynb #89a2f60b
 @patch
 def loss(self:DenseContrast,
-    z, # dense vectors (b, n_t, bands, dim)
-    places, # (n, 3)
-    stems, # (n,)
+    z:torch.Tensor, # dense vectors (b, n_t, bands, dim)
+    places:torch.Tensor, # (n, 3)
+    stems:torch.Tensor, # (n,)
     number:int, # of the batch: decides what shuffled labels are
-): # a scalar
+) -> torch.Tensor: # a scalar
     "The loss between some cells."
     if self.settings.shuffle_labels:
         order = np.random.default_rng([self.recipe.seed, number, 1]).permutation(len(stems))
@@ -207,10 +210,10 @@ def loss(self:DenseContrast,
 # %% ../../nbs/contrast/dense.ipynb #8d6def4b
 @patch
 def dense_loss(self:DenseContrast,
-    z, # dense vectors (b, n_t, bands, dim)
-    sources, # (b, s, c, time)
+    z:torch.Tensor, # dense vectors (b, n_t, bands, dim)
+    sources:torch.Tensor, # (b, s, c, time)
     number:int, # of the batch
-): # a scalar, and figures
+) -> tuple: # a scalar, and figures
     "The loss of a batch; `UserError` where the network looks at single channels and the mixes have more."
     if len(z) != len(sources):
         raise UserError(f"the network sees {self.network.channels} channel(s) together and the mixes have "
@@ -222,7 +225,7 @@ def dense_loss(self:DenseContrast,
 @register_task("dense")
 class DensePretraining(DenseContrast):
     "Dense contrast alone: an encoder to start from."
-    def __init__(self, network, recipe, store):
+    def __init__(self, network:nn.Module, recipe:Recipe, store:Store):
         super().__init__(network, recipe, store)
         if recipe.freeze_encoder:
             raise UserError("freeze_encoder leaves pretraining nothing to train: it is for what comes after")
@@ -230,11 +233,11 @@ class DensePretraining(DenseContrast):
         plain = dict(coherent=1., pitch=None, stretch=None)
         self.valid = self.mixes("valid", VALID_SEED, recipe.valid_examples, **plain)
 
-    def train_batch(self, step):
+    def train_batch(self, step:int) -> tuple:
         size = self.recipe.batch_size
         return *self.mixer.batch(size, start=step * size), torch.tensor(step)
 
-    def training_loss(self, batch):
+    def training_loss(self, batch:tuple) -> tuple:
         mixture, sources, number = batch
         return self.dense_loss(self.network.dense_embed(mixture), sources, int(number))
 
@@ -254,7 +257,7 @@ def mixes(self:DensePretraining,
 
 # %% ../../nbs/contrast/dense.ipynb #49cd0d77
 @patch
-def validate(self:DensePretraining):
+def validate(self:DensePretraining) -> dict:
     "valid_loss, valid_knn and valid_effective_rank, on songs never trained on."
     size, losses, found = self.recipe.batch_size, [], []
     for number, start in enumerate(range(0, self.recipe.valid_examples, size)):
@@ -271,18 +274,18 @@ def validate(self:DensePretraining):
 class EncoderTap:
     "Keeps what a network's encoder last said while it learnt."
     def __init__(self,
-        network, # with an `encoder`: a module, or a list of modules
+        network:nn.Module, # with an `encoder`: a module, or a list of modules
     ):
         self.several = isinstance(network.encoder, nn.ModuleList)
         self.parts, self.kept = list(network.encoder) if self.several else [network.encoder], {}
         for k, part in enumerate(self.parts): part.register_forward_hook(self.keeper(k))
 
-    def keeper(self, k):
+    def keeper(self, k:int) -> Callable:
         def keep(module, inputs, output):
             if torch.is_grad_enabled(): self.kept[k] = output
         return keep
 
-    def take(self):
+    def take(self) -> tuple|list|torch.Tensor|None:
         "The output, or the list of outputs; None if there is none. It is forgotten then."
         kept, self.kept = self.kept, {}
         if len(kept) < len(self.parts): return None
@@ -291,20 +294,20 @@ class EncoderTap:
 # %% ../../nbs/contrast/dense.ipynb #11ada2eb
 class DenseTerm(DenseContrast):
     "Dense contrast on the mixes of separation."
-    def __init__(self, network, recipe, store):
+    def __init__(self, network:nn.Module, recipe:Recipe, store:Store):
         super().__init__(network, recipe, store)
         self.tap = EncoderTap(network)
 
-    def train_batch(self, step): return torch.tensor(step)
+    def train_batch(self, step:int) -> torch.Tensor: return torch.tensor(step)
 
-    def beside(self, batch, mixture, sources):
+    def beside(self, batch:torch.Tensor, mixture:torch.Tensor, sources:torch.Tensor) -> tuple:
         z = self.network.dense_embed(mixture, self.tap.take())
         return self.dense_loss(z, sources, int(batch))
 
 # %% ../../nbs/contrast/dense.ipynb #e0cd3b94
 @register_term("dense")
 def dense_term(
-    task, # a separation task: its network, recipe and store
+    task:Task, # a separation task: its network, recipe and store
     settings:dict, # "loss" ("supcon" unless said), and the names of `DenseSettings`
 ) -> DenseTerm:
     "Contrast between cells, to be added to a separation loss; `UserError` where it does not fit."
@@ -323,7 +326,7 @@ def _norm(value, parameters):
 
 # %% ../../nbs/contrast/dense.ipynb #b6cd11ac
 def gradient_ratio(
-    task, # of separation, with a term
+    task:Task, # of separation, with a term
     term:str="dense", # the term's name
     batches:int=8, # that are tried
     start:int=0, # number of the first
@@ -340,11 +343,11 @@ def gradient_ratio(
 
 # %% ../../nbs/contrast/dense.ipynb #157e99e7
 def weight_for(
-    recipe, # of separation, with a term
-    store, # songs
+    recipe:Recipe, # of separation, with a term
+    store:Store, # songs
     share:float=0.2, # that the term's gradient should be of separation's, on the encoder
     term:str="dense", # the term's name
-    weights=None, # of the network (a state), after it has learnt for a while; None: fresh ones
+    weights:dict|None=None, # of the network (a state), after it has learnt for a while; None: fresh ones
     **kwargs, # of `gradient_ratio`
 ) -> float: # three digits
     "The weight that gives a term a share."

@@ -7,6 +7,7 @@ __all__ = ['Explorer', 'explore']
 
 # %% ../../nbs/contrast/embedding_explorer.ipynb #55d6e4cb
 import io
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -14,11 +15,12 @@ from fastcore.basics import patch
 from ..audio import player
 from .embedding_pictures import project, show_embedding
 from .probing import draw_excerpts, embed_excerpts
+from ..foundations.store import Store
 
 # %% ../../nbs/contrast/embedding_explorer.ipynb #71057eaf
 class Explorer:
     "Excerpts on a map: the chosen one is ringed, named and can be played. `box` holds the widgets."
-    def __init__(self, network, store, per_song=4, seed=0):
+    def __init__(self, network:Any, store:Store, per_song:int=4, seed:int=0):
         import ipywidgets as w
         import matplotlib.pyplot as plt
         self.excerpts = draw_excerpts(store, getattr(network, "duration", 5.), per_song)
@@ -37,7 +39,7 @@ class Explorer:
         self.box = w.VBox([w.HBox([self.by, self.point]), self.picture, self.text, self.sound])
         self.show()
 
-    def title(self, i):
+    def title(self, i:int) -> str:
         "What the list calls excerpt `i`."
         return (f"{i}: {self.excerpts.instruments[self.excerpts.labels[i]]} of"
                 f" {self.excerpts.titles[self.excerpts.songs[i]]}")
@@ -48,7 +50,7 @@ class Explorer:
 
 # %% ../../nbs/contrast/embedding_explorer.ipynb #0df9859c
 @patch
-def show(self:Explorer):
+def show(self:Explorer) -> None:
     "Draw the map, ring the chosen excerpt, name it and lay its sound ready."
     i, e = self.point.value, self.excerpts
     self.ax.clear()
@@ -64,16 +66,16 @@ def show(self:Explorer):
 # %% ../../nbs/contrast/embedding_explorer.ipynb #76e795bd
 @patch
 def clicked(self:Explorer,
-            event, # of matplotlib, with xdata and ydata
-           ):
+            event:Any, # of matplotlib, with xdata and ydata
+           ) -> None:
     "Choose the excerpt nearest to the mouse."
     if event.inaxes is self.ax:
         self.point.value = int(np.hypot(*(self.points - (event.xdata, event.ydata)).T).argmin())
 
 # %% ../../nbs/contrast/embedding_explorer.ipynb #946d2bca
 def explore(
-    network, # with `embed`
-    store, # the songs, such as `store.split("valid")`
+    network:Any, # with `embed`
+    store:Store, # the songs, such as `store.split("valid")`
     per_song:int=4, # places in each song
     seed:int=0, # of the projection
 ) -> Explorer: # shows itself at the end of a cell

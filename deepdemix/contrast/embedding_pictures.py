@@ -6,17 +6,20 @@
 __all__ = ['show_pretraining', 'confusion', 'show_confusion', 'project', 'show_embedding', 'show_maps']
 
 # %% ../../nbs/contrast/embedding_pictures.ipynb #94b48869
+from typing import Any
+
 import numpy as np
 
 from ..audio import SOURCE_COLORS
 from .probing import alike, draw_excerpts, embed_excerpts, linear_probe
 from ..foundations.files import UserError
 from ..foundations.run_metrics import read_metrics
+from ..foundations.store import Store
 
 # %% ../../nbs/contrast/embedding_pictures.ipynb #97a8a741
 def show_pretraining(
-    run, # a run folder, or a dictionary of label: run folder
-): # the figure
+    run:Any, # a run folder, or a dictionary of label: run folder
+) -> Any: # the figure
     """Figure 3 of the paper and its companion: the contrastive loss with its collapse value, and
     nearest-neighbour accuracy on songs never trained on."""
     import matplotlib.pyplot as plt
@@ -41,11 +44,11 @@ def show_pretraining(
 
 # %% ../../nbs/contrast/embedding_pictures.ipynb #9b3ab4a5
 def confusion(
-    network, # with `embed` and `duration`
-    store_train, # songs to compare with
-    store_test, # other songs
+    network:Any, # with `embed` and `duration`
+    store_train:Any, # songs to compare with
+    store_test:Any, # other songs
     per_song:int=4, # places in each song
-): # a data frame: true instruments in the rows, what the linear probe says in the columns; rows sum to 1
+) -> Any: # a data frame: true instruments down, what the linear probe says across; rows sum to 1
     "Which instruments are taken for which."
     import pandas as pd
     from sklearn.metrics import confusion_matrix
@@ -59,9 +62,9 @@ def confusion(
 
 # %% ../../nbs/contrast/embedding_pictures.ipynb #0f5b161e
 def show_confusion(
-    table, # of `confusion`
-    ax=None, # matplotlib axes
-): # the axes
+    table:Any, # of `confusion`
+    ax:Any=None, # matplotlib axes
+) -> Any: # the axes
     "The confusion matrix as a picture."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.2, 2.8), dpi=75)[1]
@@ -78,7 +81,7 @@ def show_confusion(
 
 # %% ../../nbs/contrast/embedding_pictures.ipynb #3d56940d
 def project(
-    z, # embeddings (n, dim)
+    z:np.ndarray, # embeddings (n, dim)
     seed:int=0, # of the projection
 ) -> np.ndarray: # (n, 2)
     "t-SNE: neighbours stay neighbours, distances between groups mean little."
@@ -92,12 +95,12 @@ def project(
 
 # %% ../../nbs/contrast/embedding_pictures.ipynb #a5e6b672
 def show_embedding(
-    points, # (n, 2), of `project`
-    excerpts, # `Excerpts`
+    points:np.ndarray, # (n, 2), of `project`
+    excerpts:Any, # `Excerpts`
     by:str="instrument", # "instrument" or "song"
-    ax=None, # matplotlib axes
+    ax:Any=None, # matplotlib axes
     title:str="", # above the picture
-): # the axes
+) -> Any: # the axes
     "Scatter of excerpts, coloured by instrument or by song."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.2, 3), dpi=75)[1]
@@ -112,9 +115,9 @@ def show_embedding(
 # %% ../../nbs/contrast/embedding_pictures.ipynb #b4b1ae38
 def show_maps(
     networks:dict, # name: network with `embed`
-    store, # with a train and a valid split
+    store:Store, # with a train and a valid split
     per_song:int=4, # places in each song
-): # the figure
+) -> Any: # the figure
     """For every encoder a map of the validation songs, by instrument and by song, beside its confusion of
     instruments; a row each."""
     import matplotlib.pyplot as plt

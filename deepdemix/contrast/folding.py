@@ -16,23 +16,23 @@ class SameConv2d(nn.Conv2d):
     """A 2-D convolution whose output has the size of its input; an even kernel reaches one cell further
     forward than back."""
     def pad(self,
-            x, # maps (batch, channels, n_t, n_f)
-           ):  # maps (batch, channels, n_t + k_t - 1, n_f + k_f - 1)
+            x:torch.Tensor, # maps (batch, channels, n_t, n_f)
+           ) -> torch.Tensor:  # maps (batch, channels, n_t + k_t - 1, n_f + k_f - 1)
         "Zeros around the input, as torch's `padding='same'` has them."
         (kt, kf) = self.kernel_size
         t, f = (kt - 1) // 2, (kf - 1) // 2
         return F.pad(x, (f, kf - 1 - f, t, kt - 1 - t))
 
     def forward(self,
-                x, # maps (batch, channels, n_t, n_f)
-               ):  # maps (batch, out channels, n_t, n_f)
+                x:torch.Tensor, # maps (batch, channels, n_t, n_f)
+               ) -> torch.Tensor:  # maps (batch, out channels, n_t, n_f)
         "Pads, then convolves."
         return super().forward(self.pad(x))
 
 # %% ../../nbs/contrast/folding.ipynb #a101c44e
-def fold_kernel(weight, # (out, in, k_t, k_f)
+def fold_kernel(weight:torch.Tensor, # (out, in, k_t, k_f)
                 fold:int, # neighbouring frequencies that become channels
-               ): # (fold * out, fold * in, k_t, cells)
+               ) -> torch.Tensor: # (fold * out, fold * in, k_t, cells)
     "The kernel that does to folded maps what `weight` does to plain ones; its new places are zeros."
     k_f = weight.shape[-1]
     width = -(-(k_f + fold - 1) // fold) * fold
@@ -40,11 +40,11 @@ def fold_kernel(weight, # (out, in, k_t, k_f)
     return shifted.unflatten(-1, (-1, fold)).permute(0, 1, 5, 2, 3, 4).flatten(0, 1).flatten(1, 2)
 
 # %% ../../nbs/contrast/folding.ipynb #da5f48db
-def folded_conv2d(x, # maps (batch, in, t, f), padded already
-                  weight, # (out, in, k_t, k_f)
-                  bias, # (out,) or None
+def folded_conv2d(x:torch.Tensor, # maps (batch, in, t, f), padded already
+                  weight:torch.Tensor, # (out, in, k_t, k_f)
+                  bias:torch.Tensor, # (out,) or None
                   fold:int, # neighbouring frequencies that become channels
-                 ): # maps (batch, out, t - k_t + 1, f - k_f + 1)
+                 ) -> torch.Tensor: # maps (batch, out, t - k_t + 1, f - k_f + 1)
     "`F.conv2d` up to rounding, computed with `fold` times the channels on a `fold`-th of the frequencies."
     n_f, kernel = x.shape[-1] - weight.shape[-1] + 1, fold_kernel(weight, fold)
     missing = (-(-n_f // fold) - 1 + kernel.shape[-1]) * fold - x.shape[-1]
@@ -55,8 +55,8 @@ def folded_conv2d(x, # maps (batch, in, t, f), padded already
 # %% ../../nbs/contrast/folding.ipynb #f6736e4a
 @patch
 def forward(self:SameConv2d,
-            x, # maps (batch, channels, n_t, n_f)
-           ):  # maps (batch, out channels, n_t, n_f)
+            x:torch.Tensor, # maps (batch, channels, n_t, n_f)
+           ) -> torch.Tensor:  # maps (batch, out channels, n_t, n_f)
     "Pads as torch's `padding='same'` does; few channels are folded on a CPU."
     folds = x.device.type == "cpu" and self.in_channels <= 16 and not torch.onnx.is_in_onnx_export()
     fold = min(max(2, 16 // self.in_channels), 8, self.kernel_size[1] // 2) if folds else 1

@@ -16,7 +16,7 @@ from torch import nn
 from ..foundations.files import UserError
 
 # %% ../../nbs/contrast/losses.ipynb #7e1662cc
-def euclidean():
+def euclidean() -> nn.Module:
     "Plain Euclidean distance, embeddings as they are."
     from pytorch_metric_learning.distances import LpDistance
     return LpDistance(normalize_embeddings=False, p=2)
@@ -28,7 +28,7 @@ def metric_loss(
     name:str="triplet", # "triplet", "supcon", "ntxent" or "multi_similarity"
     margin:float=1., # of the triplet loss
     temperature:float|None=None, # of SupCon and NT-Xent; None: 0.1 and 0.5
-): # a loss of pytorch-metric-learning, called with (embeddings, labels, indices)
+) -> nn.Module: # a loss of pytorch-metric-learning, called with (embeddings, labels, indices)
     "A contrastive loss by name; an unknown name raises a `UserError`."
     from pytorch_metric_learning import losses, reducers
     t = temperature or TEMPERATURES.get(name)
@@ -44,7 +44,7 @@ def metric_loss(
 # %% ../../nbs/contrast/losses.ipynb #23347df1
 def triplet_indices(
     n:int, # triplets
-    device=None, # of the indices
+    device:str|torch.device|None=None, # of the indices
 ) -> tuple: # three tensors (n,): anchors, positives, negatives
     "Where anchor, positive and negative stand when embeddings (n, 3, dim) are flattened to (3 n, dim)."
     i = 3 * torch.arange(n, device=device)
@@ -53,7 +53,7 @@ def triplet_indices(
 # %% ../../nbs/contrast/losses.ipynb #63f3b4dd
 def collapse_value(
     name:str, # of the loss
-    labels, # (n,) of a batch, each with a positive and a negative
+    labels:torch.Tensor, # (n,) of a batch, each with a positive and a negative
     margin:float=1., # of the triplet loss
 ) -> float:
     """The loss when all embeddings are equal: triplet: the margin; SupCon: ln(n - 1); NT-Xent: ln(1 +
@@ -70,7 +70,7 @@ def collapse_value(
 def metric_miner(
     name:str, # "semihard" or "batch_hard"
     margin:float, # of the triplet loss
-):
+) -> nn.Module:
     """A miner of pytorch-metric-learning by name; semi-hard negatives lie beyond the positive but within the
     margin."""
     from pytorch_metric_learning import miners
@@ -109,9 +109,9 @@ def _memory(loss, dim, size, miner):
 
 # %% ../../nbs/contrast/losses.ipynb #d92d7659
 def together(
-    part, # a loss or a miner of pytorch-metric-learning
+    part:nn.Module, # a loss or a miner of pytorch-metric-learning
     world:int=1, # processes that train
-): # the same; with several processes over the embeddings of all, and a loss is then `world` times as large
+) -> nn.Module: # the same; of several processes, over the embeddings of all, and `world` times as large
     "Compare the embeddings of all processes. The factor undoes the mean that is taken of their gradients."
     if world == 1: return part
     from pytorch_metric_learning.miners import BaseMiner
@@ -123,14 +123,14 @@ def together(
 # %% ../../nbs/contrast/losses.ipynb #7a04342c
 @patch
 def forward(self:Contrast,
-            z, # embeddings (n, dim)
-            labels, # (n,)
+            z:torch.Tensor, # embeddings (n, dim)
+            labels:torch.Tensor, # (n,)
             triplets:bool=False, # rows are anchor, positive, negative, anchor, …
             remember:bool=True, # use the memory and add to it
             world:int=1, # processes whose embeddings are compared; of triplets each stands for itself
            # a scalar, `world` times the loss of all but for triplets; 0 where the batch holds no pair to
            # learn from
-           ):
+           ) -> torch.Tensor:
     "The loss of one batch; never NaN. It is computed in single precision, whatever the network computes in."
     with torch.autocast(z.device.type, enabled=False):
         z = self.head(z.float())

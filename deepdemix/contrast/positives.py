@@ -13,12 +13,12 @@ import torch
 
 # %% ../../nbs/contrast/positives.ipynb #b064db85
 def random_view(
-    waveforms, # (n, channels, time)
-    rng, # a numpy generator
+    waveforms:torch.Tensor, # (n, channels, time)
+    rng:np.random.Generator, # a numpy generator
     gain:float=6., # dB, largest change of level
     tilt:float=6., # dB, largest boost or cut of the equaliser
     bands:int=6, # places where the equaliser is set, evenly on the Mel scale
-): # (n, channels, time)
+) -> torch.Tensor: # (n, channels, time)
     """Another view of each excerpt: a random smooth equaliser, gain and polarity, the same for all its
     channels."""
     n, time = waveforms.shape[0], waveforms.shape[-1]
@@ -32,13 +32,13 @@ def random_view(
 
 # %% ../../nbs/contrast/positives.ipynb #6211eccd
 def views_of(
-    waveforms, # stems (n, channels, time)
-    labels, # instruments (n,)
-    rng, # a numpy generator
+    waveforms:torch.Tensor, # stems (n, channels, time)
+    labels:torch.Tensor, # instruments (n,)
+    rng:np.random.Generator, # a numpy generator
     positives:str="other_song", # a name of the table above
     instance:bool=False, # whether a second term needs another view of each stem
-    mixtures=None, # (n, channels, time): what holds each stem, for "mixture_stem"
-): # waveforms (m, channels, time), labels (m,), numbers of the excerpts (m,)
+    mixtures:torch.Tensor|None=None, # (n, channels, time): what holds each stem, for "mixture_stem"
+) -> tuple: # waveforms (m, channels, time), labels (m,), numbers of the excerpts (m,)
     "What a batch of stems becomes under a definition of positive."
     excerpt = torch.arange(len(labels), device=labels.device)
     if positives == "mixture_stem": second = mixtures

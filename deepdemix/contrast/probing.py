@@ -9,6 +9,7 @@ __all__ = ['Excerpts', 'audible', 'draw_excerpts', 'embed_excerpts', 'alike', 'm
 # %% ../../nbs/contrast/probing.ipynb #85213827
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from ..audio import STFT
 from .losses import euclidean
 from ..foundations.files import UserError
+from ..foundations.store import Store
 from ..foundations.waveforms import SAMPLE_RATE, to_mono
 
 # %% ../../nbs/contrast/probing.ipynb #b912c94d
@@ -32,11 +34,11 @@ class Excerpts:
     titles:list # of the songs
     sample_rate:int # Hz
 
-    def __len__(self): return len(self.labels)
+    def __len__(self) -> int: return len(self.labels)
 
 # %% ../../nbs/contrast/probing.ipynb #c805dc55
 def audible(
-    waveform, # (channels, time)
+    waveform:torch.Tensor, # (channels, time)
     floor:float=-60., # dB of the mean power
 ) -> bool:
     "Whether an excerpt is louder than the floor."
@@ -44,7 +46,7 @@ def audible(
 
 # %% ../../nbs/contrast/probing.ipynb #f77783bf
 def draw_excerpts(
-    store, # a `Store`, such as `store.split("valid")`
+    store:Store, # a `Store`, such as `store.split("valid")`
     duration:float=5., # seconds
     per_song:int=4, # places in each song, evenly spread
     channels:int|None=1, # 1: mono; None: the store's
@@ -64,7 +66,7 @@ def draw_excerpts(
 # %% ../../nbs/contrast/probing.ipynb #1f859b02
 @torch.no_grad()
 def embed_excerpts(
-    network, # with `embed`, or any function of waveforms (batch, channels, time)
+    network:nn.Module, # with `embed`, or any function of waveforms (batch, channels, time)
     excerpts:Excerpts, # n of them
     batch:int=16, # at a time
 ) -> np.ndarray: # (n, dim)
@@ -93,10 +95,10 @@ def alike(
 
 # %% ../../nbs/contrast/probing.ipynb #e66abf89
 def mel_statistics(
-    waveform, # (batch, channels, time)
+    waveform:torch.Tensor, # (batch, channels, time)
     sample_rate:int=SAMPLE_RATE, # Hz
     bands:int=40, # triangles on the Mel scale up to half the sample rate
-): # (batch, 2 * bands): mean and standard deviation over time of each band's level in dB
+) -> torch.Tensor: # (batch, 2 * bands): mean and standard deviation over time of each band's level in dB
     "A description without learning: the average log-Mel spectrum and its movement."
     stft = STFT(2048, 512, "hann")
     power = stft.magnitude(to_mono(waveform))[..., 0].square()
@@ -113,9 +115,9 @@ def _mel_bank(n_f, sample_rate, bands):
 
 # %% ../../nbs/contrast/probing.ipynb #ff8b542f
 def neighbour_accuracy(
-    z, # embeddings (n, dim)
-    labels, # (n,)
-    songs, # (n,) an excerpt never votes on its own song
+    z:np.ndarray, # embeddings (n, dim)
+    labels:np.ndarray, # (n,)
+    songs:np.ndarray, # (n,) an excerpt never votes on its own song
     k:int=5, # neighbours that vote
 ) -> float: # share that is named rightly
     "k-nearest-neighbour accuracy with each song left out in turn; NaN with fewer than two songs."
@@ -131,10 +133,10 @@ def neighbour_accuracy(
 
 # %% ../../nbs/contrast/probing.ipynb #4e79de36
 def linear_probe(
-    train, # embeddings (n, dim) of songs to learn from
-    train_labels, # (n,)
-    test, # embeddings (m, dim) of other songs
-): # predicted labels (m,)
+    train:np.ndarray, # embeddings (n, dim) of songs to learn from
+    train_labels:np.ndarray, # (n,)
+    test:np.ndarray, # embeddings (m, dim) of other songs
+) -> np.ndarray: # predicted labels (m,)
     "Logistic regression on standardised embeddings."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -144,10 +146,10 @@ def linear_probe(
 
 # %% ../../nbs/contrast/probing.ipynb #71586a7d
 def retrieval(
-    z, # embeddings (n, dim) of queries
-    labels, # (n,)
-    reference=None, # embeddings (m, dim) to look in; None: `z` itself, each query left out
-    reference_labels=None, # (m,)
+    z:np.ndarray, # embeddings (n, dim) of queries
+    labels:np.ndarray, # (n,)
+    reference:np.ndarray|None=None, # embeddings (m, dim) to look in; None: `z` itself, each query left out
+    reference_labels:np.ndarray|None=None, # (m,)
 ) -> dict: # "precision@1" and "map@r"
     "How good a search by distance is, as pytorch-metric-learning's `AccuracyCalculator` counts."
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -167,8 +169,8 @@ def retrieval(
 
 # %% ../../nbs/contrast/probing.ipynb #fe5f4bd2
 def cloud(
-    z, # embeddings (n, dim)
-    labels, # (n,)
+    z:np.ndarray, # embeddings (n, dim)
+    labels:np.ndarray, # (n,)
 ) -> dict: # "alignment", "uniformity", "effective_rank", "spread"
     "How embeddings lie in their space (Wang and Isola 2020; Roy and Vetterli 2007)."
     z, labels = torch.as_tensor(np.asarray(z)).double(), torch.as_tensor(np.asarray(labels))
@@ -186,9 +188,9 @@ def cloud(
 # %% ../../nbs/contrast/probing.ipynb #8feab766
 def random_twin(
     # an `EncoderNetwork`, or any network; `args` rebuild it exactly, without them its layers are reset
-    network,
+    network:nn.Module,
     seed:int=0, # of the weights
-): # the same network before it learnt anything
+) -> nn.Module: # the same network before it learnt anything
     "A network of the same shape with fresh weights, in eval mode."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -217,14 +219,14 @@ def _scores(fn, known, asked, k):
 
 # %% ../../nbs/contrast/probing.ipynb #8540042e
 def probe(
-    network, # with `embed` and `duration`; or a dictionary of name: network
-    store_train, # songs to compare with
-    store_test, # other songs, never trained on
+    network:nn.Module, # with `embed` and `duration`; or a dictionary of name: network
+    store_train:Any, # songs to compare with
+    store_test:Any, # other songs, never trained on
     per_song:int=4, # places in each song
     k:int=5, # neighbours that vote
     seed:int=0, # of the first random encoder
     randoms:int=5, # random encoders, whose scores are averaged: one alone is a matter of luck
-): # a data frame: a row for each network, random encoders of the first one's shape and the Mel statistics
+) -> Any: # a data frame: a row for each network, random encoders of the first's shape, Mel statistics
     """k-nearest neighbours, linear probe, precision@1 and MAP@R of instruments (shares in [0, 1]), beside
     the two references."""
     import pandas as pd

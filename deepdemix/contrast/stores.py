@@ -10,6 +10,7 @@ __all__ = ['Stores', 'plain_title', 'join_stores', 'weighted_order', 'ByWeight',
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -24,8 +25,8 @@ class Stores:
     """Several stores as one: all songs of the first, those given of the others; only the first has valid and
     test."""
     def __init__(self,
-                 stores, # `Store`s; the first decides what is held out
-                 weights=None): # one for each store; None: every song counts the same
+                 stores:list, # `Store`s; the first decides what is held out
+                 weights:tuple|list|None=None): # one for each store; None: every song counts the same
         self.stores, self.weights = tuple(stores), tuple(weights or [1.] * len(stores))
         self.path, self.sample_rate = self.stores[0].path, self.stores[0].sample_rate
         self.sources = tuple(dict.fromkeys(name for s in self.stores for name in s.sources))
@@ -34,20 +35,20 @@ class Stores:
         self.song_weights = np.array([self.weights[k] for k, _ in self.places])
         self.splits = self.stores[0].splits | {"train": sum(s.split == "train" for s in self.songs)}
 
-    def __len__(self): return len(self.songs)
+    def __len__(self) -> int: return len(self.songs)
 
     @property
-    def minutes(self): return stem_minutes(self.songs)
+    def minutes(self) -> dict: return stem_minutes(self.songs)
 
     @property
-    def parts(self):
+    def parts(self) -> dict:
         about = lambda s: dict(
             name=Path(s.path).name, digest=s.digest, songs=len(s), minutes=stem_minutes(s.songs)
         )
         return {"stores": [about(s) | dict(weight=w) for s, w in zip(self.stores, self.weights)]}
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         return hashlib.sha256(
             "\n".join(f"{s.digest}\t{w:g}" for s, w in zip(self.stores, self.weights)).encode()
         ).hexdigest()
@@ -56,7 +57,7 @@ class Stores:
 @patch
 def split(self:Stores,
           name:str, # "train", "valid" or "test"
-         ): # a view
+         ) -> Any: # a view
     "The training songs of all stores; valid and test are the first store's."
     if name != "train": return self.stores[0].split(name)
     return Stores([self.stores[0].split("train"), *self.stores[1:]], self.weights)
@@ -66,8 +67,8 @@ def split(self:Stores,
 def stems(self:Stores,
           i:int, # position of the song
           start:int=0, # first sample
-          frames=None, # how many, or all that follow
-         ): # (sources, channels, frames)
+          frames:int|None=None, # how many, or all that follow
+         ) -> Any: # (sources, channels, frames)
     "Stems of song `i`; a source that its store does not know is silence."
     k, number = self.places[i]
     x = self.stores[k].stems(number, start, frames)
@@ -85,9 +86,9 @@ def plain_title(
 
 # %% ../../nbs/contrast/stores.ipynb #44704a15
 def join_stores(
-    stores, # `Store`s, the first with validation songs
-    weights=None, # one for each store; None: 1
-): # `Stores`
+    stores:list, # `Store`s, the first with validation songs
+    weights:list|None=None, # one for each store; None: 1
+) -> Stores: # `Stores`
     """Several stores as one; a `UserError` for rates that differ, for weights that are not one number above
     0 each, and for a store that adds no song."""
     if not stores: raise UserError("no store is given: name one or more")
@@ -118,8 +119,8 @@ def join_stores(
 # %% ../../nbs/contrast/stores.ipynb #1af78f76
 def weighted_order(
     rng:np.random.Generator, # draws the order
-    weights, # of all songs
-    songs, # numbers of some
+    weights:np.ndarray, # of all songs
+    songs:list, # numbers of some
 ) -> np.ndarray: # the same numbers
     "Songs in random order, heavy ones rather at its beginning."
     songs = np.asarray(songs, dtype=int)
@@ -128,7 +129,9 @@ def weighted_order(
 # %% ../../nbs/contrast/stores.ipynb #dc223b8d
 class ByWeight:
     "For the streams of `Stores`: songs are drawn by their weights."
-    def song_order(self, rng, songs): return weighted_order(rng, self.store.song_weights, songs)
+    def song_order(
+        self, rng:np.random.Generator, songs:list,
+    ) -> np.ndarray: return weighted_order(rng, self.store.song_weights, songs)
 
 class WeightedTriplets(ByWeight, Triplets): "`Triplets` of `Stores`."
 class WeightedBatches(ByWeight, BalancedBatches): "`BalancedBatches` of `Stores`."
@@ -155,8 +158,8 @@ def _open(path, first):
 def open_stores(
     # a `Store`, a path that `open_data` takes, "path=weight", or a list of those and of pairs (store or path,
     # weight)
-    data,
-): # a `Store`, or `Stores`
+    data:Any,
+) -> Any: # a `Store`, or `Stores`
     """What training learns from. The first of a list is validated on; of a further folder of stems every
     song is for training."""
     pairs = [_weighted(x) for x in (data if isinstance(data, list) else [data])]

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class Variant:
     # copies on devices; where the store is read each time, the last excerpt of all of its songs
     held: dict = field(default_factory=dict)
 
-    def cut(self, sources, start, frames, device=None) -> Tensor: # (…, channels, frames)
+    # (…, channels, frames)
+    def cut(self, sources:int, start:int, frames:int, device:torch.device|None=None) -> Tensor:
         "An excerpt of one source (a number) or of several (a slice)."
         device = torch.device(device or "cpu")
         if self.stems is None:
@@ -56,7 +58,7 @@ class Bank:
     """Shifted copies of the songs of a store, each rendered when it is first asked for; two generations at
     most are kept, as far as `memory` goes."""
     def __init__(self,
-        store, # a `Store`
+        store:Any, # a `Store`
         channels: int | None = None, # None: the store's; 1: mono
         pitch: tuple | None = (-2, 2), # range in semitones
         stretch: tuple | None = (0.8, 1.2), # range of new length / old length
@@ -81,7 +83,7 @@ class Bank:
         self.kept, self.coming, self.last, self.pool = OrderedDict(), {}, {}, None
         self._check()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {**self.__dict__, "kept": OrderedDict(), "coming": {}, "last": {}, "pool": None}
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #0cf5bf51

@@ -20,7 +20,7 @@ class Blocks:
     def __init__(self, limit: int = 2**30): # bytes kept at most, beside those that are lent out
         self.free, self.limit = {}, limit
 
-    def get(self, shape) -> Tensor:
+    def get(self, shape:tuple) -> Tensor:
         "A float32 tensor on the processor."
         size = math.prod(shape)
         try: block = self.free[size].pop()

@@ -7,6 +7,8 @@ __all__ = ['read', 'read_streams', 'read_blocks']
 
 # %% ../../nbs/foundations/codecs.ipynb #57630c96
 import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,15 +42,15 @@ def _join(parts, channels):
 
 # %% ../../nbs/foundations/codecs.ipynb #c37ee542
 def read(
-    path, # any audio or video file
-    sample_rate=None, # resample to this rate in Hz, or leave it
-    channels=None, # 1 takes the mean, 2 doubles a mono file; or leave them
-    start=0.0, # seconds to skip
-    duration=None, # seconds to read at most, or to the end
-    stream=0, # which audio stream
-    strict=True, # raise for a damaged file, or warn with `DamagedAudio` and return what decodes
-    report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
-):
+    path:str|Path, # any audio or video file
+    sample_rate:float|None=None, # resample to this rate in Hz, or leave it
+    channels:int|None=None, # 1 takes the mean, 2 doubles a mono file; or leave them
+    start:float=0.0, # seconds to skip
+    duration:float|None=None, # seconds to read at most, or to the end
+    stream:int=0, # which audio stream
+    strict:bool=True, # raise for a damaged file, or warn with `DamagedAudio` and return what decodes
+    report:Callable|None=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
+) -> tuple:
     """Decode one audio stream: (float32 tensor (channels, time), sample rate in Hz). `UserError` that names
     the file if it cannot be read."""
     for name, x in (("start", start), ("duration", duration)):
@@ -62,9 +64,9 @@ def read(
 
 # %% ../../nbs/foundations/codecs.ipynb #35c0d93c
 def read_streams(
-    path, # a stem file; any file with one or more audio streams
-    strict=True, # raise for a damaged file, or warn with `DamagedAudio` and return what decodes
-):
+    path:str|Path, # a stem file; any file with one or more audio streams
+    strict:bool=True, # raise for a damaged file, or warn with `DamagedAudio` and return what decodes
+) -> tuple:
     """Decode every audio stream in one pass: (list of float32 tensors (channels, time), sample rate in Hz).
     `UserError` for unreadable files."""
     with Decoder(path, None, strict) as decoder:
@@ -88,13 +90,14 @@ def _reblock(parts, block):
 
 # %% ../../nbs/foundations/codecs.ipynb #fb020ef9
 def read_blocks(
-    path, # any audio or video file
-    block=10 * SAMPLE_RATE, # samples per block, at the rate that comes out
-    sample_rate=None, # resample to this rate in Hz, or leave it
-    stream=0, # which audio stream
-    strict=True, # raise for a damaged file, or warn with `DamagedAudio` after the last block that decodes
-    report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
-):
+    path:str|Path, # any audio or video file
+    block:int=10 * SAMPLE_RATE, # samples per block, at the rate that comes out
+    sample_rate:float|None=None, # resample to this rate in Hz, or leave it
+    stream:int=0, # which audio stream
+    # raise for a damaged file, or warn with `DamagedAudio` after the last block that decodes
+    strict:bool=True,
+    report:Callable|None=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
+) -> Iterator:
     """Yield the file as float32 tensors (channels, block), the last one shorter, in bounded memory.
     `UserError` for unreadable files."""
     if sample_rate is not None: check_rate(sample_rate)

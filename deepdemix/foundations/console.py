@@ -12,6 +12,8 @@ import os
 import sys
 import unicodedata
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 # %% ../../nbs/foundations/console.ipynb #c0500012
 PLAIN = dict(zip("–—−±×→·“”’…", "- - - +/- x -> . \" \" ' ...".split()))
@@ -40,7 +42,7 @@ def on_terminal() -> bool:
 # %% ../../nbs/foundations/console.ipynb #41b4a021
 def say(
     line:str, # without a line break
-):
+) -> None:
     "Print a line on standard error. A stream that is missing, closed or full costs the line, not the work."
     with contextlib.suppress(AttributeError, OSError, ValueError):
         encoding = sys.stderr.encoding or "utf-8"
@@ -52,7 +54,7 @@ def progress_bar(
     *args, # an iterable, or nothing
     progress:bool=True, # False: none
     **settings, # of `tqdm.tqdm`, such as total and unit
-): # an iterable with `update` and `close`
+) -> Any: # an iterable with `update` and `close`
     "A progress bar on standard error; a silent one where there is no standard error."
     from tqdm import tqdm
     gone = sys.stderr is None or getattr(sys.stderr, "closed", False)
@@ -60,7 +62,7 @@ def progress_bar(
 
 # %% ../../nbs/foundations/console.ipynb #c0500018
 @contextlib.contextmanager
-def plain_warnings():
+def plain_warnings() -> Iterator:
     """A block in which the warnings of this package are one line each, as its errors are; those of others
     are as ever."""
     before = warnings.formatwarning
@@ -80,7 +82,7 @@ def _fill_descriptors():
 
 # %% ../../nbs/foundations/console.ipynb #3430be01
 @contextlib.contextmanager
-def streams():
+def streams() -> Iterator:
     "A block in which standard output and error exist, take any character, and get warnings as single lines."
     _fill_descriptors()
     with contextlib.ExitStack() as stack:

@@ -24,7 +24,7 @@ def _text(path):
 # %% ../../nbs/foundations/cores.ipynb #695b443c
 def cgroup_folders(
     kind:str, # "cpu" or "memory"
-    root="/", # of the file system
+    root:str="/", # of the file system
 ) -> list: # folders that may hold a limit, those of version 1 and 2 together
     "The process's own control group and those around it."
     mounts, found = Path(root) / "sys/fs/cgroup", []
@@ -45,7 +45,7 @@ def _number(words, place=0):
 
 # %% ../../nbs/foundations/cores.ipynb #739e1e17
 def cpu_quota(
-    root="/", # of the file system
+    root:str="/", # of the file system
 ) -> float: # cores; infinity without a quota
     "The processor time that the control groups of this process allow, in cores."
     quotas = [math.inf]
@@ -58,7 +58,7 @@ def cpu_quota(
 
 # %% ../../nbs/foundations/cores.ipynb #10b4a37c
 def available_cores(
-    root="/", # of the file system
+    root:str="/", # of the file system
 ) -> int: # 1 or more
     "Cores that this process may use: by its affinity and its quota."
     asked = getattr(os, "sched_getaffinity", None)
@@ -74,7 +74,7 @@ def default_threads() -> int: # 1 or more
 
 # %% ../../nbs/foundations/cores.ipynb #dc4d9b40
 def available_memory(
-    root="/", # of the file system
+    root:str|Path="/", # of the file system
 ) -> float: # bytes; infinity where the system doesn't say
     "Memory that this process can still take."
     words = _text(Path(root) / "proc/meminfo")
@@ -103,7 +103,7 @@ _pools = threading.Lock()
 @contextlib.contextmanager
 def single_threaded_pool(
     workers:int, # threads, 1 or more
-):
+) -> Iterator:
     "A pool of threads in each of which PyTorch uses one core; work that waits at the end is dropped."
     import torch
     together = threading.Barrier(workers + 1)

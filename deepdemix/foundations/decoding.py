@@ -9,6 +9,7 @@ __all__ = ['Decoder', 'AudioInfo', 'probe']
 import itertools
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -87,11 +88,11 @@ class Decoder:
     """An open audio file: iterate over it for (position in `streams`, float32 array (channels, time));
     `problems` says what was wrong with it."""
     def __init__(self,
-        path, # any audio or video file
-        streams=(0,), # the audio streams to decode, or None for all of them
+        path:str|Path, # any audio or video file
+        streams:tuple|None=(0,), # the audio streams to decode, or None for all of them
         # raise `UserError` when the file is damaged; otherwise warn with `DamagedAudio` and keep what decodes
-        strict=True,
-        report=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
+        strict:bool=True,
+        report:Callable|None=None, # called with a `DamagedAudio` or `ChangedAudio`, in place of the warning
     ):
         self.path, self.strict, self.report, self.problems, self.count = Path(path), False, report, [], []
         self.container = self.sound = None
@@ -102,11 +103,11 @@ class Decoder:
         except BaseException:
             self.close()
             raise
-    def close(self):
+    def close(self) -> None:
         for file in (self.container, self.sound):
             if file is not None: file.close()
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def __enter__(self) -> "Decoder": return self
+    def __exit__(self, *_) -> None: self.close()
 
 # %% ../../nbs/foundations/decoding.ipynb #b1c0a030
 @patch
@@ -152,7 +153,7 @@ def _look_ahead(self: Decoder, source, most=500):
 
 # %% ../../nbs/foundations/decoding.ipynb #e6cbd76e
 @patch
-def packets(self: Decoder):
+def packets(self: Decoder) -> Iterator:
     "Yield (position of the stream, its next pieces, whether something before was lost), packet by packet."
     while self.queue: yield self.queue.pop(0)
     yield from self.source
@@ -170,13 +171,13 @@ def _blocks(self: Decoder):
 
 # %% ../../nbs/foundations/decoding.ipynb #4d960349
 @patch
-def note(self: Decoder, problem):
+def note(self: Decoder, problem:str) -> None:
     "Something is wrong with the file: raise if strict, else remember it."
     if self.strict: raise UserError(f"{self.path} is damaged or cut off: {problem}")
     self.problems.append(problem)
 
 @patch
-def at(self: Decoder, i):
+def at(self: Decoder, i:int) -> str:
     "How far a stream is, in words."
     return f"{self.count[i] / self.sample_rate:.2f} s" if self.count else "its beginning"
 
@@ -281,7 +282,7 @@ def _trim(self: Decoder, i, x):
 
 # %% ../../nbs/foundations/decoding.ipynb #05c954ed
 @patch
-def __iter__(self: Decoder):
+def __iter__(self: Decoder) -> Iterator:
     for i, x in itertools.chain(self._placed(), ((i, b.flush()) for i, b in enumerate(self.bridges))):
         x = self._trim(i, x)
         self.count[i] += x.shape[1]
@@ -297,7 +298,7 @@ def _placed(self: Decoder):
 
 # %% ../../nbs/foundations/decoding.ipynb #efde0674
 @patch
-def finish(self: Decoder):
+def finish(self: Decoder) -> None:
     "At the end of the file: was that all of it?"
     seconds = lambda n: f"{n / self.sample_rate:.2f} s"
     slack = 0 if self.formats & {"wav", "flac", "aiff"} else self.sample_rate // 10
@@ -318,7 +319,7 @@ def _counts_bytes(self: Decoder):
 
 # %% ../../nbs/foundations/decoding.ipynb #d12eb17f
 @patch
-def warn(self: Decoder):
+def warn(self: Decoder) -> None:
     "Say once what was wrong, if anything was, and that the stream has changed, if it has."
     found = []
     if self.problems:
@@ -328,7 +329,7 @@ def warn(self: Decoder):
 
 # %% ../../nbs/foundations/decoding.ipynb #37e8b1f8
 @patch
-def change(self: Decoder):
+def change(self: Decoder) -> str:
     "What changed on the way, in words; empty if nothing did."
     if not self.changes: return ""
     (i, at, before, after), more = self.changes[0], len(self.changes) - 1
@@ -362,8 +363,8 @@ def _tag(text):
 
 # %% ../../nbs/foundations/decoding.ipynb #1f6acd3f
 def probe(
-    path, # any audio or video file
-    stream=0, # which of its audio streams
+    path:str|Path, # any audio or video file
+    stream:int=0, # which of its audio streams
 ) -> AudioInfo:
     """Sample rate, channels, length, codec and tags; only a first frame is decoded. `UserError` for other
     files."""
@@ -381,7 +382,7 @@ def probe(
 
 # %% ../../nbs/foundations/decoding.ipynb #a7412f28
 @patch
-def seek(self: Decoder, first):
+def seek(self: Decoder, first:int) -> None:
     """Jump to a second before sample `first`, if it lies far off and the file's time stamps are exact (PCM
     and FLAC)."""
     stream, near = self.streams[0], first < 4 * self.sample_rate or first >= self.declared[0]

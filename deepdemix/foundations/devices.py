@@ -11,7 +11,7 @@ import torch
 from .files import UserError
 
 # %% ../../nbs/foundations/devices.ipynb #3cbadbce
-def pick_device(device): # "auto", "cpu", "cuda", "cuda:1", "mps" or a torch.device
+def pick_device(device:str) -> torch.device: # "auto", "cpu", "cuda", "cuda:1", "mps" or a torch.device
     "The device to run on; `auto` takes a GPU if there is one. `UserError` for one that is missing."
     if str(device) == "auto":
         device = (

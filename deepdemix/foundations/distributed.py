@@ -10,6 +10,8 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -17,7 +19,7 @@ from fastcore.basics import patch
 from .console import say
 from .cores import available_cores, available_memory
 from .files import UserError
-from .recipe import MAY_CHANGE
+from .recipe import MAY_CHANGE, Recipe
 from .runs import _versions
 
 # %% ../../nbs/foundations/distributed.ipynb #6f826599
@@ -41,10 +43,10 @@ class Ranks:
     def __init__(self,
                  rank:int=0, # number of this process
                  world:int=1, # of all
-                 group=None): # of torch.distributed, one that carries what is in main memory
+                 group:Any=None): # of torch.distributed, one that carries what is in main memory
         self.rank, self.world, self.group = rank, world, group
 
-    def collect(self, x) -> list:
+    def collect(self, x:dict) -> list:
         "What every process has, in their order."
         everyones = [x] * self.world
         if self.world > 1: torch.distributed.all_gather_object(everyones, x, group=self.group)
@@ -65,8 +67,8 @@ class Ranks:
 # %% ../../nbs/foundations/distributed.ipynb #0250c86b
 @patch
 def run_on_rank_zero(self:Ranks,
-                     act, # a function
-                     *args): # its arguments
+                     act:Callable, # a function
+                     *args) -> tuple|dict: # its arguments
     "Let rank 0 act and give its result to all; all wait for it. Its error is everyone's."
     if self.world == 1: return act(*args)
     told, error = [None, None], None
@@ -157,8 +159,8 @@ def _places(
 GIB, FEWEST = 2**30, 4 # FEWEST: examples of a process whose network has batch norm
 
 def processes_worth(
-    recipe, # `batch_size`, and the `memory` of its mixer in GiB
-    network, # to be trained
+    recipe:Recipe, # `batch_size`, and the `memory` of its mixer in GiB
+    network:torch.nn.Module, # to be trained
 ) -> int: # 1 or more
     "How many processes `auto` stands for on a processor; a notebook, which can't be run again, has one."
     if int(os.environ.get("LOCAL_RANK", 0)): return int(os.environ["WORLD_SIZE"]) # the first one has decided

@@ -8,6 +8,7 @@ __all__ = ['Writer', 'write']
 # %% ../../nbs/foundations/encoding.ipynb #ad4d9881
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -51,15 +52,15 @@ class Writer:
     written."""
     limit = 2**32 - 2**20
     def __init__(self,
-        path, # .wav, .flac, .ogg, .opus or .mp3
-        sample_rate, # Hz
-        channels, # how many
-        subtype=None, # wav and flac: PCM_16 (default) or PCM_24; wav also FLOAT ("float32")
+        path:str|Path, # .wav, .flac, .ogg, .opus or .mp3
+        sample_rate:int, # Hz
+        channels:int, # how many
+        subtype:str|None=None, # wav and flac: PCM_16 (default) or PCM_24; wav also FLOAT ("float32")
     ):
         self.path, self.sample_rate = Path(path), check_rate(sample_rate)
         self.channels, self.frames = int(channels), 0
         self.format, self.subtype = _format(path, self.sample_rate, self.channels, subtype)
-    def __enter__(self):
+    def __enter__(self) -> "Writer":
         self.atomic = atomic_path(self.path)
         self.part = self.atomic.__enter__()
         try: self.file = self._start(self.part)
@@ -103,8 +104,8 @@ _BITS, _BYTES = {"PCM_16": 16, "PCM_24": 24}, {"PCM_U8": 1, "PCM_16": 2, "PCM_24
 
 @patch
 def write(self: Writer,
-    waveform, # (channels, time), float; beyond [-1, 1] the integer formats clip
-):
+    waveform:Any, # (channels, time), float; beyond [-1, 1] the integer formats clip
+) -> None:
     "Append samples. `UserError` for integers, NaN and infinities, and for a full disk."
     x = as_waveform(waveform, f"{self.path}: a waveform").float()
     if len(x) != self.channels:
@@ -143,7 +144,7 @@ def _grow(self: Writer):
 
 # %% ../../nbs/foundations/encoding.ipynb #e46fd1dd
 @patch
-def __exit__(self: Writer, kind, error, trace):
+def __exit__(self: Writer, kind:Any, error:Any, trace:Any) -> None:
     import soundfile
     failed = None
     try: self.file.close()
@@ -155,11 +156,11 @@ def __exit__(self: Writer, kind, error, trace):
 
 # %% ../../nbs/foundations/encoding.ipynb #73b91d46
 def write(
-    path, # .wav, .flac, .ogg, .opus or .mp3
-    waveform, # (channels, time), float
-    sample_rate, # Hz
-    subtype=None, # wav and flac: PCM_16 (default) or PCM_24; wav also FLOAT ("float32")
-):
+    path:str|Path, # .wav, .flac, .ogg, .opus or .mp3
+    waveform:Any, # (channels, time), float
+    sample_rate:int, # Hz
+    subtype:str|None=None, # wav and flac: PCM_16 (default) or PCM_24; wav also FLOAT ("float32")
+) -> None:
     """Write a file in the format of its suffix, whole or not at all. `UserError` for what it cannot hold,
     and integers."""
     waveform = as_waveform(waveform, f"{path}: a waveform")

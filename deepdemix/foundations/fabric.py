@@ -12,12 +12,15 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from .distributed import _places, _Watch, processes_worth
 from .files import UserError
+from .recipe import Recipe
 from .registry import _no_such
 
 # %% ../../nbs/foundations/fabric.ipynb #8cc38c42
@@ -35,10 +38,10 @@ def _start_worker(i):
 
 # %% ../../nbs/foundations/fabric.ipynb #98525688
 def batches_left(
-    task, # which makes them
-    recipe, # how many there are, and how many workers make them
+    task:Any, # which makes them
+    recipe:Recipe, # how many there are, and how many workers make them
     step:int=0, # steps that are done
-): # an iterator
+) -> Iterator: # an iterator
     "The batches from a step to the end of the run; nothing is drawn from the global random generators."
     numbers = range(step * recipe.accumulate, recipe.steps * recipe.accumulate)
     yield from torch.utils.data.DataLoader(
@@ -48,7 +51,7 @@ def batches_left(
 
 # %% ../../nbs/foundations/fabric.ipynb #b122b6c1
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator:
     "Keep Lightning's start-up lines and hints to itself, and put signal handlers back."
     import lightning.fabric  # noqa: F401, sets the levels of its loggers when it is first read
     names = "lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"
@@ -104,12 +107,12 @@ def _device_kind(
 
 # %% ../../nbs/foundations/fabric.ipynb #908d685c
 def make_fabric(
-    recipe, # device, precision
-    devices=None, # processes on this machine
-    nodes=None, # machines
+    recipe:Recipe, # device, precision
+    devices:int|str|None=None, # processes on this machine
+    nodes:int|None=None, # machines
     strategy:str="auto", # a name of `_strategy`
-    network=None, # decides what `devices="auto"` means on a processor
-): # a `Fabric` that is not launched
+    network:nn.Module|None=None, # decides what `devices="auto"` means on a processor
+) -> Any: # a `Fabric` that is not launched
     "Where and in which precision a recipe trains. What is not there raises a `UserError`."
     from lightning.fabric import Fabric
     kind = _device_kind(recipe)
@@ -123,9 +126,9 @@ def make_fabric(
 
 # %% ../../nbs/foundations/fabric.ipynb #e3560a10
 def set_up(
-    fabric, # launched
+    fabric:Any, # launched
     module:nn.Module, # what is trained
-    optimizer, # of its parameters
+    optimizer:Any, # of its parameters
 ) -> tuple: # module and optimiser, to be used in place of these
     "Move a module to its device, and have its gradients averaged over the processes."
     if fabric.world_size > 1 and fabric.device.type == "cuda":

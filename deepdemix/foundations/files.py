@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,9 +31,9 @@ class ChangedAudio(UserWarning):
 
 # %% ../../nbs/foundations/files.ipynb #d5e59156
 def check_finite(
-    waveform, # any tensor
-    name, # of the file or song, for the message
-):
+    waveform:torch.Tensor, # any tensor
+    name:str, # of the file or song, for the message
+) -> torch.Tensor:
     "The same tensor, or a `UserError` that names the file if a sample is NaN or infinite."
     bad = ~torch.isfinite(waveform)
     if bad.any():
@@ -75,15 +76,15 @@ def _machine():
 
 # %% ../../nbs/foundations/files.ipynb #86857901
 def hidden_name(
-    kind="", # what it is for, in small letters
-    suffix="", # the end of the name
+    kind:str="", # what it is for, in small letters
+    suffix:str="", # the end of the name
 ) -> str:
     "A new name for a hidden file or folder, with the machine and the process that make it."
     return f".{kind}{'-' if kind else ''}{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:12]}{suffix}"
 
 # %% ../../nbs/foundations/files.ipynb #b1c0a009
 def abandoned(
-    path, # of a hidden file or folder
+    path:str|Path, # of a hidden file or folder
 ) -> bool:
     "Whether a process of this machine made it that is no more. What other machines made is theirs to remove."
     found = re.fullmatch(rf"\.(?:[a-z]+-)?{_machine()}-(\d+)-[0-9a-f]{{12}}(?:\..*)?", Path(path).name)
@@ -96,8 +97,8 @@ def abandoned(
 # %% ../../nbs/foundations/files.ipynb #04f899ee
 @contextmanager
 def atomic_path(
-    path, # where the finished file shall be; its folder is made if need be
-):
+    path:str|Path, # where the finished file shall be; its folder is made if need be
+) -> Iterator:
     """Yield a temporary path in the same folder; rename it to `path` on success, remove it on any error.
     Full or unwritable disks raise `UserError`."""
     path = Path(path)
@@ -113,9 +114,9 @@ def atomic_path(
 
 # %% ../../nbs/foundations/files.ipynb #5e31b0a2
 def check_writable(
-    path, # of a file that is to be written, or of a folder that is to be made
-    folder=False, # which of the two
-):
+    path:str|Path, # of a file that is to be written, or of a folder that is to be made
+    folder:bool=False, # which of the two
+) -> None:
     "`UserError` if the file or folder can't be written, as far as can be seen without trying."
     path = Path(path)
     if not folder and path.is_dir(): raise UserError(f"{path} is a folder: give the name of a file in it")

@@ -10,7 +10,9 @@ __all__ = ['CHUNK', 'CAUTION', 'channel_groups', 'by_groups', 'segment_of', 'pla
 import itertools
 import math
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +29,17 @@ from .triangle import run_chunks
 from .waveforms import SAMPLE_RATE
 
 # %% ../../nbs/foundations/inference.ipynb #528f114a
-def channel_groups(found, # channels of the song
-                   channels): # channels that the network takes
+def channel_groups(found:int, # channels of the song
+                   channels:int) -> list: # channels that the network takes
     "Which of a song's channels go through the network together."
     padded = [min(i, found - 1) for i in range(math.ceil(found / channels) * channels)]
     return [padded[i:i + channels] for i in range(0, len(padded), channels)]
 
 # %% ../../nbs/foundations/inference.ipynb #d00ce90c
-def by_groups(network, # waveform (b, c, time) -> stems (b, s, c, time) for the c that it takes
-              waveform, # (b, channels, time), any number of channels
-              channels): # c
+# waveform (b, c, time) -> stems (b, s, c, time) for the c that it takes
+def by_groups(network:torch.nn.Module,
+              waveform:Tensor, # (b, channels, time), any number of channels
+              channels:int) -> Tensor: # c
     """The stems `(b, s, channels, time)`; a channel that went through twice comes back as its mean. No more
     than two groups go through at once."""
     groups = torch.tensor(channel_groups(waveform.shape[1], channels), device=waveform.device)
@@ -53,18 +56,19 @@ def by_groups(network, # waveform (b, c, time) -> stems (b, s, c, time) for the 
 CHUNK = 20.0
 
 
-def segment_of(network):
+def segment_of(network:torch.nn.Module) -> float|None:
     "The number of samples that a network is made for, or None if any is as good."
     frames, segment = getattr(network, "frames", None), getattr(network, "segment", None)
     if isinstance(segment, int): return segment
     return (frames - 1) * network.stft.hop_length if isinstance(frames, int) else None
 
 # %% ../../nbs/foundations/inference.ipynb #1582e0f9
-def plan_chunks(network, # waveform -> stems
-                chunk=None, # seconds; None: what the network was made for, or 20
+def plan_chunks(network:torch.nn.Module, # waveform -> stems
+                chunk:float|None=None, # seconds; None: what the network was made for, or 20
                 # part of a chunk that is shared; None: 1/4 for networks made for one length, else 1/8
-                overlap=None,
-                context=None): # seconds on each side that are seen and not used; None: 2/5 of what is shared
+                overlap:float|None=None,
+                # seconds on each side that are seen and not used; None: 2/5 of what is shared
+                context:float|None=None) -> dict:
     "The settings of `run_chunks` for a network. `UserError` for what can't be."
     hop = getattr(network, "hop", None) or getattr(getattr(network, "stft", None), "hop_length", 1)
     segment = segment_of(network) if chunk is None else None
@@ -83,9 +87,9 @@ def plan_chunks(network, # waveform -> stems
 
 # %% ../../nbs/foundations/inference.ipynb #b7940939
 def network_stems(
-    network, # waveform (b, c, time) -> stems (b, s, c, time)
+    network:torch.nn.Module, # waveform (b, c, time) -> stems (b, s, c, time)
     batch:Tensor, # (b, channels, time) on the processor, any number of channels
-    device=None, # where the network is; None: where its weights are
+    device:torch.device|None=None, # where the network is; None: where its weights are
 ) -> Tensor: # (b, s, channels, time), float32 on the processor
     "What a network makes of a batch of chunks."
     if device is None: device = device_of(network)
@@ -95,7 +99,7 @@ def network_stems(
 
 # %% ../../nbs/foundations/inference.ipynb #2eaef5d4
 def device_of(
-    network, # with parameters, or without
+    network:torch.nn.Module, # with parameters, or without
 ) -> torch.device: # the processor for a network without parameters
     "Where a network's weights are."
     weights = getattr(network, "parameters", tuple)()
@@ -107,7 +111,7 @@ CAUTION = 64 # times the size of a chunk's stems: more than a network takes
 class ChunkPool:
     "An executor that keeps as many chunks in work as there are threads, or as fit into memory."
     def __init__(self,
-        pool, # an executor
+        pool:Any, # an executor
         threads:int, # of the pool
         size:int, # bytes of a batch's stems
     ):
@@ -119,9 +123,9 @@ class ChunkPool:
         return max(1, min(self.threads, int(min(available_memory() / 2 / max(need, 1), 2**20))))
 
     def submit(self,
-        call, # what to run
+        call:Callable, # what to run
         *args, # of `call`
-    ): # a future
+    ) -> Any: # a future
         "Run something when there is room for it."
         if self.turn is None: return self._first(call, *args)
         return self.pool.submit(self._run, call, *args)
@@ -141,13 +145,13 @@ class ChunkPool:
 
 # %% ../../nbs/foundations/inference.ipynb #fd468fa5
 def stems_of_blocks(
-    call, # a batch of chunks (b, channels, time) -> stems (b, s, channels, time), on the processor
-    blocks, # iterator of (channels, time), at the network's rate
+    call:Callable, # a batch of chunks (b, channels, time) -> stems (b, s, channels, time), on the processor
+    blocks:Iterable, # iterator of (channels, time), at the network's rate
     plan:dict, # of `plan_chunks`; with `batch_size` for several chunks in a call
-    device="cpu", # where the network is
+    device:str|torch.device="cpu", # where the network is
     sources:int=4, # how many stems, to reckon with memory
     threads:int|None=None, # chunks in work at once on a processor; None: `default_threads`
-): # yields (s, channels, time)
+) -> Iterator: # yields (s, channels, time)
     "The stems of a song, piece by piece: the one way in which networks are run over songs."
     blocks, threads = iter(blocks), threads or default_threads()
     first = next(blocks, None)
@@ -162,10 +166,11 @@ def stems_of_blocks(
 
 # %% ../../nbs/foundations/inference.ipynb #1e06325f
 def stems_of_song(
-    network, # waveform (b, c, time) -> stems (b, s, c, time), with `sources` and `sample_rate`
+    # waveform (b, c, time) -> stems (b, s, c, time), with `sources` and `sample_rate`
+    network:torch.nn.Module,
     waveform:Tensor, # (channels, time), at the network's rate
     plan:dict|None=None, # of `plan_chunks`; None: the network's own
-    device=None, # where the network is; None: where its weights are
+    device:str|torch.device|None=None, # where the network is; None: where its weights are
     threads:int|None=None, # chunks in work at once on a processor; None: `default_threads`
 ) -> Tensor: # (s, channels, time), float32 on the processor
     """The stems of a whole song; the network is in evaluation mode meanwhile. `UserError` for an empty

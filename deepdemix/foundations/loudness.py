@@ -8,6 +8,7 @@ __all__ = ['SILENCE', 'k_weighting', 'Loudness']
 # %% ../../nbs/foundations/loudness.ipynb #3471e238
 import functools
 import math
+from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
@@ -32,7 +33,7 @@ SILENCE = -70.0
 class Loudness:
     "Integrated loudness of any window of a set of stems, from K-weighted energy added up every 5 ms."
     def __init__(self,
-        read, # stems (sources, channels, time), or a function (start, frames) -> such stems
+        read:Tensor, # stems (sources, channels, time), or a function (start, frames) -> such stems
         sample_rate: int, # in Hz
         frames: int | None = None, # length in samples, needed with a function
         block: int = 30, # seconds filtered at a time
@@ -57,8 +58,8 @@ class Loudness:
 # %% ../../nbs/foundations/loudness.ipynb #2d018bf6
 @patch
 def energy(self: Loudness,
-    start, # first sample of each window, a number or an array
-    stop, # one past the last sample of each
+    start:int, # first sample of each window, a number or an array
+    stop:np.ndarray, # one past the last sample of each
 ) -> np.ndarray: # (sources, windows)
     """K-weighted energy between samples, summed over channels; between the points of the 5 ms grid it is
     taken as even."""
@@ -89,7 +90,7 @@ def __call__(self: Loudness,
 
 # %% ../../nbs/foundations/loudness.ipynb #e266d3dd
 @patch(cls_method=True)
-def load(cls: Loudness, path, sample_rate: int) -> Loudness:
+def load(cls: Loudness, path:str|Path, sample_rate: int) -> Loudness:
     "The loudness curves that were saved as `total`."
     made = cls.__new__(cls)
     made.sample_rate, made.hop, made.total = sample_rate, sample_rate // 200, np.load(path)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 # %% ../../nbs/foundations/memory.ipynb #2383a10b
@@ -51,7 +52,7 @@ def _tidier(libc):
 @contextlib.contextmanager
 def keep_memory(
     wanted:bool|None=None, # None: if the environment asks for it
-):
+) -> Iterator:
     """Keep freed memory for what comes next, and give it back at the end; `with keep_memory() as tidy:` and
     `tidy()` after each step. Does nothing unless it is wanted, or where the C library is not glibc."""
     if wanted is None: wanted = os.environ.get(ASKED) == "1"

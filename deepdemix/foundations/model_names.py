@@ -13,13 +13,13 @@ from .files import UserError
 from .runs import WEIGHTS, load_network
 
 # %% ../../nbs/foundations/model_names.ipynb #f5de1ea5
-def pretrained_names():
+def pretrained_names() -> list:
     "The names of the models that came with the package."
     return sorted(
         p.parent.name for p in WEIGHTS.glob("*/model.safetensors") if (p.parent / "recipe.json").is_file()
     )
 
-def describe_pretrained():
+def describe_pretrained() -> dict:
     "`{name: what it is}`, the first line of text of each model card."
     cards = {name: WEIGHTS / name / "README.md" for name in pretrained_names()}
     return {name: next(iter(_sentences(card)), "") for name, card in cards.items()}
@@ -34,8 +34,8 @@ def _sentences(card):
 # %% ../../nbs/foundations/model_names.ipynb #b2f91ea3
 MODEL_FILES = ["recipe.json", "model.safetensors", "README.md"]
 
-def find_model(name, # a bundled model, a run folder or a file in it, "hf:owner/name", or a file
-               peers=False): # also a name of another project's model, as a path that isn't there
+def find_model(name:str|Path, # a bundled model, a run folder or a file in it, "hf:owner/name", or a file
+               peers:bool=False) -> Path: # also a name of another project's model, as a path that isn't there
     "The folder or file of a model. `UserError` with what there is, if there is none of that name."
     if str(name) in pretrained_names(): return WEIGHTS / str(name)
     if str(name).startswith("hf:"): return fetch_from_hub(str(name)[3:])
@@ -58,7 +58,7 @@ def find_model(name, # a bundled model, a run folder or a file in it, "hf:owner/
     )
 
 # %% ../../nbs/foundations/model_names.ipynb #0ab72e7c
-def peer_names():
+def peer_names() -> list:
     "The names of other projects' models."
     from deepdemix.networks.peers import PEERS
     return list(PEERS)
@@ -75,7 +75,7 @@ def _hub():
     return huggingface_hub
 
 # %% ../../nbs/foundations/model_names.ipynb #f72bbfe8
-def fetch_from_hub(repo): # "owner/name" or "owner/name@revision"
+def fetch_from_hub(repo:str) -> Path: # "owner/name" or "owner/name@revision"
     "The local folder of a model on the Hub."
     repo, _, revision = repo.partition("@")
     hub = _hub()
@@ -86,9 +86,9 @@ def fetch_from_hub(repo): # "owner/name" or "owner/name@revision"
         ) from e
 
 # %% ../../nbs/foundations/model_names.ipynb #6170234a
-def push_to_hub(run, # a run folder, or the name of a bundled model
-                repo, # "owner/name"
-                private=False): # only for you
+def push_to_hub(run:Path, # a run folder, or the name of a bundled model
+                repo:str, # "owner/name"
+                private:bool=False) -> str: # only for you
     "Send a model's recipe, weights and card to the Hub; returns its address."
     folder, hub = find_model(run), _hub()
     load_network(folder)

@@ -9,18 +9,21 @@ __all__ = ['lr_factor', 'build_optimizer', 'Average', 'copy_all', 'measuring', '
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .randomness import random_state, set_random_state
+from .recipe import Recipe
 
 # %% ../../nbs/foundations/optimisation.ipynb #41992461
 def lr_factor(
-    recipe, # its `lr_schedule`
+    recipe:Recipe, # its `lr_schedule`
     step:int, # 0 … recipe.steps
-    history=(), # the monitored figure of every epoch so far, lower is better
+    history:tuple=(), # the monitored figure of every epoch so far, lower is better
 ) -> float: # the share of `lr`
     "The learning rate's factor at a step."
     if recipe.lr_schedule == "none": return 1.
@@ -56,7 +59,7 @@ def _groups(
     return [{**g, "lr": recipe.lr * g["scale"]} for g in groups if g["params"]]
 
 # %% ../../nbs/foundations/optimisation.ipynb #1be1e508
-def build_optimizer(task, recipe):
+def build_optimizer(task:Any, recipe:Recipe) -> Any:
     "Adam with the recipe's settings; AdamW if there is weight decay."
     cls = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
     return cls(_groups(task, recipe), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
@@ -77,7 +80,7 @@ class Average(AveragedModel):
 
     def update(self,
                network:nn.Module, # with its present weights
-               step:int): # steps that are done, 1 or more
+               step:int) -> None: # steps that are done, 1 or more
         "Move the mean towards the present weights. The first weights count too, so torch's counter is ours."
         self.n_averaged.fill_(step)
         self.update_parameters(network)
@@ -85,12 +88,13 @@ class Average(AveragedModel):
     @property
     def mean(self) -> list: return [p.detach() for p in self.module.parameters()]
     @mean.setter
-    def mean(self, values): copy_all(self.mean, values)
+    def mean(self, values:list) -> None: copy_all(self.mean, values)
 
     @contextlib.contextmanager
     def applied(self,
                 network:nn.Module, # carries the mean within the block
-                inputs=()): # batches of what it is called with, to measure its normalisations on
+                # batches of what it is called with, to measure its normalisations on
+                inputs:Iterator=()) -> Iterator:
         "A block in which the network carries the mean."
         norms, weights = measuring(network), list(network.parameters())
         now, buffers = [p.detach().clone() for p in weights], [b.clone() for m in norms for b in m.buffers()]
@@ -107,13 +111,13 @@ class Average(AveragedModel):
 def copy_all(
     into:list, # tensors, which change
     values:list, # tensors of the same shapes
-):
+) -> None:
     "Write values into tensors."
     for x, v in zip(into, values, strict=True): x.copy_(v)
 
 # %% ../../nbs/foundations/optimisation.ipynb #52f6e735
 def measuring(
-    network, # any
+    network:nn.Module, # any
 ) -> list: # of its batch normalisations
     "The normalisations that keep statistics of what they see; a frozen layer keeps its own."
     return [m for m in network.modules()
@@ -122,10 +126,10 @@ def measuring(
 # %% ../../nbs/foundations/optimisation.ipynb #f03e8b3d
 @torch.no_grad()
 def measure(
-    network, # in training mode
+    network:nn.Module, # in training mode
     norms:list, # of `measuring`
-    inputs, # batches of what the network is called with; none: nothing changes
-):
+    inputs:Iterator, # batches of what the network is called with; none: nothing changes
+) -> None:
     "Replace the statistics by the mean over some batches; the random states stay as they are."
     state, momenta = random_state(), [m.momentum for m in norms]
     for k, x in enumerate(inputs if norms else ()):
@@ -138,7 +142,7 @@ def measure(
 
 # %% ../../nbs/foundations/optimisation.ipynb #bc0a1ad4
 def thawed(
-    recipe, # `freeze_encoder` and `unfreeze_every`
+    recipe:Recipe, # `freeze_encoder` and `unfreeze_every`
     epoch:int, # finished epochs
 ) -> float: # layers, counted from the last; infinity: all
     "How many layers of the encoder are trained."
@@ -150,7 +154,7 @@ def thawed(
 def thaw(
     encoder:nn.Module, # its layers in the order from input to output
     count:float, # layers, counted from the last, that are trained
-):
+) -> None:
     """Let the last layers learn. The others get no gradient, and their statistics stay; dropout is off while
     all are frozen."""
     encoder.train(count > 0)

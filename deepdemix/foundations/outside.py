@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from .files import UserError
 
@@ -34,7 +35,7 @@ def _why(
 
 # %% ../../nbs/foundations/outside.ipynb #5cd2af2d
 def _run_file(
-    path:Path, # of the code
+    path:str|Path, # of the code
 ): # the module
     "Run a file as the module of its name, once."
     name = path.stem if path.stem not in sys.modules else f"deepdemix_import_{path.stem}"
@@ -51,7 +52,7 @@ def _run_file(
 # %% ../../nbs/foundations/outside.ipynb #f3ebc387
 def import_code(
     name:str, # a file that ends in .py, or the name of a module
-): # the module
+) -> Any: # the module
     "Import code that registers networks, losses or tasks. `UserError` if it isn't there, or if it fails."
     is_file = str(name).endswith(".py")
     path = Path(name).expanduser().resolve() if is_file else None
@@ -67,7 +68,7 @@ def import_code(
     return module
 
 # %% ../../nbs/foundations/outside.ipynb #c9e1c8fc
-def import_from_environment():
+def import_from_environment() -> None:
     "Import what `DEEPDEMIX_IMPORT` lists."
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)): import_code(name)
 
@@ -81,7 +82,7 @@ def needed() -> list: # of {"name": …, "digest": …}
 # %% ../../nbs/foundations/outside.ipynb #4c2ee7d8
 def missing_line(
     record:dict, # of a run
-    run, # its folder
+    run:str|Path, # its folder
 ) -> str: # empty if nothing is missing
     "What to add for a run whose code has not been imported."
     here = {Path(key).name for key in IMPORTED}
@@ -93,7 +94,7 @@ def missing_line(
 GROUP = "deepdemix.networks"
 
 def packaged_networks(
-    report=print, # called with a line about a package that fails
+    report:Any=print, # called with a line about a package that fails
 ) -> dict: # {name: factory}
     "The networks that installed packages offer; one that fails costs itself alone."
     found = {}

@@ -9,6 +9,7 @@ __all__ = ['mp3', 'players']
 import base64
 import html
 import io
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def players(
     sounds:dict, # name -> waveform (channels, time)
     sample_rate:float=SAMPLE_RATE, # Hz
     seconds:float|None=2., # keep the beginning, or all
-): # for the last line of a cell
+) -> Any: # for the last line of a cell
     "Show players of short sounds in a line, each with its name."
     from IPython.display import HTML
     def one(name, waveform):

@@ -9,6 +9,8 @@ __all__ = ['TRIAL', 'WORTH', 'pass_seconds', 'choose_precision', 'settle_precisi
 import copy
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,8 +21,8 @@ from .randomness import random_state, set_random_state
 TRIAL, WORTH = 2, 1.25 # examples; how many times the time of single precision another one may take
 
 def pass_seconds(
-    output, # a function of the inputs, such as a network
-    inputs, # (n, channels, time)
+    output:Callable, # a function of the inputs, such as a network
+    inputs:torch.Tensor, # (n, channels, time)
     precision:str, # "32" or "bf16-mixed"
 ) -> float: # of all cores together
     "Processor time of one forward and backward pass."
@@ -31,9 +33,9 @@ def pass_seconds(
 
 # %% ../../nbs/foundations/precision.ipynb #b1650004
 def choose_precision(
-    output, # a function of (network, inputs)
-    network, # stays as it is
-    inputs, # (n, channels, time)
+    output:Callable, # a function of (network, inputs)
+    network:torch.nn.Module, # stays as it is
+    inputs:torch.Tensor, # (n, channels, time)
     precision:str, # what the recipe asks for
     worth:float=WORTH, # times as long as in single precision it may take
 ) -> tuple: # the precision to train with, and why it is another one: "" if it isn't
@@ -54,9 +56,9 @@ def choose_precision(
 
 # %% ../../nbs/foundations/precision.ipynb #b92e6e9a
 def settle_precision(
-    fabric, # changes
-    task, # of the run
-    ranks, # of its processes
+    fabric:Any, # changes
+    task:Any, # of the run
+    ranks:Any, # of its processes
     state:dict|None=None, # of an earlier start
     told:bool=False, # say so where it is another precision than the recipe's
 ) -> str: # the precision of the run

@@ -8,6 +8,7 @@ __all__ = ['PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY', 'HALF', 'SMALL', 'F
 
 # %% ../../nbs/foundations/profiles.ipynb #e15e3787
 from dataclasses import dataclass, field
+from typing import Any
 
 from .files import UserError
 from .recipe import Recipe
@@ -56,7 +57,7 @@ def register_defaults(
     name:str, # of a network
     recipe:dict|None=None, # recipe fields at every size
     **sizes:dict, # recipe fields by profile, such as demo=dict(network_args=…, epochs=4)
-):
+) -> None:
     "Declare what a network is trained with unless somebody says otherwise."
     DEFAULTS[name] = Defaults(recipe or {}, sizes)
 
@@ -94,7 +95,7 @@ def recipe_for(
     return Recipe.from_dict({**settings, **overrides}).check()
 
 # %% ../../nbs/foundations/profiles.ipynb #74dc6156
-def profile_table():
+def profile_table() -> Any:
     "Examples that each model sees in each profile: epochs x examples an epoch, a data frame."
     import pandas as pd
     seen = lambda p, m: p["epochs"][m] * p["examples_per_epoch"]

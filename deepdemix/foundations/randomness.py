@@ -8,6 +8,7 @@ __all__ = ['MIX', 'PLACE', 'COLOUR', 'COPY', 'TRIPLET', 'BALANCED', 'generator',
 # %% ../../nbs/foundations/randomness.ipynb #cef419cf
 import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def random_state() -> dict:
 # %% ../../nbs/foundations/randomness.ipynb #294e0ca3
 def set_random_state(
     state:dict, # of `random_state`
-):
+) -> None:
     "Bring the global random generators back."
     version, inner, gauss = state["python"]
     random.setstate((version, tuple(inner), gauss))
@@ -50,7 +51,7 @@ def set_random_state(
 @contextlib.contextmanager
 def seeded(
     seed:int, # of python, numpy and torch
-):
+) -> Iterator:
     "Run a block from a seed and leave the caller's random states as they were."
     before = random_state()
     random.seed(seed)

@@ -67,7 +67,7 @@ class Recipe:
     unfreeze_every: int = 0 # epochs until the next layer of a thawing encoder learns too; 0: all at once
     device: str = "auto" # "auto", "cpu", "cuda" or "mps"
     num_workers: int = 0 # processes that make batches; 0: the training process does
-    def __post_init__(self): _as_read(self)
+    def __post_init__(self) -> None: _as_read(self)
 
 # %% ../../nbs/foundations/recipe.ipynb #a63aba70
 @patch
@@ -80,7 +80,7 @@ def to_dict(self:Recipe) -> dict: # of what JSON can hold
 def from_dict(
     cls:Recipe,
     settings:dict, # field names and values
-):
+) -> Recipe:
     "A recipe from a dictionary; an unknown field raises a `UserError` that names close ones."
     known = [f.name for f in fields(cls)]
     for name in settings:
@@ -92,7 +92,7 @@ FORMAT = 1
 
 # %% ../../nbs/foundations/recipe.ipynb #61922914
 def read_record(
-    run, # a run folder, or its recipe.json
+    run:str|Path, # a run folder, or its recipe.json
 ) -> dict: # "recipe", "versions", "data", "parameters", "status", …
     "Read a run's recipe.json. A file from another format version raises a `UserError`."
     path = Path(run)
@@ -155,7 +155,7 @@ def _read_fields(
 
 # %% ../../nbs/foundations/recipe.ipynb #4adc16db
 @patch
-def save(self:Recipe, path):
+def save(self:Recipe, path:str|Path) -> None:
     "Write the settings alone as JSON."
     _write_json(path, self.to_dict())
 
@@ -163,7 +163,7 @@ def save(self:Recipe, path):
 @patch(cls_method=True)
 def load(
     cls:Recipe,
-    path, # a recipe file (YAML or JSON), a run folder, or a run's recipe.json
+    path:str|Path, # a recipe file (YAML or JSON), a run folder, or a run's recipe.json
 ) -> Recipe:
     "Read a recipe that a person wrote or a run kept."
     path = Path(path)
@@ -266,7 +266,7 @@ def _check_together(
 
 # %% ../../nbs/foundations/recipe.ipynb #d8c72a5b
 @patch
-def check(self:Recipe): # itself
+def check(self:Recipe) -> Recipe: # itself
     "Raise a `UserError` that names the first field whose value makes no sense."
     for f in fields(self):
         value = getattr(self, f.name)
@@ -303,14 +303,14 @@ def parse_settings(
 
 # %% ../../nbs/foundations/recipe.ipynb #14af6f53
 def kept_settings(
-    found, # "settings" of a JSON file
+    found:dict, # "settings" of a JSON file
 ) -> dict: # for `Recipe.override`
     "The settings that a study's folder keeps, as a dictionary or as text."
     return parse_settings(found) if isinstance(found, list) else found
 
 # %% ../../nbs/foundations/recipe.ipynb #9df0b9f4
 def read_settings(
-    path, # a YAML or JSON file with recipe fields: a few, or a whole recipe
+    path:str|Path, # a YAML or JSON file with recipe fields: a few, or a whole recipe
 ) -> dict: # for `Recipe.override`
     "The fields that a file names; an unknown one raises a `UserError`."
     settings = _read_fields(path)

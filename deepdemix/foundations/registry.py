@@ -9,6 +9,7 @@ __all__ = ['NETWORKS', 'own_rooms', 'report_once', 'register_network', 'known_ne
 import difflib
 import functools
 import inspect
+from collections.abc import Callable
 
 from torch import nn
 
@@ -45,14 +46,14 @@ def _import_rooms():
     for name, factory in packaged_networks(report_once).items(): NETWORKS.setdefault(name, factory)
 
 @functools.cache
-def report_once(line:str):
+def report_once(line:str) -> None:
     "Say a line, the first time."
     say(line)
 
 # %% ../../nbs/foundations/registry.ipynb #5f079e97
 def register_network(
     name:str, # what recipes and the command line call it
-): # a decorator for a class or a function that returns an `nn.Module`
+) -> Callable: # a decorator for a class or a function that returns an `nn.Module`
     "Register a network under `name`; called with JSON-able keyword arguments by `build_network`."
     def _register(factory):
         NETWORKS[name] = factory

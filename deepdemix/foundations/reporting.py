@@ -10,11 +10,13 @@ import importlib.util
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 
 from .console import on_terminal, progress_bar, say
 from .files import UserError
+from .recipe import Recipe
 from .registry import _no_such
 from .store import say_minutes
 
@@ -49,7 +51,7 @@ LOGGERS = dict(csv=None, tensorboard=_tensorboard, wandb=_wandb, mlflow=_mlflow)
 # %% ../../nbs/foundations/reporting.ipynb #8978d42c
 def open_logger(
     name:str, # of `LOGGERS`
-    out:Path, # the run folder
+    out:str|Path, # the run folder
     known:str|None, # what the log of this run is called there; None: it begins
     settings:dict, # to be kept with it
 ) -> tuple: # one of Lightning's loggers, and what the log is called; (None, None) for csv
@@ -71,8 +73,8 @@ def open_logger(
 class Reporter:
     "A progress bar on a terminal, a line an epoch elsewhere, and one of the field's loggers if asked."
     def __init__(self,
-                 recipe, # counts
-                 out, # the run folder
+                 recipe:Recipe, # counts
+                 out:str|Path, # the run folder
                  logger:str="csv", # of `LOGGERS`
                  progress:bool=True, # show anything
                  # of recipe.json: how much music there is, and what the logs are called
@@ -88,7 +90,7 @@ class Reporter:
 
 # %% ../../nbs/foundations/reporting.ipynb #d918a30a
 @patch
-def __call__(self:Reporter, loop):
+def __call__(self:Reporter, loop:Any) -> None:
     "Show where the loop stands."
     if self.on_terminal: self._advance(loop.step)
     if not loop.rows or loop.rows[-1]["epoch"] == self.epoch or loop.rows[-1]["step"] != loop.step: return
@@ -112,7 +114,7 @@ def _advance(self:Reporter, step):
 
 # %% ../../nbs/foundations/reporting.ipynb #fcca59bd
 @patch
-def close(self:Reporter):
+def close(self:Reporter) -> None:
     "Finish the bar and the log, which says how the run ended."
     if self.bar is not None: self.bar.close()
     if not self.board: return

@@ -8,14 +8,15 @@ __all__ = ['write_metrics', 'read_metrics', 'show_metrics']
 # %% ../../nbs/foundations/run_metrics.ipynb #a4441a71
 import csv
 from pathlib import Path
+from typing import Any
 
 from .files import UserError, atomic_path
 
 # %% ../../nbs/foundations/run_metrics.ipynb #5d4ca898
 def write_metrics(
-    path, # metrics.csv
+    path:str|Path, # metrics.csv
     rows:list, # of dictionaries
-):
+) -> None:
     "Write one line an epoch, atomically."
     names = list(dict.fromkeys(k for r in rows for k in r))
     with atomic_path(path) as p, open(p, "w", newline="", encoding="utf-8") as f:
@@ -25,8 +26,8 @@ def write_metrics(
 
 # %% ../../nbs/foundations/run_metrics.ipynb #7dc4d95b
 def read_metrics(
-    run, # a run folder
-): # a data frame, one row an epoch
+    run:str|Path, # a run folder
+) -> Any: # a data frame, one row an epoch
     "The figures of a run: epoch, step, examples, train_loss, valid_…, lr, seconds."
     import pandas as pd
     path = Path(run)/"metrics.csv"
@@ -35,11 +36,11 @@ def read_metrics(
 
 # %% ../../nbs/foundations/run_metrics.ipynb #01bfd4a6
 def show_metrics(
-    run, # a run folder, or a dictionary of label: run folder
-    keys=("train_loss", "valid_loss"), # columns of metrics.csv
+    run:dict, # a run folder, or a dictionary of label: run folder
+    keys:tuple=("train_loss", "valid_loss"), # columns of metrics.csv
     x:str="epoch", # "epoch", "step" or "examples"
-    ax=None, # matplotlib axes
-): # the axes
+    ax:Any=None, # matplotlib axes
+) -> Any: # the axes
     "Plot figures of one or several runs; the best epoch of the last key is marked."
     import matplotlib.pyplot as plt
     runs = run if isinstance(run, dict) else {"": run}

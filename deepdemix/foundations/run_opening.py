@@ -8,7 +8,9 @@ __all__ = ['KEPT', 'sole_writer', 'store_places', 'run_data', 'best_cost']
 # %% ../../nbs/foundations/run_opening.ipynb #c68833dd
 import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -58,9 +60,9 @@ def _unbegun(
 # %% ../../nbs/foundations/run_opening.ipynb #1038007d
 @contextlib.contextmanager
 def sole_writer(
-    out:Path, # the run folder, made if need be
+    out:str|Path, # the run folder, made if need be
     writes:bool=True, # whether this process writes; of several the first one does
-):
+) -> Iterator:
     "Hold a run folder; a `UserError` where another process does. A start without a step leaves nothing."
     if not writes:
         yield
@@ -115,7 +117,7 @@ def _check_epochs(recipe, state, out):
 
 # %% ../../nbs/foundations/run_opening.ipynb #9fef0f4c
 def store_places(
-    store, # a `Store`, or several
+    store:Any, # a `Store`, or several
 ) -> list: # of [path, weight]
     "Where the songs of a store, or of several, lie, and how much each store counts."
     stores, weights = getattr(store, "stores", [store]), getattr(store, "weights", [1.])
@@ -123,7 +125,7 @@ def store_places(
 
 # %% ../../nbs/foundations/run_opening.ipynb #d9207eb5
 def run_data(
-    run, # a run folder
+    run:str|Path, # a run folder
 ) -> list: # of [path, weight], as `open_stores` takes them; empty where that isn't known, or they have moved
     "The stores that a run learns from, as its saved state names them."
     state = Path(run)/"resume.safetensors"
@@ -132,7 +134,7 @@ def run_data(
 
 # %% ../../nbs/foundations/run_opening.ipynb #f4295f9b
 def best_cost(
-    out, # a run folder
+    out:str|Path, # a run folder
 ) -> float|None: # lower is better
     "The figure of the best weights so far, from the file of the weights itself; None if there are none."
     path = Path(out)/"model.safetensors"

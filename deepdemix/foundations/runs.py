@@ -14,6 +14,7 @@ import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def _stored_network(
 
 # %% ../../nbs/foundations/runs.ipynb #f8944f73
 def load_network(
-    run, # a run folder, or a folder of bundled weights
+    run:str|Path, # a run folder, or a folder of bundled weights
     last:bool=False, # as it was when the run stopped, not when it was best; for runs without averaged weights
 ) -> nn.Module: # in eval mode, on the CPU, float32
     """Load the network of a run from recipe.json and model.safetensors; pickles, damaged files and weights
@@ -77,7 +78,7 @@ def _last_weights(run):
 
 # %% ../../nbs/foundations/runs.ipynb #9ee81f6d
 def file_digest(
-    path, # any file
+    path:str|Path, # any file
 ) -> str: # SHA-256, hexadecimal
     "The digest of a file, such as a model's weights."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -86,7 +87,7 @@ def file_digest(
 WEIGHTS = Path(deepdemix.__file__).parent/"weights"
 
 def comes_along(
-    run, # a run folder, or a name
+    run:str, # a run folder, or a name
 ) -> bool:
     "Whether these are weights that came with the package."
     bundled = WEIGHTS/Path(run).name
@@ -94,7 +95,7 @@ def comes_along(
 
 # %% ../../nbs/foundations/runs.ipynb #2136114e
 def run_folder(
-    run, # a run folder, or the name of weights that came with the package
+    run:str, # a run folder, or the name of weights that came with the package
 ) -> Path: # there may be nothing
     "Where the weights lie."
     return WEIGHTS/run if comes_along(run) else Path(run)
@@ -127,9 +128,9 @@ def _versions():
 
 # %% ../../nbs/foundations/runs.ipynb #bfcf7d25
 def new_record(
-    recipe, # a `Recipe`
-    network, # what it trains
-    store=None, # the data
+    recipe:Recipe, # a `Recipe`
+    network:nn.Module, # what it trains
+    store:Any=None, # the data
 ) -> dict: # what recipe.json holds
     "The record of a run that begins."
     count = sum(p.numel() for p in network.parameters())
@@ -150,7 +151,7 @@ def new_record(
 
 # %% ../../nbs/foundations/runs.ipynb #65841e26
 def trained_on(
-    run, # a run folder, or None
+    run:str|Path, # a run folder, or None
     name:str, # what the line calls it
 ) -> list: # one line, or none where the record does not say
     "How many minutes of true stems and of pseudo-stems a run was trained on, for the notes of a table."
@@ -159,11 +160,11 @@ def trained_on(
 
 # %% ../../nbs/foundations/runs.ipynb #43de5984
 def save_network(
-    network, # its `.args` rebuild it
-    recipe, # the `Recipe` it was trained with, or the record of its run
-    folder, # where recipe.json and model.safetensors go
+    network:nn.Module, # its `.args` rebuild it
+    recipe:dict|Recipe, # the `Recipe` it was trained with, or the record of its run
+    folder:str|Path, # where recipe.json and model.safetensors go
     half:bool=False, # store float16: half the size, loaded as float32
-):
+) -> None:
     "Write a network as a folder that `load_network` reads: how weights are bundled."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,9 +176,9 @@ def save_network(
 
 # %% ../../nbs/foundations/runs.ipynb #ce44dfa1
 def load_encoder(
-    network, # with an `encoder`
-    run, # a run folder, of pretraining or of a network with an encoder
-): # the network
+    network:nn.Module, # with an `encoder`
+    run:str|Path, # a run folder, of pretraining or of a network with an encoder
+) -> nn.Module: # the network
     "Copy a trained encoder into `network`; layers that do not fit raise a `UserError` that names them."
     if not isinstance(getattr(network, "encoder", None), nn.Module):
         raise UserError(f"{type(network).__name__} has no encoder to load")
@@ -191,9 +192,9 @@ def load_encoder(
 
 # %% ../../nbs/foundations/runs.ipynb #4952adaf
 def load_start(
-    network, # to be filled
-    run, # a run folder, or the name of bundled weights
-): # the network
+    network:nn.Module, # to be filled
+    run:str, # a run folder, or the name of bundled weights
+) -> nn.Module: # the network
     "Take over all weights of a trained network; one of another kind or for other sound raises a `UserError`."
     trained = load_network(run_folder(run))
     for name in ("sources", "sample_rate", "channels"):
@@ -203,7 +204,7 @@ def load_start(
 
 # %% ../../nbs/foundations/runs.ipynb #3abf496c
 def recipe_from(
-    run, # a run folder, or the name of bundled weights
+    run:str|Path, # a run folder, or the name of bundled weights
     **overrides, # recipe fields
 ) -> Recipe:
     "The recipe of a run, to train its network further; the optimiser and the schedule begin anew."

@@ -6,6 +6,8 @@
 __all__ = ['LOSSES', 'register_loss', 'l1_magnitude', 'l1_waveform']
 
 # %% ../../nbs/foundations/separation_losses.ipynb #cc1db3b3
+from collections.abc import Callable
+
 import torch
 
 # %% ../../nbs/foundations/separation_losses.ipynb #82e8ba85
@@ -13,7 +15,7 @@ LOSSES = {}
 
 def register_loss(
     name:str, # what recipes call it
-): # a decorator for fn(network, mixture (b, c, t), sources (b, s, c, t)) -> a scalar
+) -> Callable: # a decorator for fn(network, mixture (b, c, t), sources (b, s, c, t)) -> a scalar
     "Register a separation loss under `name`."
     def _register(f):
         LOSSES[name] = f
@@ -33,10 +35,10 @@ def _fold_channels(
 # %% ../../nbs/foundations/separation_losses.ipynb #2467a21d
 @register_loss("l1_magnitude")
 def l1_magnitude(
-    network, # with `.stft` and `.mask`
-    mixture, # (b, c, t)
-    sources, # (b, s, c, t)
-): # a scalar
+    network:torch.nn.Module, # with `.stft` and `.mask`
+    mixture:torch.Tensor, # (b, c, t)
+    sources:torch.Tensor, # (b, s, c, t)
+) -> torch.Tensor: # a scalar
     "Mean of | mask * |X| - |S| | over batch, frames, bins, channels and sources (paper, section 4.4)."
     mixture, sources = _fold_channels(network, mixture, sources)
     with torch.no_grad(): x, s = network.stft(mixture).abs(), network.stft.stems(sources).abs()
@@ -45,9 +47,9 @@ def l1_magnitude(
 # %% ../../nbs/foundations/separation_losses.ipynb #28f7fcae
 @register_loss("l1_waveform")
 def l1_waveform(
-    network, # waveform (b, c, t) in, stems (b, s, c, t) out
-    mixture, # (b, c, t)
-    sources, # (b, s, c, t)
-): # a scalar
+    network:torch.nn.Module, # waveform (b, c, t) in, stems (b, s, c, t) out
+    mixture:torch.Tensor, # (b, c, t)
+    sources:torch.Tensor, # (b, s, c, t)
+) -> torch.Tensor: # a scalar
     "Mean absolute difference of samples."
     return (network(mixture) - sources).abs().mean()

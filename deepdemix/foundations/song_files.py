@@ -9,6 +9,7 @@ __all__ = ['AUDIO', 'SYSTEM', 'folder_name', 'left_stems', 'find_songs']
 import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from ..audio import SOURCES
@@ -16,7 +17,7 @@ from .files import UserError
 
 # %% ../../nbs/foundations/song_files.ipynb #150b0892
 def folder_name(
-    path, # of a song
+    path:str|Path, # of a song
 ) -> str:
     "The name of a song's folder: its file's without the ending, or `song` where only dots are left."
     name = Path(path).stem
@@ -43,8 +44,8 @@ def _files(folder, out):
 
 # %% ../../nbs/foundations/song_files.ipynb #fa6f2a38
 def left_stems(
-    files, # in a folder
-    stems, # names of stems
+    files:list, # in a folder
+    stems:set, # names of stems
 ) -> set: # of them
     "What an earlier run has left among songs: a stem, in a folder with a song's name."
     stems = {*stems, *(f"no_{x}" for x in stems)}
@@ -55,10 +56,10 @@ def left_stems(
 
 # %% ../../nbs/foundations/song_files.ipynb #7d1c0a64
 def find_songs(
-    paths, # files and folders
-    out, # what lies in here is not searched, unless it is named
-    stems=SOURCES, # names of what an earlier run may have left
-    report=None, # called with a line about what was passed over in a folder
+    paths:list, # files and folders
+    out:str|Path, # what lies in here is not searched, unless it is named
+    stems:set=SOURCES, # names of what an earlier run may have left
+    report:Callable|None=None, # called with a line about what was passed over in a folder
 ) -> list:
     "The files named, and the songs in the folders named, each once."
     found, out = [], Path(out).absolute()

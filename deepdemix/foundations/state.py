@@ -7,6 +7,7 @@ __all__ = ['write_state', 'read_state']
 
 # %% ../../nbs/foundations/state.ipynb #32d8ee65
 import json
+from pathlib import Path
 
 import torch
 
@@ -36,9 +37,9 @@ def _unpack(x, tensors):
 
 # %% ../../nbs/foundations/state.ipynb #041f01ce
 def write_state(
-    path, # a .safetensors file
-    state, # dictionaries, lists, tensors, numbers, strings, None
-):
+    path:str|Path, # a .safetensors file
+    state:dict, # dictionaries, lists, tensors, numbers, strings, None
+) -> None:
     "Write a tree atomically."
     tensors = {}
     tree = json.dumps(_pack(state, tensors))
@@ -46,8 +47,8 @@ def write_state(
 
 # %% ../../nbs/foundations/state.ipynb #0150c9c3
 def read_state(
-    path, # a file of `write_state`
-): # the tree
+    path:str|Path, # a file of `write_state`
+) -> dict: # the tree
     "Read a tree; a file of another kind raises a `UserError`."
     tensors, meta = read_weights(path, metadata=True)
     if "tree" not in meta: raise UserError(f"{path} is not the state of a run")

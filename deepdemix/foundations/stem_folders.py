@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,21 @@ from .files import UserError, abandoned, hidden_name
 # %% ../../nbs/foundations/stem_folders.ipynb #173d5cfc
 class Spool:
     "Blocks (outputs, channels, time) on disk instead of in memory, and their peak."
-    def __init__(self, folder): # where there is room
+    def __init__(self, folder:str): # where there is room
         self.file, self.shapes, self.peak = tempfile.TemporaryFile(dir=folder), [], 0.0
 
-    def append(self, x):
+    def append(self, x:torch.Tensor) -> None:
         self.peak = max(self.peak, float(x.abs().max()))
         self.shapes.append(x.shape)
         self.file.write(np.ascontiguousarray(x.numpy()).data)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         self.file.seek(0)
         for shape in self.shapes:
             yield torch.from_numpy(np.fromfile(self.file, np.float32, math.prod(shape)).reshape(shape))
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.file.close()
+    def __enter__(self) -> "Spool": return self
+    def __exit__(self, *_) -> None: self.file.close()
 
 # %% ../../nbs/foundations/stem_folders.ipynb #4e54e2f4
 @contextlib.contextmanager
@@ -89,8 +90,8 @@ def _checked(format, subtype, clip):
     return format, subtype, clip
 
 # %% ../../nbs/foundations/stem_folders.ipynb #93052d0c
-def free_folder(folder, # the wished one
-                taken=()): # folders that must not be used either
+def free_folder(folder:str|Path, # the wished one
+                taken:tuple|set=()) -> Path: # folders that must not be used either
     "The folder itself, or with the first number that makes it new: song, song-2, song-3, …"
     folder, n, name = Path(folder), 1, Path(folder).name
     while folder.exists() or folder in taken:
@@ -109,8 +110,8 @@ def _publish(hidden, folder, overwrite, taken):
     return folder
 
 # %% ../../nbs/foundations/stem_folders.ipynb #4e8735d4
-def sweep(out, # a folder that stems are written to
-          age=60): # seconds; younger leftovers stay
+def sweep(out:Path, # a folder that stems are written to
+          age:int=60) -> None: # seconds; younger leftovers stay
     "Remove the hidden folders of processes of this machine that are no more."
     for folder in out.glob(".separating-*"):
         with contextlib.suppress(OSError):

@@ -12,9 +12,11 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +52,7 @@ class Song:
     teacher: str = "" # the model that made its stems; empty: they are true
 
     @property
-    def duration(self): return self.frames / self.sample_rate
+    def duration(self) -> float: return self.frames / self.sample_rate
 
 # %% ../../nbs/foundations/store.ipynb #7f27059c
 def _song(entry):
@@ -72,7 +74,7 @@ def _digest(songs):
 
 # %% ../../nbs/foundations/store.ipynb #3f6a455b
 def stem_minutes(
-    songs, # of a store
+    songs:list, # of a store
 ) -> dict: # such as {"true": 9.3, "pseudo": 41.2, "teachers": ["htdemucs"]}
     "Minutes of music with true stems, minutes with pseudo-stems, and the models that made those."
     minutes = lambda pseudo: round(sum(s.duration for s in songs if bool(s.teacher) == pseudo) / 60, 3)
@@ -114,26 +116,26 @@ class Store:
     """Songs, decoded once. `Store.open(path)` opens one; `split` and `select` give views of it, which are
     stores too."""
     song_weights = None # how often each song is drawn; None: all alike
-    def __init__(self, path, index, songs, maps):
+    def __init__(self, path:str|Path, index:dict, songs:list|Iterator, maps:_Maps):
         self.path, self.index, self.songs, self.maps = Path(path), index, list(songs), maps
         self.sample_rate, self.sources = index["sample_rate"], tuple(index["sources"])
-    def __len__(self): return len(self.songs)
-    def __repr__(self):
+    def __len__(self) -> int: return len(self.songs)
+    def __repr__(self) -> str:
         teachers = self.minutes["teachers"]
         pseudo = f", pseudo-stems of {', '.join(teachers)}" if teachers else ""
         return (
             f"Store of {len(self)} songs, {self.duration / 60:.1f} minutes ({_counts(self.splits)}){pseudo}"
         )
     @property
-    def minutes(self): return stem_minutes(self.songs)
+    def minutes(self) -> dict: return stem_minutes(self.songs)
     @property
-    def duration(self): return sum(s.duration for s in self.songs)
+    def duration(self) -> float: return sum(s.duration for s in self.songs)
     @property
-    def channels(self): return max((s.channels for s in self.songs), default=0)
+    def channels(self) -> int: return max((s.channels for s in self.songs), default=0)
     @property
-    def digest(self): return _digest(self.songs)
+    def digest(self) -> str: return _digest(self.songs)
     @property
-    def splits(self):
+    def splits(self) -> dict:
         return {
             name: n for name in ("train", "valid", "test") if (n := sum(s.split == name for s in self.songs))
         }
@@ -151,9 +153,9 @@ def _counts(splits): return ", ".join(f"{n} {name}" for name, n in splits.items(
 # %% ../../nbs/foundations/store.ipynb #5214fc14
 @patch(cls_method=True)
 def open(cls: Store,
-    path, # the folder of a store, or its address: s3://…, gs://…, whatever fsspec opens
-    mapped=2**31, # bytes of arrays that a process keeps mapped at most
-):
+    path:str|Path, # the folder of a store, or its address: s3://…, gs://…, whatever fsspec opens
+    mapped:int=2**31, # bytes of arrays that a process keeps mapped at most
+) -> Store:
     """Open a store; nothing is read but its index. `UserError` if there is none, or if another version wrote
     it."""
     path = Path(_local(path) if "://" in str(path) else path)
@@ -181,8 +183,8 @@ def _view(self: Store, songs): return Store(self.path, self.index, songs, self.m
 # %% ../../nbs/foundations/store.ipynb #6f918623
 @patch
 def split(self: Store,
-    name, # train, valid or test
-):
+    name:str, # train, valid or test
+) -> Store:
     "A view of one split. `UserError` if it has no songs."
     if name not in self.splits:
         have = _counts(self.splits) + _HOW_TO_SPLIT * (name in _SPLITS)
@@ -192,8 +194,8 @@ def split(self: Store,
 # %% ../../nbs/foundations/store.ipynb #727a88f4
 @patch
 def select(self: Store,
-    songs, # titles or positions
-):
+    songs:list|range, # titles or positions
+) -> Store:
     "A view of some songs, in the order given. `UserError` names a title that is not there."
     by_title = {}
     for k, s in enumerate(self.songs): by_title.setdefault(s.title, k)
@@ -222,10 +224,10 @@ def _read(self: Store, song, name, scales, start, frames):
 # %% ../../nbs/foundations/store.ipynb #300dedac
 @patch
 def stems(self: Store,
-    i, # position of the song
-    start=0, # first sample
-    frames=None, # how many, or all that follow
-):
+    i:int, # position of the song
+    start:int=0, # first sample
+    frames:int|None=None, # how many, or all that follow
+) -> torch.Tensor:
     "Stems of song `i`: a float32 copy (sources, channels, frames)."
     song = self.songs[i]
     return self._read(song, f"{song.file}.npy", np.reshape(song.scales[:-1], (-1, 1, 1)), start, frames)
@@ -233,12 +235,12 @@ def stems(self: Store,
 # %% ../../nbs/foundations/store.ipynb #f75fdca9
 @patch
 def mixture(self: Store,
-    i, # position of the song
-    start=0, # first sample
-    frames=None, # how many, or all that follow
+    i:int, # position of the song
+    start:int=0, # first sample
+    frames:int|None=None, # how many, or all that follow
     # "sum" of the stems; "stream": the mixture that the song came with, or the sum if it came without
-    kind="sum",
-):
+    kind:str="sum",
+) -> torch.Tensor:
     "Mixture of song `i`: float32 (channels, frames)."
     song = self.songs[i]
     if kind not in ("sum", "stream"): raise UserError(f"a mixture is 'sum' or 'stream', not {kind!r}")
@@ -247,7 +249,7 @@ def mixture(self: Store,
 
 # %% ../../nbs/foundations/store.ipynb #99e7431f
 @patch
-def table(self: Store):
+def table(self: Store) -> Any:
     """A pandas table of the songs: title, split, seconds, level of each source in dB, SNR of the mixture
     over the sum of stems, flags."""
     import pandas as pd
@@ -311,7 +313,7 @@ def _arrays(store, song):
 
 # %% ../../nbs/foundations/store.ipynb #188b8774
 @patch
-def verify(self: Store):
+def verify(self: Store) -> list:
     """Titles of songs whose arrays are gone or no longer fit their digests: reads everything. `prepare` with
     `repair=True` decodes those anew."""
     return [s.title for s in self.songs

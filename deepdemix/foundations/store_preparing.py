@@ -9,6 +9,7 @@ __all__ = ['threads', 'DataNote', 'prepare']
 import json
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
@@ -49,12 +50,12 @@ def _finished(take, out, settings, repair):
 
 # %% ../../nbs/foundations/store_preparing.ipynb #c44071c6
 def threads(
-    call, # takes a job
-    jobs, # list of them
-    state=None, # a folder for notes on what is in work; threads need none
-    inputs=(), # files that whoever works on the jobs must see
-    workers=None, # threads; None: up to 4
-):
+    call:Callable, # takes a job
+    jobs:list, # list of them
+    state:Path|None=None, # a folder for notes on what is in work; threads need none
+    inputs:list=(), # files that whoever works on the jobs must see
+    workers:int|None=None, # threads; None: up to 4
+) -> Iterator:
     """Yield (number of a job, its result, or the `UserError` or `OSError` it ended with), as they come. When
     closed, jobs in work are finished and those that wait are dropped."""
     pool = ThreadPoolExecutor(workers or min(4, available_cores()))
@@ -152,21 +153,22 @@ def _list(names, most=5):
 
 # %% ../../nbs/foundations/store_preparing.ipynb #96a26621
 def prepare(
-    takes, # list of `Take`
-    out, # folder of the store
-    sample_rate=SAMPLE_RATE, # Hz; what has another rate is resampled, and flagged
-    dtype="float32", # exact; "int16": half the size; "auto": int16 for songs that lose nothing by it
-    sources=SOURCES, # which stems, in which order
-    channels=None, # of every song: 1 takes the mean; None leaves them
-    allow_missing=False, # a song may lack stems: they become silence, and `Song.present` names the others
-    skip_bad=False, # leave out songs that cannot be prepared, instead of an error at the end
-    trim=False, # cut stems of unequal length to the shortest one, instead of an error above 0.1 s
-    repair=False, # check the digests of finished songs too, and decode anew those that no longer fit
-    progress=True, # show a bar
-    workers=None, # threads; None: up to 4
-    parts=None, # keep the store in that many folders, each a store of some of the songs
-    each=None, # who does the work, instead of `threads`: a function with the same arguments
-    teacher=None, # what the index shall know of the model that makes the stems: a dictionary
+    takes:list, # list of `Take`
+    out:str|Path, # folder of the store
+    sample_rate:int=SAMPLE_RATE, # Hz; what has another rate is resampled, and flagged
+    dtype:str="float32", # exact; "int16": half the size; "auto": int16 for songs that lose nothing by it
+    sources:tuple=SOURCES, # which stems, in which order
+    channels:int|None=None, # of every song: 1 takes the mean; None leaves them
+    # a song may lack stems: they become silence, and `Song.present` names the others
+    allow_missing:bool=False,
+    skip_bad:bool=False, # leave out songs that cannot be prepared, instead of an error at the end
+    trim:bool=False, # cut stems of unequal length to the shortest one, instead of an error above 0.1 s
+    repair:bool=False, # check the digests of finished songs too, and decode anew those that no longer fit
+    progress:bool=True, # show a bar
+    workers:int|None=None, # threads; None: up to 4
+    parts:int|None=None, # keep the store in that many folders, each a store of some of the songs
+    each:Callable|None=None, # who does the work, instead of `threads`: a function with the same arguments
+    teacher:dict|None=None, # what the index shall know of the model that makes the stems: a dictionary
 ) -> Store:
     """Decode songs into a store, go on where an earlier run stopped, and open it. `UserError` names the
     songs that cannot be prepared; the others are kept."""

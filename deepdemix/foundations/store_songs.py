@@ -79,17 +79,19 @@ class Take:
     extra: tuple = () # names of sound files beside its stems, which are not used
 
     @property
-    def file(self):
+    def file(self) -> str:
         digest = hashlib.sha256(f"{self.split}/{self.title}".encode()).hexdigest()
         return f"{_plain(self.title)[:48]}-{digest[:8]}"
     @property
-    def parts(self): return {**self.stems, **({"mixture": self.mixture} if self.mixture else {})}
+    def parts(self) -> dict: return {**self.stems, **({"mixture": self.mixture} if self.mixture else {})}
     @property
-    def teacher(self): return "" # the model that makes its stems
+    def teacher(self) -> str: return "" # the model that makes its stems
     @property
-    def lossless(self): return all(p.suffix.lower() in _LOSSLESS for p, _ in self.parts.values())
-    def name(self, part): return self.parts[part][0] if self.parts.get(part) else f"{self.title}: {part}"
-    def fingerprint(self):
+    def lossless(self) -> bool: return all(p.suffix.lower() in _LOSSLESS for p, _ in self.parts.values())
+    def name(
+        self, part:str,
+    ) -> str: return self.parts[part][0] if self.parts.get(part) else f"{self.title}: {part}"
+    def fingerprint(self) -> list:
         "What tells a changed song from one that is as it was: sizes and times of its files."
         return [[f, os.stat(f).st_size, os.stat(f).st_mtime_ns]
                 for f in sorted({str(p) for p, _ in self.parts.values()})]
@@ -109,7 +111,7 @@ def _decode(path, streams, whole=True):
 
 # %% ../../nbs/foundations/store_songs.ipynb #8eb058c1
 @patch
-def reader(self: Take):
+def reader(self: Take) -> tuple:
     """(the channels of each stem, a function from a name to its array, its sample rate, and what changed on
     the way)."""
     files = {p for p, _ in self.parts.values()}

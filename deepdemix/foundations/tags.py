@@ -16,8 +16,8 @@ TAGS = {
 }
 
 
-def write_tags(path, # a wav, flac, ogg or mp3 file
-               tags): # as `probe` gives them
+def write_tags(path:str|Path, # a wav, flac, ogg or mp3 file
+               tags:dict) -> None: # as `probe` gives them
     "Write what is known of a song into a sound file."
     import mutagen
     from mutagen.easyid3 import EasyID3
@@ -32,8 +32,8 @@ def write_tags(path, # a wav, flac, ogg or mp3 file
     file.save()
 
 # %% ../../nbs/foundations/tags.ipynb #9dbcdb54
-def fix_serial(path, # an ogg file
-               serial=1): # the number that every page gets
+def fix_serial(path:Path, # an ogg file
+               serial:int=1) -> None: # the number that every page gets
     "Give an Ogg file a serial number that does not change from run to run."
     from mutagen.ogg import OggPage
     with open(path, "r+b") as file:

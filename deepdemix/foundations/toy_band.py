@@ -49,16 +49,18 @@ class Score:
     chords: tuple # the scale degree of every bar's chord
 
     @property
-    def bar(self): return 240 / self.tempo
-    def rng(self, part): return np.random.default_rng([self.seed, *part.encode()])
-    def pitch(self, degree): return self.root + 12 * (degree // 7) + _SCALES[self.mode][degree % 7]
-    def chord(self, bar): return [self.chords[bar] + k for k in (0, 2, 4)]
-    def time(self, bar, step): return bar * self.bar + (step + self.swing * (step % 2)) * self.bar / _STEPS
+    def bar(self) -> float: return 240 / self.tempo
+    def rng(self, part:str) -> np.random.Generator: return np.random.default_rng([self.seed, *part.encode()])
+    def pitch(self, degree:int) -> int: return self.root + 12 * (degree // 7) + _SCALES[self.mode][degree % 7]
+    def chord(self, bar:int) -> list: return [self.chords[bar] + k for k in (0, 2, 4)]
+    def time(
+        self, bar:int, step:int,
+    ) -> float: return bar * self.bar + (step + self.swing * (step % 2)) * self.bar / _STEPS
 
 # %% ../../nbs/foundations/toy_band.ipynb #7395654d
 def compose(
-    seed, # any integer from 0 on
-    duration=7.0, # seconds
+    seed:int, # any integer from 0 on
+    duration:float=7.0, # seconds
 ) -> Score:
     "Draw a score: the same for the same seed and duration."
     rng = np.random.default_rng([seed, 1])
@@ -460,10 +462,10 @@ def _lowpass(
 
 # %% ../../nbs/foundations/toy_band.ipynb #f6804f11
 def toy_song(
-    seed, # any integer from 0 on: the song
-    duration=7.0, # seconds
-    sample_rate=SAMPLE_RATE, # Hz
-):
+    seed:int, # any integer from 0 on: the song
+    duration:float=7.0, # seconds
+    sample_rate:int=SAMPLE_RATE, # Hz
+) -> torch.Tensor:
     """A synthetic song: stems (4, 2, time) float32 in the order of `SOURCES`; their sum peaks between 0.5
     and 0.95. The same arguments give the same song."""
     score, frames = compose(seed, duration), round(duration * sample_rate)

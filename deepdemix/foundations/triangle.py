@@ -7,6 +7,8 @@ __all__ = ['TriangleAdd', 'song_level', 'run_chunks']
 
 # %% ../../nbs/foundations/triangle.ipynb #dd0c00fc
 from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -18,13 +20,13 @@ from ..audio import overlap_add_blocks
 class TriangleAdd:
     "Run `fn` over a stream in segments that overlap, weighted by triangles."
     def __init__(self,
-        fn, # (batch, channels, window) -> (batch, sources, channels, window)
+        fn:Callable, # (batch, channels, window) -> (batch, sources, channels, window)
         chunk:int, # samples of a segment
         overlap:float=0.25, # the part of a segment that it shares with the next one
         # function of the samples of a segment: how many the network takes for them; None: as many
-        window=None,
+        window:Callable|None=None,
         batch_size:int=1, # segments per call
-        pool=None, # an executor for the calls; None: one after the other
+        pool:Any=None, # an executor for the calls; None: one after the other
         ahead:int=1, # calls in work at once
     ):
         self.fn, self.chunk, self.step, self.batch_size = fn, chunk, int((1 - overlap) * chunk), batch_size
@@ -40,7 +42,7 @@ class TriangleAdd:
 # %% ../../nbs/foundations/triangle.ipynb #9b7cc35f
 @patch
 def push(self:TriangleAdd,
-    block, # (channels, any number of samples)
+    block:torch.Tensor, # (channels, any number of samples)
 ) -> list: # of (sources, channels, time)
     "Take the next samples; return what is finished."
     self.held = block if self.held is None else torch.cat([self.held, block], 1)
@@ -132,11 +134,11 @@ def song_level(
 
 # %% ../../nbs/foundations/triangle.ipynb #6ba5c06c
 def run_chunks(
-    fn, # (batch, channels, time) -> (batch, sources, channels, time)
-    blocks, # iterator of (channels, time)
+    fn:Callable, # (batch, channels, time) -> (batch, sources, channels, time)
+    blocks:Any, # iterator of (channels, time)
     cut:str="fade", # or "triangle"
     **plan, # of `overlap_add_blocks`, or of `TriangleAdd`
-):
+) -> Iterator:
     "Yield stems (sources, channels, time) as they are finished; joined, they are as long as the input."
     if cut == "fade": return (yield from overlap_add_blocks(fn, blocks, **plan))
     adder, blocks = TriangleAdd(fn, **plan), list(blocks)

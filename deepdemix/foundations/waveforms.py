@@ -6,6 +6,7 @@
 __all__ = ['SAMPLE_RATE', 'as_waveform', 'check_rate', 'to_mono', 'to_channels', 'resample', 'resample_blocks']
 
 # %% ../../nbs/foundations/waveforms.ipynb #f5dfe4ad
+from collections.abc import Iterator
 from numbers import Real
 
 import numpy as np
@@ -18,9 +19,10 @@ SAMPLE_RATE = 44100
 
 # %% ../../nbs/foundations/waveforms.ipynb #b1c0a002
 def as_waveform(
-    waveform, # floats (channels, time), or (time,) for one channel: a tensor, an array or a list
-    name="a waveform", # what it is, for the message
-):
+    # floats (channels, time), or (time,) for one channel: a tensor, an array or a list
+    waveform:np.ndarray|torch.Tensor,
+    name:str="a waveform", # what it is, for the message
+) -> torch.Tensor:
     "A float tensor (channels, time) on the CPU. `UserError` for integers, complex numbers and other shapes."
     if not isinstance(waveform, torch.Tensor):
         try: array = np.asarray(waveform)
@@ -36,8 +38,8 @@ def as_waveform(
 
 # %% ../../nbs/foundations/waveforms.ipynb #b1c0a005
 def check_rate(
-    rate, # Hz
-    name="a sample rate", # what it is, for the message
+    rate:int, # Hz
+    name:str="a sample rate", # what it is, for the message
 ) -> int:
     "The rate as an integer; `UserError` unless it is a whole number of Hz above 0."
     if isinstance(rate, Real) and not isinstance(rate, bool) and rate > 0 and rate % 1 == 0: return int(rate)
@@ -45,16 +47,16 @@ def check_rate(
 
 # %% ../../nbs/foundations/waveforms.ipynb #bb480e24
 def to_mono(
-    waveform, # (…, channels, time)
-):
+    waveform:torch.Tensor, # (…, channels, time)
+) -> torch.Tensor:
     "The mean over the channels, whose axis stays: (…, 1, time)."
     return waveform.mean(-2, keepdim=True)
 
 # %% ../../nbs/foundations/waveforms.ipynb #de18a86b
 def to_channels(
-    waveform, # (…, channels, time)
-    channels, # how many are wanted: 1 takes the mean, more repeats a mono signal, None leaves it
-):
+    waveform:torch.Tensor, # (…, channels, time)
+    channels:int, # how many are wanted: 1 takes the mean, more repeats a mono signal, None leaves it
+) -> torch.Tensor:
     "The same sound with `channels` channels; `UserError` where there is no plain way (5.1 to stereo, say)."
     have = waveform.shape[-2]
     if channels is not None and channels < 1:
@@ -67,10 +69,10 @@ def to_channels(
 
 # %% ../../nbs/foundations/waveforms.ipynb #9775a7b3
 def resample(
-    waveform, # (…, time) float tensor
-    orig, # its sample rate in Hz
-    new, # the sample rate wanted
-):
+    waveform:torch.Tensor, # (…, time) float tensor
+    orig:int, # its sample rate in Hz
+    new:int, # the sample rate wanted
+) -> torch.Tensor:
     """The sound at another rate (soxr, very high quality): (…, time * new / orig, rounded). `UserError` for
     no rates."""
     orig, new = check_rate(orig), check_rate(new)
@@ -86,10 +88,10 @@ def resample(
 
 # %% ../../nbs/foundations/waveforms.ipynb #c40bb2f8
 def resample_blocks(
-    blocks, # iterator of (channels, time) float32 tensors
-    orig, # their sample rate in Hz
-    new, # the sample rate wanted
-):
+    blocks:Iterator, # iterator of (channels, time) float32 tensors
+    orig:int, # their sample rate in Hz
+    new:int, # the sample rate wanted
+) -> Iterator:
     """Resample a stream block by block, in bounded memory; together the blocks are what `resample` gives for
     the whole."""
     import soxr

@@ -9,6 +9,7 @@ __all__ = ['PICKLES', 'HEADER_LIMIT', 'SHAPED', 'ROOM', 'WEIGHT', 'LAYER', 'read
 # %% ../../nbs/foundations/weights.ipynb #1cdd822d
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -38,9 +39,9 @@ def _check_header(
 
 # %% ../../nbs/foundations/weights.ipynb #81c7f8e9
 def read_weights(
-    path, # a .safetensors file
+    path:str|Path, # a .safetensors file
     metadata:bool=False, # also return what is written beside the tensors
-): # a dictionary of tensors on the CPU as stored; with `metadata` a pair
+) -> tuple|dict: # a dictionary of tensors on the CPU as stored; with `metadata` a pair
     "Read a safetensors file; anything else raises a `UserError` and is not opened further."
     from safetensors import SafetensorError, safe_open
     path = Path(path)
@@ -59,10 +60,10 @@ def read_weights(
 
 # %% ../../nbs/foundations/weights.ipynb #1b8823f3
 def write_weights(
-    path, # where to
+    path:str|Path, # where to
     tensors:dict, # names and tensors
     metadata:dict=None, # names and strings
-):
+) -> None:
     "Write a safetensors file atomically."
     from safetensors.torch import save
     data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata)
@@ -70,10 +71,10 @@ def write_weights(
 
 # %% ../../nbs/foundations/weights.ipynb #a1f672d0
 def load_into(
-    module, # its parameters and buffers are replaced
+    module:torch.nn.Module, # its parameters and buffers are replaced
     tensors:dict, # by these; half precision becomes float32
     name:str, # what the errors call the file
-): # the module
+) -> torch.nn.Module: # the module
     """Put tensors into a module. Missing, unknown or differently shaped ones raise a `UserError` that names
     the layers."""
     own = module.state_dict()
@@ -93,8 +94,8 @@ SHAPED = "empty", "zeros", "ones", "full", "rand", "randn"
 
 def numbers_asked(
     name:str, # of a function of torch
-    args, # its arguments
-    kwargs, # its keywords
+    args:tuple, # its arguments
+    kwargs:dict, # its keywords
 ) -> int: # 0 for functions that are no factories
     "How many numbers a factory is asked for."
     if name in SHAPED:
@@ -112,11 +113,13 @@ class Budget(TorchFunctionMode):
     "Refuses tensors that are too large for a network of so many weights."
     def __init__(self,
                  weights:int, # numbers in the file
-                 run): # its folder, for the error
+                 run:str|Path): # its folder, for the error
         super().__init__()
         self.left, self.largest, self.run = ROOM + WEIGHT * weights, ROOM + WEIGHT * weights, run
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func:Any, types:tuple, args:tuple=(), kwargs:dict|None=None,
+    ) -> float|torch.Tensor:
         asked = numbers_asked(func.__name__, args, kwargs or {})
         if asked: self.spend(4 * asked + LAYER)
         found = func(*args, **kwargs or {})
@@ -124,7 +127,7 @@ class Budget(TorchFunctionMode):
         if large: self.spend(self.left + 1)
         return found
 
-    def spend(self, size):
+    def spend(self, size:int) -> None:
         "Take bytes off what is left."
         self.left -= size
         if self.left >= 0: return

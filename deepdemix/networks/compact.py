@@ -109,36 +109,36 @@ def stack_frames(
     filled = features[:, torch.arange(-(-n_t // stack) * stack, device=features.device).clamp(max=n_t - 1)]
     return filled.unflatten(1, (-1, stack)).transpose(2, 3).flatten(3)
 
-
-
 # %% ../../nbs/networks/compact.ipynb #be1ecafc
 class BandLinear(nn.Module):
     "A linear layer for each band: `(b, n_t, bands, n_in)` -> `(b, n_t, bands, n_out)`."
-    def __init__(self, bands, n_in, n_out): # bands, features in, features out
+    def __init__(self, bands:int, n_in:int, n_out:int): # bands, features in, features out
         super().__init__()
         self.weight = nn.Parameter(torch.randn(bands, n_in, n_out) / n_in ** 0.5)
         self.bias = nn.Parameter(torch.zeros(bands, 1, n_out))
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         y = x.flatten(0, 1).transpose(0, 1) @ self.weight + self.bias
         return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
 # %% ../../nbs/networks/compact.ipynb #0e521d63
 class Path(nn.Module):
     "A bidirectional LSTM along axis 1 of `(n, steps, width)`, beside a shortcut."
-    def __init__(self, width, dropout): # features, of what the LSTM adds
+    def __init__(self, width:int, dropout:float): # features, of what the LSTM adds
         super().__init__()
         self.norm, self.rnn = nn.LayerNorm(width), RecurrentStack(width, width)
         self.out = nn.Linear(2 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x): return x + self.dropout(self.out(self.rnn(self.norm(x))))
+    def forward(
+        self, x:torch.Tensor,
+    ) -> torch.Tensor: return x + self.dropout(self.out(self.rnn(self.norm(x))))
 
 # %% ../../nbs/networks/compact.ipynb #a77e0002
 class Attention(nn.Module):
     """Heads that compare whole frames, all bands together, beside a shortcut: `(b, n_t, bands, width)` in
     and out."""
-    def __init__(self, width, heads, dropout): # features of a band, heads, of what is added
+    def __init__(self, width:int, heads:int, dropout:float): # features of a band, heads, of what is added
         super().__init__()
         if width % heads:
             raise UserError(f"{heads} heads do not share {width} features evenly: choose a divisor")
@@ -147,26 +147,24 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         joint = self.project(self.norm(x)).unflatten(-1, (3, self.heads, -1))
         query, key, value = joint.permute(3, 0, 4, 1, 2, 5).flatten(-2)
         found = F.scaled_dot_product_attention(query, key, value)
         found = found.unflatten(-1, (x.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(-2)
         return x + self.dropout(self.out(found))
 
-
-
 # %% ../../nbs/networks/compact.ipynb #c62c3d6f
 class BandEncoder(nn.Module):
     """Features of bands to vectors of bands: a linear layer for each band, then blocks of a path through
     time and one through the bands."""
     def __init__(self,
-        bands, # number of bands
-        features, # of a band
-        width, # features of a vector
-        layers, # blocks
-        dropout, # of each path
-        attention=0, # heads over time in each block; 0: none
+        bands:int, # number of bands
+        features:int, # of a band
+        width:int, # features of a vector
+        layers:int, # blocks
+        dropout:float, # of each path
+        attention:int=0, # heads over time in each block; 0: none
     ):
         super().__init__()
         self.scale = nn.BatchNorm1d(bands * features)
@@ -188,19 +186,17 @@ class BandEncoder(nn.Module):
             if self.attention: x = self.attention[i](x)
         return x
 
-
-
 # %% ../../nbs/networks/compact.ipynb #1d2a26bb
 class Maskers(nn.Module):
     """One masker a stem: vectors of bands `(b, n_t, bands, width)` -> complex matrices `(b, s, c, c, stack *
     n_t, cells)` that add up to one over the stems."""
     def __init__(self,
-        stems, # their number
-        channels, # their number
-        cells, # `Cells`
-        width, # features of a vector
-        hidden, # features inside a masker
-        stack=1, # frames in a vector
+        stems:int, # their number
+        channels:int, # their number
+        cells:Cells, # `Cells`
+        width:int, # features of a vector
+        hidden:int, # features inside a masker
+        stack:int=1, # frames in a vector
     ):
         super().__init__()
         self.shape, self.cells, self.stack = (stems, channels, cells.n_bands), cells.band, stack
@@ -209,7 +205,7 @@ class Maskers(nn.Module):
         self.turn = BandLinear(stems * cells.n_bands, hidden, stack * cells.band * 2 * channels ** 2)
         nn.init.zeros_(self.turn.weight)
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         s, c, k = self.shape
         h = F.glu(self.listen(self.norm(x)).unflatten(-1, (s, -1)), dim=-1).transpose(2, 3).flatten(2, 3)
         share = self._frames(self.share(h), c).permute(0, 2, 4, 1, 3, 5).flatten(-2).softmax(1)
@@ -224,8 +220,6 @@ class Maskers(nn.Module):
         if self.stack > 1: y = y.unflatten(-1, (self.stack, -1)).movedim(4, 2).flatten(1, 2)
         return y.unflatten(-1, (*shape, self.cells))
 
-
-
 # %% ../../nbs/networks/compact.ipynb #cf0dd851
 @register_network("compact")
 class Compact(nn.Module):
@@ -238,7 +232,7 @@ class Compact(nn.Module):
         octave:int=48, # cells in an octave
         band:int=12, # cells in a band
         bandwidth:float=16600., # Hz: above it the network does not listen, and its highest decision holds
-        sources=SOURCES, # names of the stems
+        sources:tuple|list=SOURCES, # names of the stems
         sample_rate:int=SAMPLE_RATE, # Hz
         channels:int=2, # audio channels seen together
         window_length:int=4096, # of the STFT, in samples
@@ -363,7 +357,7 @@ def cell_errors(
     network:Compact, # with its `cells`
     mixture:torch.Tensor, # (b, channels, time)
     sources:torch.Tensor, # (b, s, channels, time)
-): # power (b, c, n_t, cells) of the mixture, and (b, s, c, n_t, cells) of each estimate's error
+) -> tuple: # power (b, c, n_t, cells) of the mixture, and (b, s, c, n_t, cells) of each estimate's error
     "Sums over the bins of each cell of |X|^2 and of |S - M X|^2."
     cells, channels = network.cells, range(network.channels)
     mixture, sources = _grouped(network, mixture, sources)

@@ -49,7 +49,7 @@ class TemporalBlock(nn.Module):
         self.residual = None if skip and last else nn.Conv1d(hidden, width, 1)
         self.skip = nn.Conv1d(hidden, skip, 1) if skip else None
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> tuple:
         y = self.inner(x)
         return x if self.residual is None else x + self.residual(y), self.skip(y) if self.skip else 0
 
@@ -78,7 +78,7 @@ class TasNetEncoder(nn.Module):
         )
         self.width = skip or bottleneck
 
-    def forward(self, waveform):
+    def forward(self, waveform:torch.Tensor) -> tuple:
         "Frames overlap by half; a waveform that is no whole number of half filters loses its end."
         w = self.filters(waveform).relu()
         x, total = self.squeeze(w), 0
@@ -117,7 +117,7 @@ class ConvTasNet(nn.Module):
         blocks:int=10, # X, blocks of growing dilation
         repeats:int=4, # R, how often they are repeated
         mask:str="relu", # or "sigmoid"
-        sources=SOURCES, # names of the stems
+        sources:tuple|list=SOURCES, # names of the stems
         sample_rate:int=SAMPLE_RATE, # Hz
         channels:int=2, # audio channels seen together
     ):

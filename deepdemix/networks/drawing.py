@@ -8,7 +8,9 @@ __all__ = ['GLUE', 'FAMILIES', 'Box', 'describe', 'find_boxes', 'trace_shapes', 
 # %% ../../nbs/networks/drawing.ipynb #9a098e63
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ class Box:
     glue: list = field(default_factory=list)
 
 # %% ../../nbs/networks/drawing.ipynb #13d344e4
-def describe(module):
+def describe(module:nn.Module) -> str:
     "The sizes of a module in a few characters: channels, kernel, features."
     by = lambda size: f"{size[0]}×{size[1]}" if isinstance(size, (tuple, list)) else str(size)
     if isinstance(module, nn.Conv2d):
@@ -45,7 +47,7 @@ def describe(module):
             else "")
 
 # %% ../../nbs/networks/drawing.ipynb #9cc7a777
-def find_boxes(module, whole=(), path=""):
+def find_boxes(module:nn.Module, whole:tuple=(), path:str="") -> Iterator:
     "The paths and modules to draw, from the top down."
     for name, child in module.named_children():
         here = f"{path}.{name}".lstrip(".")
@@ -53,10 +55,10 @@ def find_boxes(module, whole=(), path=""):
         else: yield from find_boxes(child, whole, here)
 
 # %% ../../nbs/networks/drawing.ipynb #96796c57
-def trace_shapes(network, # any module
+def trace_shapes(network:nn.Module, # any module
                  *inputs, # what it is called with; it runs on their device
-                 method="forward", # which of its methods
-                 whole=()): # paths drawn as one box
+                 method:str="forward", # which of its methods
+                 whole:tuple=()) -> list: # paths drawn as one box
     "The boxes that run, in order; inputs on the `meta` device make it free, whatever the network's size."
     ghost, boxes = copy.deepcopy(network).to(inputs[0].device).eval(), []
     def note(path, module, out):
@@ -76,7 +78,7 @@ FAMILIES = {
 }
 
 
-def family_colour(kind): # a class name
+def family_colour(kind:str) -> str: # a class name
     "The colour of a kind of layer; grey for what has none."
     return next((colour for part, colour in FAMILIES.items() if part in kind), "#999999")
 
@@ -130,17 +132,17 @@ def _draw_ends(ax, start, end, first, last, top):
         ax.annotate("", (last[0], last[1] - 0.45), (last[0], last[1] - 0.22), arrowprops=arrow)
 
 # %% ../../nbs/networks/drawing.ipynb #5376abe1
-def box_rows(boxes, per_row):
+def box_rows(boxes:list, per_row:int) -> list:
     "Boxes in rows of equal length, at most `per_row` to a row."
     length = math.ceil(len(boxes) / math.ceil(len(boxes) / per_row))
     return [boxes[i:i + length] for i in range(0, len(boxes), length)]
 
 # %% ../../nbs/networks/drawing.ipynb #d7ef3f7c
-def draw_network(boxes, # from `trace_shapes`
-                 title="", # above the drawing
-                 start="", # what goes in, above the first box
-                 end="", # what comes out, below the last box
-                 per_row=2): # boxes in a row, at most; two can be read on a phone
+def draw_network(boxes:list, # from `trace_shapes`
+                 title:str="", # above the drawing
+                 start:str="", # what goes in, above the first box
+                 end:str="", # what comes out, below the last box
+                 per_row:int=2) -> Any: # boxes in a row, at most; two can be read on a phone
     """A drawing of the traced network: kind, sizes, parameters and output shape of every box. Returns the
     matplotlib axes."""
     import matplotlib.pyplot as plt

@@ -26,7 +26,7 @@ from .wiener import refine_stems
 class Ensemble(nn.Module):
     "The mean of several networks, and a Wiener filter at the end."
     def __init__(self,
-        members=(("compact", {}), ("compact", {})), # names and settings of networks
+        members:list=(("compact", {}), ("compact", {})), # names and settings of networks
         window_length:int=4096, # of the STFT that the mean is taken in, in samples
         hop_length:int=1024, # of this STFT, in samples
         window_type:str="hann", # of this STFT
@@ -107,8 +107,8 @@ def _same_data(
 
 # %% ../../nbs/networks/ensemble.ipynb #1ce4ef32
 def join_runs(
-    runs, # folders of finished runs, or of bundled weights
-    out, # the folder to make
+    runs:list, # folders of finished runs, or of bundled weights
+    out:str|Path, # the folder to make
     **settings, # of the `Ensemble`, such as `refine`
 ) -> Path: # `out`
     "Make one model of several runs. Members that do not agree, or a folder that exists, raise a `UserError`."

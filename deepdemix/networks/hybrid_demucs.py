@@ -8,6 +8,7 @@ __all__ = ['DEMUCS_NAMES', 'MIXES', 'TINY', 'SMALL', 'layers_apart', 'build_demu
 
 # %% ../../nbs/networks/hybrid_demucs.ipynb #6750db0c
 import math
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -37,12 +38,12 @@ def layers_apart(
 
 # %% ../../nbs/networks/hybrid_demucs.ipynb #027c09ab
 def build_demucs(
-    sources, # names, in the order of the stems
+    sources:tuple|list, # names, in the order of the stems
     channels:int, # audio channels
     width:int, # channels after the first layer; each further layer doubles them
     depth:int, # layers
     window_length:int, # of the STFT, in samples
-): # `demucs.hdemucs.HDemucs`
+) -> nn.Module: # `demucs.hdemucs.HDemucs`
     "Hybrid Demucs of any size; a `UserError` for sizes that do not fit together, or where demucs is missing."
     apart = layers_apart(window_length)
     if depth < apart:
@@ -80,13 +81,13 @@ class HybridEncoder(nn.Module):
     """Both encoders: complex spectrogram as channels `(b, 2 * c, n_f, n_t)` and waveform `(b, c, time)` ->
     `(b, latent, …, steps)`."""
     def __init__(self,
-        demucs, # an `HDemucs`, whose layers these are
+        demucs:nn.Module, # an `HDemucs`, whose layers these are
     ):
         super().__init__()
         self.temporal, self.frequencies, self.spectral = demucs.tencoder, demucs.freq_emb, demucs.encoder
         self.weight = demucs.freq_emb_scale
 
-    def forward(self, spectrogram, waveform):
+    def forward(self, spectrogram:torch.Tensor, waveform:torch.Tensor) -> Any:
         x, wave = normalised(spectrogram), normalised(waveform)
         for k, layer in enumerate(self.spectral):
             meeting = None
@@ -99,7 +100,7 @@ class HybridEncoder(nn.Module):
 
 # %% ../../nbs/networks/hybrid_demucs.ipynb #e7659f65
 def take_encoder(
-    demucs, # an `HDemucs`; it goes on working
+    demucs:nn.Module, # an `HDemucs`; it goes on working
 ) -> HybridEncoder: # which owns its encoder's layers from now on
     "Take the encoder out, so that each parameter has one owner and one name."
     encoder = HybridEncoder(demucs)
@@ -120,7 +121,7 @@ class HybridDemucs(nn.Module):
         depth:int=6, # layers
         window_length:int=4096, # of the STFT, in samples: a power of 4; the hop is a quarter of it
         channels:int=2, # audio channels seen together
-        sources=SOURCES, # names of the stems, in order
+        sources:tuple|list=SOURCES, # names of the stems, in order
         sample_rate:int=SAMPLE_RATE, # Hz
     ):
         super().__init__()
@@ -134,11 +135,11 @@ class HybridDemucs(nn.Module):
         self.demucs = build_demucs(sources, channels, width, depth, window_length)
         self.encoder = take_encoder(self.demucs)
 
-    def padded(self, waveform):
+    def padded(self, waveform:torch.Tensor) -> torch.Tensor:
         "At least one window long."
         return F.pad(waveform, (0, max(0, self.window_length - waveform.shape[-1])))
 
-    def forward(self, waveform):
+    def forward(self, waveform:torch.Tensor) -> torch.Tensor:
         folded, unfold = fold_channels(waveform, 1, self.channels)
         return unfold(self.demucs(self.padded(folded))[..., :waveform.shape[-1]], 2)
 
@@ -161,7 +162,7 @@ DEMUCS_NAMES = {
 @patch
 def load_demucs_weights(self:HybridDemucs,
     state:dict, # `state_dict()` of an `HDemucs` of the same sizes
-):
+) -> Any:
     "Take over the weights of the library's network; returns the network."
     new = lambda key: next(
         (to + key.removeprefix(old) for old, to in DEMUCS_NAMES.items() if key.startswith(old)),

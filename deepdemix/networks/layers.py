@@ -7,6 +7,7 @@ __all__ = ['AmplitudeToDB', 'BatchNorm', 'has_lstm', 'LSTM', 'RecurrentStack', '
 
 # %% ../../nbs/networks/layers.ipynb #71069033
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,17 +18,17 @@ from ..foundations.files import UserError
 # %% ../../nbs/networks/layers.ipynb #d993c807
 class AmplitudeToDB(nn.Module):
     "Decibels of a magnitude, any shape; nothing is quieter than -80 dB."
-    def forward(self, magnitude): return amplitude_to_db(magnitude)
+    def forward(self, magnitude:torch.Tensor) -> torch.Tensor: return amplitude_to_db(magnitude)
 
 # %% ../../nbs/networks/layers.ipynb #324a746b
 class BatchNorm(nn.Module):
     "Batch normalisation of `(b, n_t, n_f, n_ac)` with statistics of its own for each frequency."
     one_box = True
-    def __init__(self, n_f): # number of frequencies
+    def __init__(self, n_f:int): # number of frequencies
         super().__init__()
         self.batch_norm = nn.BatchNorm1d(n_f)
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         "Same shape out as in; time and channels are one axis meanwhile."
         by_frequency = x.transpose(1, 2)
         return self.batch_norm(by_frequency.flatten(2)).reshape(by_frequency.shape).transpose(1, 2)
@@ -47,7 +48,7 @@ def has_lstm(
 # %% ../../nbs/networks/layers.ipynb #eabb7081
 class LSTM(nn.LSTM):
     "PyTorch's LSTM, in single precision where a processor has none in that of an autocast around it."
-    def forward(self, x, state=None):
+    def forward(self, x:torch.Tensor, state:Any=None) -> tuple:
         around = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         if not around or has_lstm(torch.get_autocast_dtype("cpu")): return super().forward(x, state)
         with torch.autocast("cpu", enabled=False): return super().forward(x.float(), state)
@@ -57,12 +58,12 @@ class RecurrentStack(nn.Module):
     "An LSTM or GRU over the frames: `(b, n_t, …)` -> `(b, n_t, hidden * directions)`."
     one_box = True
     def __init__(self,
-                 n_in, # features of a frame
-                 hidden_size, # of each direction
-                 num_layers=1, # stacked layers
-                 bidirectional=True, # read the frames both ways
-                 dropout=0., # between layers
-                 rnn_type="lstm"): # or "gru"
+                 n_in:int, # features of a frame
+                 hidden_size:int, # of each direction
+                 num_layers:int=1, # stacked layers
+                 bidirectional:bool=True, # read the frames both ways
+                 dropout:float=0., # between layers
+                 rnn_type:str="lstm"): # or "gru"
         super().__init__()
         kinds = {"lstm": LSTM, "gru": nn.GRU}
         if rnn_type not in kinds: raise UserError(f"rnn_type must be lstm or gru, not {rnn_type!r}")
@@ -72,7 +73,7 @@ class RecurrentStack(nn.Module):
         self.reset(hidden_size)
 
     @torch.no_grad()
-    def reset(self, hidden):
+    def reset(self, hidden:int) -> None:
         "Start anew: Xavier weights, biases 0, and an LSTM's forget gates at 1."
         for name, weight in self.rnn.named_parameters():
             if "weight" in name: nn.init.xavier_normal_(weight)
@@ -80,17 +81,20 @@ class RecurrentStack(nn.Module):
                 weight.zero_()
                 if isinstance(self.rnn, nn.LSTM): weight[hidden:2 * hidden] = 1
 
-    def forward(self, x): return self.rnn(x.flatten(2))[0]
+    def forward(self, x:torch.Tensor) -> torch.Tensor: return self.rnn(x.flatten(2))[0]
 
 # %% ../../nbs/networks/layers.ipynb #f01cd268
 class Embedding(nn.Module):
     "One linear layer and a sigmoid: frames `(b, n_t, n_in)` -> mask `(b, n_t, n_f, n_ac, s)`."
     one_box = True
-    def __init__(self, n_in, n_f, n_ac, n_sources): # features of a frame, frequencies, channels, sources
+    # features of a frame, frequencies, channels, sources
+    def __init__(self, n_in:int, n_f:int, n_ac:int, n_sources:int):
         super().__init__()
         self.shape = (n_f, n_ac, n_sources)
         self.linear = nn.Linear(n_in, n_f * n_ac * n_sources)
         nn.init.xavier_normal_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x): return self.linear(x).unflatten(-1, self.shape).sigmoid()
+    def forward(
+        self, x:torch.Tensor,
+    ) -> torch.Tensor: return self.linear(x).unflatten(-1, self.shape).sigmoid()

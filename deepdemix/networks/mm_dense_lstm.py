@@ -33,7 +33,7 @@ class DenseBlock(nn.Module):
             nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, growth, 3, padding=1)) for n in seen
         )
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]: x = torch.cat([x, layer(x)], 1)
         return self.layers[-1](x)
 
@@ -50,7 +50,9 @@ class LSTMBlock(nn.Module):
         self.rnn = LSTM(n_f, units // 2, batch_first=True, bidirectional=True)
         self.spread = nn.Linear(2 * (units // 2), n_f)
 
-    def forward(self, x): return self.spread(self.rnn(self.squeeze(x)[:, 0])[0])[:, None]
+    def forward(
+        self, x:torch.Tensor,
+    ) -> torch.Tensor: return self.spread(self.rnn(self.squeeze(x)[:, 0])[0])[:, None]
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #b39bbda7
 class DenseLSTM(nn.Module):
@@ -67,7 +69,7 @@ class DenseLSTM(nn.Module):
         self.dense, self.n_out = DenseBlock(n_in, growth, layers), growth + bool(units)
         self.lstm = LSTMBlock(growth, n_f, units) if units else None
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         x = self.dense(x)
         return x if self.lstm is None else torch.cat([x, self.lstm(x)], 1)
 
@@ -80,8 +82,8 @@ class BandEncoder(nn.Module):
         n_f:int, # frequencies
         first:int, # maps of the first convolution
         growth:int, # maps of each dense block
-        layers, # of the dense blocks, down and up
-        units, # of the LSTMs, down and up; 0: none
+        layers:list, # of the dense blocks, down and up
+        units:list, # of the LSTMs, down and up; 0: none
     ):
         super().__init__()
         if len(layers) != len(units) or len(layers) % 2 == 0:
@@ -97,7 +99,7 @@ class BandEncoder(nn.Module):
                 DenseLSTM(self.blocks[-1].n_out if i else first, growth, layers[i], n, units[i])
             )
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> list:
         x = self.first(F.pad(x, (0, self.cells[0] - self.n_f, 0, -x.shape[2] % 2**self.depth), value=-1))
         maps = [self.blocks[0](x)]
         for block in self.blocks[1:]: maps.append(block(F.avg_pool2d(maps[-1], 2)))
@@ -109,8 +111,8 @@ class BandDecoder(nn.Module):
     def __init__(self,
         encoder:BandEncoder, # whose maps will come in
         growth:int, # maps of each dense block
-        layers, # of the dense blocks, down and up
-        units, # of the LSTMs, down and up; 0: none
+        layers:list, # of the dense blocks, down and up
+        units:list, # of the LSTMs, down and up; 0: none
     ):
         super().__init__()
         self.ups = nn.ModuleList()
@@ -126,7 +128,7 @@ class BandDecoder(nn.Module):
             n = self.blocks[-1].n_out
         self.n_out = n
 
-    def forward(self, maps):
+    def forward(self, maps:list) -> torch.Tensor:
         x = maps[-1]
         for up, block, m in zip(self.ups, self.blocks, maps[-2::-1]): x = block(torch.cat([up(x), m], 1))
         return x
@@ -143,8 +145,8 @@ class MultiBandEncoder(nn.Module):
     bands."""
     def __init__(self,
         channels:int, # audio channels
-        edges, # bins where the bands begin and end, (bands + 1,)
-        bands, # sizes of each band's network, without `to`
+        edges:list, # bins where the bands begin and end, (bands + 1,)
+        bands:list, # sizes of each band's network, without `to`
         full:dict, # sizes of the network that sees all
     ):
         super().__init__()
@@ -153,7 +155,9 @@ class MultiBandEncoder(nn.Module):
             BandEncoder(channels, b - a, **sizes) for (a, b), sizes in zip(self.spans, [*bands, full])
         )
 
-    def forward(self, x): return [net(x[..., a:b]) for net, (a, b) in zip(self.nets, self.spans)]
+    def forward(
+        self, x:torch.Tensor,
+    ) -> list: return [net(x[..., a:b]) for net, (a, b) in zip(self.nets, self.spans)]
 
 # %% ../../nbs/networks/mm_dense_lstm.ipynb #0673efe8
 class MultiBandDecoder(nn.Module):
@@ -161,7 +165,7 @@ class MultiBandDecoder(nn.Module):
     last dense block."""
     def __init__(self,
         encoder:MultiBandEncoder, # whose maps will come in
-        bands, # sizes of each band's network
+        bands:list, # sizes of each band's network
         full:dict, # sizes of the network that sees all
         final:dict, # growth and layers of the last dense block
         n_out:int, # maps that come out
@@ -177,7 +181,7 @@ class MultiBandDecoder(nn.Module):
             nn.BatchNorm2d(final["growth"]), nn.ReLU(), nn.Conv2d(final["growth"], n_out, 1)
         )
 
-    def forward(self, maps, n_t):
+    def forward(self, maps:list, n_t:int) -> torch.Tensor:
         *bands, full = [net(m)[:, :, :n_t, :b - a] for net, m, (a, b) in zip(self.nets, maps, self.spans)]
         bands = torch.cat([equal(x) for equal, x in zip(self.equal, bands)], 3)
         return self.last(self.final(torch.cat([bands, full], 1)))
@@ -188,7 +192,7 @@ class MMDenseLSTM(MaskNetwork):
     """Densely connected U-nets with LSTMs, one to a frequency band and one for all [Takahashi et al. 2018];
     paints masks."""
     def __init__(self,
-        bands=BANDS, # a list of dictionaries: to (Hz), first, growth, layers, units
+        bands:list=BANDS, # a list of dictionaries: to (Hz), first, growth, layers, units
         full:dict=FULL, # the same sizes for the network that sees all bands
         final:dict=FINAL, # growth and layers of the last dense block
         joint:bool=True, # one network for all sources; false: one each, as published

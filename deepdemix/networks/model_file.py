@@ -9,6 +9,7 @@ __all__ = ['LAYOUTS', 'KNOWN', 'N_FFT', 'HOP', 'EDGE', 'read_description', 'File
 # %% ../../nbs/networks/model_file.ipynb #e4b3da24
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def _whole(about, name, path, least=1):
 
 # %% ../../nbs/networks/model_file.ipynb #f321b402
 def read_description(
-    path, # of the network's file
+    path:str|Path, # of the network's file
 ) -> dict: # sources, sample_rate, channels, segment, hop, layout, licence, trained_on
     "What the JSON beside a file says. `UserError` if it is missing, or says something that can't be."
     path = Path(path).with_suffix(".json")
@@ -63,7 +64,7 @@ def read_description(
 class FileNetwork(nn.Module):
     "The network in a file: waveform `(b, c, time)` -> stems `(b, s, c, time)`."
     def __init__(self,
-        path, # ends in .pt, .ts (TorchScript) or .onnx, with a JSON file of its name beside it
+        path:str|Path, # ends in .pt, .ts (TorchScript) or .onnx, with a JSON file of its name beside it
         threads:int=1, # of onnxruntime in one call; several calls may run at once
     ):
         super().__init__()
@@ -84,7 +85,7 @@ class FileNetwork(nn.Module):
         "Licence and training data, in a line."
         return [f"{self.path.name}: licence: {self.about['licence']}; trained on: {self.about['trained_on']}"]
 
-    def forward(self, waveform):
+    def forward(self, waveform:torch.Tensor) -> torch.Tensor:
         stems = hybrid_stems(self.graph, waveform, len(self.sources)) if self.hybrid else self.graph(waveform)
         expected = (waveform.shape[0], len(self.sources), *waveform.shape[1:])
         if not isinstance(stems, torch.Tensor) or tuple(stems.shape) != expected:
@@ -94,7 +95,7 @@ class FileNetwork(nn.Module):
 
 # %% ../../nbs/networks/model_file.ipynb #574998c6
 def load_script(
-    path, # of a TorchScript file
+    path:str|Path, # of a TorchScript file
 ) -> nn.Module:
     "A graph that PyTorch runs without Python. Pickles of Python objects are not loaded: `UserError`."
     try: return torch.jit.load(str(path), map_location="cpu").eval()
@@ -107,7 +108,7 @@ def load_script(
 class OnnxGraph(nn.Module):
     "A graph that onnxruntime runs on the processor, one example at a time if it was made so."
     def __init__(self,
-        path, # of an ONNX file
+        path:str|Path, # of an ONNX file
         threads:int=1, # that one call uses
     ):
         super().__init__()
@@ -115,7 +116,7 @@ class OnnxGraph(nn.Module):
         self.names = [x.name for x in self.session.get_inputs()]
         self.one = self.session.get_inputs()[0].shape[:1] == [1]
 
-    def forward(self, *inputs):
+    def forward(self, *inputs) -> torch.Tensor:
         if self.one and len(inputs[0]) > 1:
             each = [self(*(x[k:k + 1] for x in inputs)) for k in range(len(inputs[0]))]
             return tuple(map(torch.cat, zip(*each))) if isinstance(each[0], tuple) else torch.cat(each)
@@ -128,8 +129,8 @@ N_FFT, HOP = 4096, 1024
 EDGE = HOP // 2 * 3
 
 def hybrid_spectrum(
-    x, # (b, c, time)
-): # (b, c, 2048, hops) complex
+    x:torch.Tensor, # (b, c, time)
+) -> torch.Tensor: # (b, c, 2048, hops) complex
     "The spectrogram that HTDemucs takes."
     hops = math.ceil(x.shape[-1] / HOP)
     padded = F.pad(x, (EDGE, EDGE + hops * HOP - x.shape[-1]), mode="reflect").flatten(0, 1)
@@ -139,9 +140,9 @@ def hybrid_spectrum(
 
 # %% ../../nbs/networks/model_file.ipynb #ce26a09e
 def hybrid_inverse(
-    z, # (..., 2048, hops) complex
+    z:torch.Tensor, # (..., 2048, hops) complex
     length:int, # samples
-): # (..., length)
+) -> torch.Tensor: # (..., length)
     "The waveform of such a spectrogram."
     whole = F.pad(z, (2, 2, 0, 1)).flatten(0, -3)
     samples = HOP * math.ceil(length / HOP) + 2 * EDGE
@@ -153,10 +154,10 @@ def hybrid_inverse(
 # %% ../../nbs/networks/model_file.ipynb #ef5fdbe1
 def hybrid_stems(
     # (waveform, spectrogram as channels) -> (spectrograms of the stems as channels, waveforms of the stems)
-    graph,
-    x, # (b, c, time)
+    graph:Callable,
+    x:torch.Tensor, # (b, c, time)
     sources:int, # how many
-): # (b, s, c, time)
+) -> torch.Tensor: # (b, s, c, time)
     "Both branches of HTDemucs, added."
     z = torch.view_as_real(hybrid_spectrum(x)).permute(0, 1, 4, 2, 3).flatten(1, 2)
     spectra, waves = graph(x, z)

@@ -10,6 +10,7 @@ __all__ = ['NUSSL_NAMES', 'import_nussl', 'to_nussl_weights', 'from_nussl_weight
 import contextlib
 import os
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def _silence():
             os.close(saved)
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #71d5a9ef
-def import_nussl():
+def import_nussl() -> Any:
     "nussl 1.1.9, made to work on today's SciPy and NumPy; ImportError with the way out where it is missing."
     import numpy as np
     import scipy.signal
@@ -57,14 +58,14 @@ NUSSL_NAMES = {"normalization.": "layers.normalization.",
                "embedding.": "layers.mask."}
 
 
-def to_nussl_weights(state): # `Baseline.state_dict()`
+def to_nussl_weights(state:dict) -> dict: # `Baseline.state_dict()`
     """The same weights under the names of nussl's recurrent mask inference model; what nussl has no place
     for is left out."""
     return {new + key.removeprefix(old): value for key, value in state.items()
             for old, new in NUSSL_NAMES.items() if key.startswith(old)}
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #afa5abc4
-def from_nussl_weights(state): # `state_dict()` of nussl's recurrent mask inference model
+def from_nussl_weights(state:dict) -> dict: # `state_dict()` of nussl's recurrent mask inference model
     "The same weights under the names of `Baseline`; load them with `load_nussl_weights`."
     return {old + key.removeprefix(new): value for key, value in state.items()
             for old, new in NUSSL_NAMES.items() if key.startswith(new)}
@@ -72,7 +73,7 @@ def from_nussl_weights(state): # `state_dict()` of nussl's recurrent mask infere
 # %% ../../nbs/networks/nussl_bridge.ipynb #fac7ad01
 def load_nussl_weights(
     network:Baseline, # to be filled
-    state, # `state_dict()` of nussl's recurrent mask inference model
+    state:dict, # `state_dict()` of nussl's recurrent mask inference model
 ) -> Baseline: # the network
     "Take over the weights of a nussl model of the same sizes; UserError names what does not fit."
     new, own = from_nussl_weights(state), network.state_dict()
@@ -87,15 +88,15 @@ class NusslMask(nn.Module):
     """A mask network as a module of a nussl `SeparationModel`: magnitude `(b, n_t, n_f, n_ac)` -> mask `(b,
     n_t, n_f, n_ac, s)`."""
     def __init__(self,
-                 network, # any `MaskNetwork`, or the registered name of one
-                 args=None): # with a name: the network's arguments
+                 network:str|Baseline|nn.Module, # any `MaskNetwork`, or the registered name of one
+                 args:dict|None=None): # with a name: the network's arguments
         super().__init__()
         self.network = build_network(network, **(args or {})) if isinstance(network, str) else network
 
-    def forward(self, data): return self.network.mask(data)
+    def forward(self, data:Any) -> Any: return self.network.mask(data)
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #5f7bdb2b
-def to_nussl(network): # any `MaskNetwork`
+def to_nussl(network:nn.Module) -> nn.Module: # any `MaskNetwork`
     """A nussl `SeparationModel` around `network` (shared, not copied), with the outputs `mask` and
     `estimates`."""
     ml = import_nussl().ml
@@ -111,9 +112,9 @@ def to_nussl(network): # any `MaskNetwork`
     return model.train(network.training)
 
 # %% ../../nbs/networks/nussl_bridge.ipynb #f62e5dfe
-def nussl_separator(network, # any `MaskNetwork`
-                    signal, # nussl's AudioSignal of the mixture
-                    **kwargs): # of nussl's MaskSeparationBase: mask_type, mask_threshold
+def nussl_separator(network:nn.Module, # any `MaskNetwork`
+                    signal:Any, # nussl's AudioSignal of the mixture
+                    **kwargs) -> Any: # of nussl's MaskSeparationBase: mask_type, mask_threshold
     "nussl's `DeepMaskEstimation` of `signal`, ready to be called, with `network` inside."
     nussl = import_nussl()
     transforms = nussl.datasets.transforms

@@ -7,6 +7,7 @@ __all__ = ['ABOUT', 'read_about', 'open_session', 'OnnxNetwork']
 
 # %% ../../nbs/networks/onnx_file.ipynb #7c3e1003
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,8 @@ from ..foundations.files import UserError
 ABOUT = ("sources", "sample_rate", "channels", "hop")
 
 def read_about(
-    session, # of onnxruntime
-    path, # for messages
+    session:Any, # of onnxruntime
+    path:str|Path, # for messages
 ) -> dict: # sources (a tuple), sample_rate, channels, hop, segment (or None) as numbers, all else as text
     "A file's metadata. `UserError` for a file that was not written by `export`."
     about = dict(session.get_modelmeta().custom_metadata_map)
@@ -32,9 +33,9 @@ def read_about(
 
 # %% ../../nbs/networks/onnx_file.ipynb #7c3e1007
 def open_session(
-    path, # an ONNX file
+    path:str|Path, # an ONNX file
     threads:int=1, # that one network call uses
-): # an `onnxruntime.InferenceSession`
+) -> Any: # an `onnxruntime.InferenceSession`
     "A file, ready to run. `UserError` if it can't be, or if onnxruntime is missing."
     try:
         import onnxruntime
@@ -51,7 +52,7 @@ def open_session(
 class OnnxNetwork(nn.Module):
     "The network in an ONNX file, on the processor: waveform `(b, c, time)` -> stems `(b, s, c, time)`."
     def __init__(self,
-        path, # written by `deepdemix export`
+        path:str|Path, # written by `deepdemix export`
         threads:int=1, # that one call uses; several calls may run at once
     ):
         super().__init__()
@@ -60,6 +61,6 @@ class OnnxNetwork(nn.Module):
         for name in ("sources", "sample_rate", "channels", "hop", "segment"):
             setattr(self, name, self.about[name])
 
-    def forward(self, waveform):
+    def forward(self, waveform:torch.Tensor) -> torch.Tensor:
         mixture = waveform.detach().float().cpu().contiguous().numpy()
         return torch.from_numpy(self.session.run(None, {"mixture": mixture})[0]).to(waveform.device)

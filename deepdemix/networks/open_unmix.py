@@ -35,7 +35,7 @@ class Standardise(nn.Module):
         self.mean, self.scale = nn.Parameter(torch.zeros(bins)), nn.Parameter(torch.ones(bins))
         self.register_buffer("measured", torch.tensor(False))
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         if self.training and not self.measured and (not _several() or _in_common_step()):
             self.measure(x.detach())
         return (x + self.mean) * self.scale
@@ -45,7 +45,7 @@ class Standardise(nn.Module):
 @torch.no_grad()
 def measure(self:Standardise,
     x:torch.Tensor, # magnitudes (b, n_t, n_ac, bins)
-):
+) -> None:
     """Take mean and spread over batch, frames and channels, and over all processes that train together, each
     of which must call this; silence changes nothing."""
     frames = x.float().mean(2).flatten(0, 1)
@@ -60,7 +60,7 @@ def measure(self:Standardise,
 
 # %% ../../nbs/networks/open_unmix.ipynb #08ea3331
 @patch
-def reset_parameters(self:Standardise):
+def reset_parameters(self:Standardise) -> None:
     "As if nothing had been heard."
     self.mean.data.zero_()
     self.scale.data.fill_(1)
@@ -84,7 +84,7 @@ class Listener(nn.Module):
             hidden, hidden // (1 + bidirectional), layers, bidirectional, dropout if layers > 1 else 0.0
         )
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         x = self.fc1(self.standardise(x).flatten(2))
         x = self.bn1(x.flatten(0, 1)).view_as(x).tanh()
         return torch.cat([x, self.recurrent(x)], -1)
@@ -103,7 +103,7 @@ class Painter(nn.Module):
         self.fc3, self.bn3 = nn.Linear(hidden, n_ac * n_f, bias=False), nn.BatchNorm1d(n_ac * n_f)
         self.scale, self.mean = nn.Parameter(torch.ones(n_f)), nn.Parameter(torch.ones(n_f))
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.fc2(x.flatten(0, 1))).relu()
         y = self.bn3(self.fc3(y)).view(*x.shape[:2], *self.shape)
         return (y * self.scale + self.mean).relu()

@@ -7,6 +7,7 @@ __all__ = ['SIX', 'RESEARCH', 'PEERS', 'CLASSES', 'Peer', 'peer_notes', 'demucs_
            'valid_length', 'run_demucs', 'fetch_demucs', 'load_peer']
 
 # %% ../../nbs/networks/peers.ipynb #3660fef9
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -69,8 +70,8 @@ def _demucs():
 # %% ../../nbs/networks/peers.ipynb #3eb02682
 def demucs_class(
     name:str, # such as "demucs.htdemucs.HTDemucs"
-    path, # of the file that names it
-): # the class
+    path:str|Path, # of the file that names it
+) -> Callable: # the class
     "One of Demucs' networks. `UserError` for any other class."
     if name not in CLASSES:
         raise UserError(f"{path} asks for {name!r}, which is none of Demucs' networks; it is not loaded")
@@ -92,7 +93,7 @@ def _build(package, path) -> nn.Module:
 
 # %% ../../nbs/networks/peers.ipynb #65a644a3
 def read_demucs(
-    path, # ends in .safetensors or .th
+    path:str, # ends in .safetensors or .th
 ) -> nn.Module: # in eval mode
     "A network from one of Demucs' files. `UserError` for anything that could execute, and for damage."
     path, demucs = Path(path), _demucs()
@@ -147,9 +148,9 @@ class PeerNetwork(nn.Module):
     cuts them."""
     hop, cut = 1, "triangle"
     def __init__(self,
-        models, # Demucs' networks
-        weights=None, # one list a network, with one number a stem; None: all the same
-        notes=(), # lines for people
+        models:list, # Demucs' networks
+        weights:list|None=None, # one list a network, with one number a stem; None: all the same
+        notes:list=(), # lines for people
     ):
         super().__init__()
         first = models[0]
@@ -166,7 +167,7 @@ class PeerNetwork(nn.Module):
         "How many samples the networks take for a segment."
         return max(valid_length(m, frames) for m in self.models)
 
-    def forward(self, waveform):
+    def forward(self, waveform:torch.Tensor) -> torch.Tensor:
         total = 0
         for model, weight in zip(self.models, self.weights / self.weights.sum(0)):
             if weight.any(): total = total + run_demucs(model, waveform) * weight[:, None, None]
@@ -174,7 +175,7 @@ class PeerNetwork(nn.Module):
 
 # %% ../../nbs/networks/peers.ipynb #9e595d74
 def valid_length(
-    model, # one of Demucs' networks
+    model:nn.Module, # one of Demucs' networks
     frames:int, # samples
 ) -> int:
     "How many samples it takes for so many."
@@ -182,9 +183,9 @@ def valid_length(
 
 # %% ../../nbs/networks/peers.ipynb #3af89331
 def run_demucs(
-    model, # one of Demucs' networks
-    waveform, # (b, c, time)
-): # (b, s, c, time)
+    model:nn.Module, # one of Demucs' networks
+    waveform:torch.Tensor, # (b, c, time)
+) -> torch.Tensor: # (b, s, c, time)
     "One network on a waveform, filled with silence on both sides to a length that it takes."
     frames = waveform.shape[-1]
     valid = valid_length(model, frames)
@@ -232,7 +233,7 @@ def _from_older_place(name, demucs):
 
 # %% ../../nbs/networks/peers.ipynb #e970ae41
 def load_peer(
-    name, # of `PEERS`, or the path of one of Demucs' files
+    name:str, # of `PEERS`, or the path of one of Demucs' files
 ) -> PeerNetwork:
     "Another project's model, ready to run."
     if str(name) not in PEERS:

@@ -7,9 +7,10 @@ __all__ = ['MaskNetwork', 'fold_channels']
 
 # %% ../../nbs/networks/protocol.ipynb #cba76ebc
 import json
+from typing import Any
 
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 
 from ..audio import SOURCES, STFT
 from ..foundations.files import UserError
@@ -20,14 +21,14 @@ class MaskNetwork(nn.Module):
     """A separator that multiplies the mixture's spectrogram with a predicted mask; a subclass writes
     `predict`."""
     def __init__(self,
-                 sizes=None, # the subclass's own arguments, kept in `args` beside those below
+                 sizes:dict|None=None, # the subclass's own arguments, kept in `args` beside those below
                  *,
-                 sources=SOURCES, # names of the sources, in the order of the mask's last axis
-                 sample_rate=SAMPLE_RATE, # Hz
-                 channels=1, # audio channels seen at a time; 1 handles every channel by itself
-                 window_length=512, # of the STFT, in samples
-                 hop_length=128, # of the STFT, in samples
-                 window_type="sqrt_hann"): # of the STFT, as nussl names them
+                 sources:tuple|list=SOURCES, # names of the sources, in the order of the mask's last axis
+                 sample_rate:int=SAMPLE_RATE, # Hz
+                 channels:int=1, # audio channels seen at a time; 1 handles every channel by itself
+                 window_length:int=512, # of the STFT, in samples
+                 hop_length:int=128, # of the STFT, in samples
+                 window_type:str="sqrt_hann"): # of the STFT, as nussl names them
         super().__init__()
         front = dict(sources=list(sources), sample_rate=sample_rate, channels=channels,
                      window_length=window_length, hop_length=hop_length, window_type=window_type)
@@ -36,14 +37,14 @@ class MaskNetwork(nn.Module):
         self.stft = STFT(window_length, hop_length, window_type)
         self.n_f = window_length // 2 + 1
 
-    def predict(self, magnitude):
+    def predict(self, magnitude:Tensor) -> Tensor:
         "The mask `(b, n_t, n_f, channels, s)` of a magnitude `(b, n_t, n_f, channels)`."
         raise NotImplementedError(f"{type(self).__name__} must write predict(magnitude)")
 
 # %% ../../nbs/networks/protocol.ipynb #1d88c67e
-def fold_channels(x, # any tensor
-                  axis, # where its channels are
-                  channels): # how many the network sees at a time
+def fold_channels(x:Any, # any tensor
+                  axis:int, # where its channels are
+                  channels:int) -> tuple: # how many the network sees at a time
     """`x` with `channels` channels and the others folded into the batch, and the function that brings a
     result `(b, …, channels, …)` back."""
     found = x.shape[axis]
@@ -59,13 +60,13 @@ def fold_channels(x, # any tensor
 
 # %% ../../nbs/networks/protocol.ipynb #2faa0c3a
 @patch
-def magnitudes(self:MaskNetwork, waveform):
+def magnitudes(self:MaskNetwork, waveform:Any) -> Any:
     "The magnitude spectrogram `(b, n_t, n_f, c)` of a waveform `(b, c, time)`."
     return self.stft.magnitude(waveform)
 
 
 @patch
-def mask(self:MaskNetwork, magnitude):
+def mask(self:MaskNetwork, magnitude:Any) -> Any:
     """The mask `(b, n_t, n_f, n_ac, s)` of a mixture's magnitude `(b, n_t, n_f, n_ac)`, for any number of
     channels."""
     folded, unfold = fold_channels(magnitude, 3, self.channels)
@@ -73,7 +74,7 @@ def mask(self:MaskNetwork, magnitude):
 
 # %% ../../nbs/networks/protocol.ipynb #7c50afd4
 @patch
-def forward(self:MaskNetwork, waveform):
+def forward(self:MaskNetwork, waveform:Any) -> Any:
     "The stems `(b, s, c, time)` of a waveform `(b, c, time)`: mask times mixture, with the mixture's phase."
     folded, unfold = fold_channels(waveform, 1, self.channels)
     mixture = self.stft(folded)

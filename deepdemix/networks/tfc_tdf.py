@@ -45,7 +45,7 @@ class TFCTDF(nn.Module):
             _normed(nn.Linear(n_f, narrow, bias=False), n), _normed(nn.Linear(narrow, n_f, bias=False), n)
         )
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         x = self.tfc(x)
         return x + self.tdf(x)
 
@@ -68,7 +68,7 @@ class TFCTDFEncoder(nn.Module):
         self.blocks = nn.ModuleList(TFCTDF(n, n_f >> i, layers, kernel, squeeze) for i, n in enumerate(maps))
         self.downs = nn.ModuleList(_normed(nn.Conv2d(a, b, 2, stride=2), b) for a, b in zip(maps, maps[1:]))
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> list:
         maps = [self.blocks[0](self.first(x))]
         for down, block in zip(self.downs, self.blocks[1:]): maps.append(block(down(maps[-1])))
         return maps
@@ -95,7 +95,7 @@ class TFCTDFDecoder(nn.Module):
         )
         self.last = nn.Conv2d(growth, n_out, 1)
 
-    def forward(self, maps):
+    def forward(self, maps:list) -> torch.Tensor:
         x = maps[-1]
         for up, block, m in zip(self.ups, self.blocks, maps[-2::-1]): x = block(up(x) * m)
         return self.last(x)
@@ -130,7 +130,7 @@ class TFCTDFNet(nn.Module):
         bins:int=2048, # frequencies that are seen and drawn, a whole multiple of 2**depth
         output:str="direct", # or "mask"
         joint:bool=True, # one network for all sources; false: one each, as published
-        sources=SOURCES, # names of the stems
+        sources:tuple|list=SOURCES, # names of the stems
         sample_rate:int=SAMPLE_RATE, # Hz
         channels:int=2, # audio channels seen together
         window_length:int=6144, # of the STFT, in samples
@@ -158,7 +158,7 @@ class TFCTDFNet(nn.Module):
 # %% ../../nbs/networks/tfc_tdf.ipynb #836b0991
 @patch
 @torch.no_grad()
-def begin_with_shares(self:TFCTDFNet):
+def begin_with_shares(self:TFCTDFNet) -> None:
     "Let the last layers draw almost 1 / sources, with no turn of the phase."
     for decode in self.decoder:
         decode.last.weight.mul_(0.1)

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 from torch.nn import functional as F
@@ -37,7 +38,7 @@ SUMS = ("accompaniment", "no_vocals", "mixture")
 STEMS = (*SOURCES, "guitar", "piano", *SUMS)
 
 def find_stems(
-    folder, # to be searched
+    folder:str|Path, # to be searched
     depth:int=4, # levels below it
 ) -> dict: # {folder of a song: {stem: [files]}}
     "All folders with stems in them."
@@ -55,8 +56,8 @@ def find_stems(
 
 # %% ../../nbs/scoring/estimates.ipynb #2b894150
 def folder_titles(
-    place:Path, # a song's folder
-    root:Path, # that was searched
+    place:str|Path, # a song's folder
+    root:str|Path, # that was searched
 ) -> list: # plain, the likeliest first
     "The titles that a folder may stand for."
     parts = place.relative_to(root).parts
@@ -69,7 +70,7 @@ class Estimates:
     """The stems in a folder as a separator: mixture `(channels, time)` and its title in, {stem: `(channels,
     time)`} out."""
     def __init__(self,
-        folder, # that another tool has filled
+        folder:str|Path, # that another tool has filled
         sample_rate:float=SAMPLE_RATE, # of the data, in Hz; other rates are resampled
     ):
         self.folder = Path(folder).expanduser()
@@ -87,7 +88,7 @@ class Estimates:
         for place in self.places:
             for title in dict.fromkeys(folder_titles(place, self.folder)): self.titles[title].append(place)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Estimates({self.folder}: {len(self.places)} songs with {', '.join(self.stems)})"
 
     @property
@@ -112,11 +113,11 @@ def place_of(
 
 # %% ../../nbs/scoring/estimates.ipynb #58e36d6a
 def fit_length(
-    x, # (channels, time)
+    x:Any, # (channels, time)
     frames:int, # samples that it should have
     tolerance:int, # samples that it may differ by
     name:str="the stem", # for the message
-):
+) -> Any:
     "The same sound cut or filled with silence to `frames`. `UserError` where that would be too much."
     extra = x.shape[-1] - frames
     if abs(extra) <= tolerance: return F.pad(x, (0, -extra))
@@ -128,8 +129,8 @@ def read_stem(
     estimates:Estimates, # that the file belongs to
     name:str, # of the stem
     paths:list, # of its files
-    mixture, # (channels, time)
-): # (channels, time)
+    mixture:Any, # (channels, time)
+) -> Any: # (channels, time)
     "One stem as the data have it. `UserError` for two files of one name and for what can't be read."
     if len(paths) > 1: raise UserError(f"{name} is there twice: {', '.join(x.name for x in paths)}")
     (channels, frames), rate = mixture.shape, round(estimates.sample_rate)
@@ -149,7 +150,7 @@ def read_stem(
 # %% ../../nbs/scoring/estimates.ipynb #7affda24
 @patch
 def __call__(self:Estimates,
-    mixture, # (channels, time)
+    mixture:Any, # (channels, time)
     title:str, # of the song
 ) -> dict: # {stem: (channels, time)}
     "The song's stems. `UserError` if they are not there, or don't fit the mixture."

@@ -65,10 +65,10 @@ def _coupled(power: Tensor, right: Tensor, time: Tensor, freq: Tensor) -> Tensor
 
 # %% ../../nbs/scoring/oracles.ipynb #8045169b
 def grid_mask(
-    stems: Tensor,         # complex (batch, n_t, n_f, channels, sources)
-    mixture: Tensor,       # complex (batch, n_t, n_f, channels, 1)
+    stems: Tensor,  # complex (batch, n_t, n_f, channels, sources)
+    mixture: Tensor,  # complex (batch, n_t, n_f, channels, 1)
     grid: tuple=(12, 12),  # cells along time and frequency
-    mode: str="nearest",   # or "linear": how the grid is upsampled
+    mode: str="nearest",  # or "linear": how the grid is upsampled
 ) -> Tensor:               # (batch, n_t, n_f, channels, sources) in [0, 1]
     "The best mask that is an upsampled grid: what a decoder without a skip path can reach."
     time, freq = (_basis(n, k, mode).to(stems.real.dtype) for n, k in zip(stems.shape[1:3], grid))
@@ -104,10 +104,10 @@ def _masked(
 
 # %% ../../nbs/scoring/oracles.ipynb #3d90bf6c
 def reference_estimates(
-    stems: Tensor,                   # true sources (sources, channels, time)
-    mixture: Tensor,                 # (channels, time)
-    stft: STFT=None,                 # the model's; 512/128, the paper's, if not given
-    rows: tuple=REFERENCES,          # which of `REFERENCES`
+    stems: Tensor,  # true sources (sources, channels, time)
+    mixture: Tensor,  # (channels, time)
+    stft: STFT=None,  # the model's; 512/128, the paper's, if not given
+    rows: tuple=REFERENCES,  # which of `REFERENCES`
     sample_rate: float=SAMPLE_RATE,  # samples per second
 ) -> dict[str, Tensor]:              # row -> estimates (sources, channels, time)
     "What each reference row would put out for one song, in bounded memory beside its own output."

@@ -6,13 +6,16 @@
 __all__ = ['plot_scores', 'plot_songs', 'show_songs']
 
 # %% ../../nbs/scoring/pictures.ipynb #358e0e14
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from ..audio import SOURCE_COLORS, STFT, show_spectrogram
 from ..evaluation import Windowed, _estimator
+from ..foundations.store import Store
 from .scores import Scores, _one_split
 from .verdicts import _pick
 from ..tasks import scored_song
@@ -30,13 +33,13 @@ def _seeded(
 
 # %% ../../nbs/scoring/pictures.ipynb #66f47304
 def plot_scores(
-    scores: Scores,       # of one or more models, with reference rows
-    metric: str="SDR",    # which
-    split: str=None,      # the only one if not given
+    scores: Scores,  # of one or more models, with reference rows
+    metric: str="SDR",  # which
+    split: str=None,  # the only one if not given
     # reference rows to draw where they were scored
     lines: tuple=("mixture / 4", "oracle 12x12", "ideal ratio mask"),
-    ax=None,              # where; a new figure if not given
-):
+    ax:Any=None,  # where; a new figure if not given
+) -> Any:
     "Box and strip plot of songs per source, with reference rows as lines."
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -62,13 +65,13 @@ def plot_scores(
 
 # %% ../../nbs/scoring/pictures.ipynb #ce5f3b14
 def plot_songs(
-    a, b,               # `Scores` of two models
+    a:Scores, b:Scores,               # `Scores` of two models
     metric: str="SDR",  # which
     model_a: str=None,  # needed only if `a` holds several models
     model_b: str=None,  # needed only if `b` holds several models
-    split: str=None,    # needed only if several splits were scored
-    ax=None,            # where; a new figure if not given
-):
+    split: str=None,  # needed only if several splits were scored
+    ax:Any=None,  # where; a new figure if not given
+) -> Any:
     "Scatter of songs, model B against model A, in the colours of the sources."
     import matplotlib.pyplot as plt
     (a, model_a), (b, model_b) = _pick(a, model_a), _pick(b, model_b)
@@ -100,14 +103,14 @@ def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> Non
 
 # %% ../../nbs/scoring/pictures.ipynb #477b154a
 def show_songs(
-    separate,              # as for `evaluate`
-    store,                 # the songs that were scored
-    scores: Scores,        # of that separator
-    n: int=5,              # how many of the best and of the worst
+    separate:Callable,  # as for `evaluate`
+    store:Store,  # the songs that were scored
+    scores: Scores,  # of that separator
+    n: int=5,  # how many of the best and of the worst
     source: str="vocals",  # which to draw, and to rank by
-    metric: str="SDR",     # to rank by
-    model: str=None,       # needed only if `scores` holds several models
-):
+    metric: str="SDR",  # to rank by
+    model: str=None,  # needed only if `scores` holds several models
+) -> Any:
     """Spectrograms (kHz over seconds) of the best songs, then the worst, one a row: mixture, true and
     estimated source. Returns the figure."""
     import matplotlib.pyplot as plt

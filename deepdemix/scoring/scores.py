@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def array(self: Scores, metric: str, model: str, split: str=None) -> tuple[np.nd
 
 # %% ../../nbs/scoring/scores.ipynb #7515ba57
 @patch
-def by_song(self: Scores, metric: str="SDR", model: str=None, split: str=None):
+def by_song(self: Scores, metric: str="SDR", model: str=None, split: str=None) -> Any:
     "Table of one metric: songs down, sources across; the mean over seeds. The only model if none is named."
     import pandas as pd
     values, titles = self.array(metric, model or self._single(), split)
@@ -148,7 +149,7 @@ def extremes(self: Scores, n: int=5, *args, **kwargs) -> list[str]:
 
 # %% ../../nbs/scoring/scores.ipynb #d7bbbd34
 @patch
-def summary(self: Scores, metrics=None, intervals: bool=False):
+def summary(self: Scores, metrics:list|None=None, intervals: bool=False) -> Any:
     """Table of numbers: (split, model) down, (metric, overall or source) across; `intervals` adds low and
     high."""
     import pandas as pd
@@ -256,11 +257,12 @@ def _mask_note(self: Scores) -> list[str]:
 # %% ../../nbs/scoring/scores.ipynb #dc1e4b00
 @patch
 def table(self: Scores,
-    metrics=None,          # which, in order; by default SDR, SNR and SI-SDR, or SDR and uSDR for stereo
-    references=True,       # with the reference rows; or `Scores` that hold them
+    # which, in order; by default SDR, SNR and SI-SDR, or SDR and uSDR for stereo
+    metrics:list|None=None,
+    references:Any=True,  # with the reference rows; or `Scores` that hold them
     intervals: bool=True,  # with 95 % intervals of the models' overall scores
-    paper: bool=False,     # with the paper's printed numbers
-    caption: str="",       # above the table
+    paper: bool=False,  # with the paper's printed numbers
+    caption: str="",  # above the table
 ) -> Table:
     "The scores as a table for people: models, then reference rows, then the paper's."
     all = self + references if isinstance(references, Scores) else self
@@ -312,7 +314,7 @@ def records(self: Scores) -> list[dict]:
 # %% ../../nbs/scoring/scores.ipynb #563db0d0
 @patch
 def save(self: Scores,
-    path,             # of scores.json
+    path:str|Path,  # of scores.json
     digits: int=None, # decimals to keep; None: all
 ) -> Path: # the same
     "Write everything as JSON, a song a line, whole or not at all."
@@ -332,7 +334,7 @@ def _rounded(x, digits: int):
 # %% ../../nbs/scoring/scores.ipynb #ca08d509
 @patch(cls_method=True)
 def load(cls: Scores,
-    path,  # of scores.json, or the folder that it is in
+    path:str|Path,  # of scores.json, or the folder that it is in
 ) -> Scores:
     "Read what `save` wrote."
     path = Path(path)
@@ -346,9 +348,9 @@ def load(cls: Scores,
 
 # %% ../../nbs/scoring/scores.ipynb #58992924
 def museval_song(
-    frames: dict,      # source -> metric -> dB per frame, None where there is none
+    frames: dict,  # source -> metric -> dB per frame, None where there is none
     window: float=1.,  # seconds of a frame
-    hop: float=1.,     # seconds between frames
+    hop: float=1.,  # seconds between frames
 ) -> dict:
     "One song in the format of museval's `TrackStore`; what was not computed is NaN."
     def frame(found, k):
@@ -362,7 +364,8 @@ def museval_song(
 # %% ../../nbs/scoring/scores.ipynb #03ac9152
 @patch
 def save_songs(self: Scores,
-    folder,           # FOLDER/SPLIT/TITLE.json; one folder for each model and seed if there are several
+    # FOLDER/SPLIT/TITLE.json; one folder for each model and seed if there are several
+    folder:str|Path,
 ) -> list[Path]:      # the files
     "Write one JSON per song for museval's tools; a model scored without SDR has none."
     several, paths = len({k[:2] for k in self.frames}) > 1, []
@@ -406,10 +409,10 @@ def _museval_record(path: Path, key: tuple, sources: tuple) -> dict:
 @patch(cls_method=True)
 def from_museval(cls: Scores,
     # FOLDER/SPLIT/TITLE.json, or FOLDER/TITLE.json, as museval's `EvalStore` has them
-    folder,
-    name: str=None,           # of the row; by default the folder's
-    split: str="test",        # of files that lie in no folder of a split
-    sources: tuple=SOURCES,   # targets to take
+    folder:str|Path,
+    name: str=None,  # of the row; by default the folder's
+    split: str="test",  # of files that lie in no folder of a split
+    sources: tuple=SOURCES,  # targets to take
 ) -> Scores:
     "Scores from the files that museval wrote, with SDR, ISR, SIR and SAR; stereo, as museval scores MUSDB18."
     folder = Path(folder).expanduser()

@@ -34,8 +34,8 @@ PAPER_TABLE = {key: {metric: dict(zip(_columns, row)) for metric, row in zip(("S
 class Table:
     "Scores for people: `print` it, or show it in a notebook."
     def __init__(self,
-        groups: list,    # lists of (label, {(metric, column): text}); a rule separates them
-        columns: list,   # (metric, column), in order
+        groups: list,  # lists of (label, {(metric, column): text}); a rule separates them
+        columns: list,  # (metric, column), in order
         caption: str="", # above
         notes: tuple=(), # below
     ): self.groups, self.columns, self.caption, self.notes = groups, columns, caption, notes

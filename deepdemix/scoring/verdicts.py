@@ -138,11 +138,11 @@ def _seeds(scores: Scores, metric: str, model: str, split: str) -> list:
 
 # %% ../../nbs/scoring/verdicts.ipynb #e645b3fb
 def _match(
-    a: Scores,    # of model A
-    b: Scores,    # of model B
+    a: Scores,  # of model A
+    b: Scores,  # of model B
     metric: str,  # which
     models: tuple,# names of A and B
-    split: str,   # of the data
+    split: str,  # of the data
 # values of A and of B (runs, songs, sources), whether runs share their seeds, all titles of A and of B,
 # sources
 ) -> tuple:
@@ -175,15 +175,15 @@ def _verdict_notes(x, y, titles, others, numbers, average, same_data, same_seeds
 
 # %% ../../nbs/scoring/verdicts.ipynb #5d1f3a07
 def compare(
-    a,                      # `Scores` of model A, one or several seeds; or a list of them
-    b,                      # of model B
-    metric: str="SDR",      # which
-    model_a: str=None,      # needed only if `a` holds several models
-    model_b: str=None,      # needed only if `b` holds several models
-    split: str=None,        # needed only if several splits were scored
+    a:Scores,  # `Scores` of model A, one or several seeds; or a list of them
+    b:Scores,  # of model B
+    metric: str="SDR",  # which
+    model_a: str=None,  # needed only if `a` holds several models
+    model_b: str=None,  # needed only if `b` holds several models
+    split: str=None,  # needed only if several splits were scored
     average: str="median",  # or "mean", over songs
-    name: str="",           # what changed, for the sentence: "pretraining"
-    seed: int=0,            # of the songs' resampling
+    name: str="",  # what changed, for the sentence: "pretraining"
+    seed: int=0,  # of the songs' resampling
 ) -> Verdict:
     "The paired verdict on two models, over the songs that both have."
     (a, model_a), (b, model_b) = _pick(a, model_a), _pick(b, model_b)

@@ -19,8 +19,10 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -45,13 +47,13 @@ class Job:
     parent: str # the folder in which it gets a folder of its own
 
     @property
-    def folder(self): return Path(self.parent) / folder_name(self.path)
+    def folder(self) -> Path: return Path(self.parent) / folder_name(self.path)
 
 # %% ../../nbs/serving/catalogue.ipynb #bfb39ab8
 def read_list(
     # a text file: a song a line, relative to the list's folder or absolute; lines that begin with # are
     # passed over
-    path,
+    path:str|Path,
 ) -> list: # of (path, its place under the output)
     "The songs of a list. `UserError` if it can't be read, or has none."
     try: lines = [x.strip() for x in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -74,8 +76,8 @@ def _songs(source, out):
 
 # %% ../../nbs/serving/catalogue.ipynb #cc967b8a
 def list_jobs(
-    sources, # folders, lists and songs
-    out, # where the stems go; what lies in here is not searched
+    sources:list, # folders, lists and songs
+    out:str|Path, # where the stems go; what lies in here is not searched
 ) -> list: # of `Job`
     """The songs of a catalogue, each once. `UserError` for an empty folder, and where two songs would share
     a folder."""
@@ -95,17 +97,17 @@ def list_jobs(
 
 # %% ../../nbs/serving/catalogue.ipynb #8e1820d7
 def key_of(
-    path, # of a song
+    path:str|Path, # of a song
 ) -> str:
     "The name of a song's record."
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
-def state_file(state, key, suffix=".json"):
+def state_file(state:Path, key:str, suffix:str=".json") -> Path:
     "A small file about one job; a million of them lie in 256 folders."
     return Path(state) / key[:2] / f"{key}{suffix}"
 
 # %% ../../nbs/serving/catalogue.ipynb #41c1e56d
-def fingerprint(path):
+def fingerprint(path:str|Path) -> Any:
     "What tells a changed file from one that is as it was: its size and time; None if it can't be seen."
     try: found = os.stat(path)
     except OSError: return None
@@ -123,16 +125,16 @@ def settings_of(
     return given | ({"stems": stem_list(given["stems"])} if "stems" in given else {})
 
 # %% ../../nbs/serving/catalogue.ipynb #b9c93a6a
-def stem_list(stems) -> list:
+def stem_list(stems:Any) -> list:
     "A stem, or several in any kind of collection, as a list."
     return [stems] if isinstance(stems, str) else list(stems)
 
 # %% ../../nbs/serving/catalogue.ipynb #ba000004
 def finished_row(
-    state, # folder of the records
-    job, # a `Job`
+    state:Path, # folder of the records
+    job:Any, # a `Job`
     settings:dict, # what the stems depend on beside the song
-):
+) -> dict|None:
     "The record of a song that is finished with the same settings, else None."
     try: record = json.loads(state_file(state, key_of(job.path)).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
@@ -143,7 +145,7 @@ def finished_row(
 
 # %% ../../nbs/serving/catalogue.ipynb #80d6893b
 def level(
-    path, # a sound file
+    path:str|Path, # a sound file
 ) -> float: # dB; silence is -200
     "Root mean square of a file, in dB relative to full scale."
     total, count = 0.0, 0
@@ -152,7 +154,7 @@ def level(
 
 # %% ../../nbs/serving/catalogue.ipynb #b7983162
 def model_digest(
-    folder, # of a model
+    folder:str|Path, # of a model
 ) -> str:
     """SHA-256 of a model's weights and of its recipe: another model, another digest. Another project's model
     goes by its name."""
@@ -163,7 +165,7 @@ def model_digest(
     return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
 
 # %% ../../nbs/serving/catalogue.ipynb #81cede50
-def versions():
+def versions() -> dict:
     "What must be the same on all machines for the stems to be the same."
     return {"deepdemix": deepdemix.__version__,
             "torch": torch.__version__.split("+")[0],
@@ -174,11 +176,11 @@ class SongWorker:
     """Separates one song of a catalogue at a time. The model is loaded once, when the first song comes that
     is not finished."""
     def __init__(self,
-                 out, # folder of the stems, as every worker sees it
-                 model="default", # a bundled model, a run folder, or "hf:owner/name"
-                 run="", # name of this run; rows of another were there before
-                 overwrite=False, # do finished songs again
-                 loading=None, # options of `Separator`: device, threads, overlap, batch_size
+                 out:str|Path, # folder of the stems, as every worker sees it
+                 model:str|Path="default", # a bundled model, a run folder, or "hf:owner/name"
+                 run:str="", # name of this run; rows of another were there before
+                 overwrite:bool=False, # do finished songs again
+                 loading:dict|None=None, # options of `Separator`: device, threads, overlap, batch_size
                  **options): # options of `Separator.separate_file`
         folder = find_model(model, peers=True)
         self.model = (os.path.abspath(folder) if folder.exists() and str(model) not in pretrained_names()
@@ -188,9 +190,10 @@ class SongWorker:
         self.digest = model_digest(folder)
         self.settings = settings_of(options | dict(model=self.digest, overlap=self.loading.get("overlap")))
 
-    def identity(self): return {**versions(), "model": model_digest(find_model(self.model, peers=True))[:12]}
+    def identity(self) -> dict:
+        return {**versions(), "model": model_digest(find_model(self.model, peers=True))[:12]}
 
-    def __call__(self, job): # a `Job`
+    def __call__(self, job:Any) -> Any: # a `Job`
         "The row of a song: what is known of it if it is finished, else what came of separating it."
         row = finished_row(self.state, job, self.settings)
         if row and (row["run"] == self.run or not self.overwrite): return row
@@ -225,11 +228,11 @@ class Careful:
     """Calls a function for one job at a time and never raises: an error is the result. A job that has ended
     its process three times is given up."""
     def __init__(self,
-                 call, # takes a job
-                 notes): # folder for notes on what is in work, shared by all workers
+                 call:Callable, # takes a job
+                 notes:Path): # folder for notes on what is in work, shared by all workers
         self.call, self.notes = call, Path(notes)
 
-    def __call__(self, number, job):
+    def __call__(self, number:int, job:Any) -> Any:
         "The job's result, or a `UserError`."
         note = self.notes / str(number)
         try:
@@ -247,11 +250,11 @@ class Careful:
 
 # %% ../../nbs/serving/catalogue.ipynb #4df2f7d5
 def alone(
-    call, # takes a job
-    jobs, # list of them
-    state, # folder for notes
-    inputs=(), # files that whoever works must see: this process does
-):
+    call:Callable, # takes a job
+    jobs:list, # list of them
+    state:Path, # folder for notes
+    inputs:Any=(), # files that whoever works must see: this process does
+) -> Iterator:
     "Yield (number of a job, its result or a `UserError`), one after another."
     careful = Careful(call, Path(state) / "tries" / uuid.uuid4().hex[:12])
     try:
@@ -266,9 +269,9 @@ COLUMNS = dict(input="string", status="string", reason="string", skipped="bool",
 class Manifest:
     "A table that is written row by row; `close` gives it its name."
     def __init__(self,
-                 folder, # where manifest.parquet (or .csv) goes
-                 levels, # names of the stems
-                 group=10000): # rows that are written together
+                 folder:str|Path, # where manifest.parquet (or .csv) goes
+                 levels:Any, # names of the stems
+                 group:int=10000): # rows that are written together
         try:
             import pyarrow
         except ImportError: pyarrow = None
@@ -276,20 +279,20 @@ class Manifest:
         self.columns = COLUMNS | {f"level_{name}": "float" for name in levels}
         self.path = Path(folder) / ("manifest.parquet" if pyarrow else "manifest.csv")
         self.part = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
-    def add(self, row):
+    def add(self, row:dict) -> None:
         self.rows.append({name: row.get(name) for name in self.columns})
         if len(self.rows) >= self.group: self.flush()
-    def close(self):
+    def close(self) -> None:
         self.flush()
         if self.arrow: self.writer.close()
         os.replace(self.part, self.path)
-    def discard(self):
+    def discard(self) -> None:
         if self.arrow and self.writer: self.writer.close()
         self.part.unlink(missing_ok=True)
 
 # %% ../../nbs/serving/catalogue.ipynb #729c8907
 @patch
-def flush(self:Manifest):
+def flush(self:Manifest) -> None:
     "Write the rows that wait."
     if not self.arrow: return self._flush_csv()
     import pyarrow.parquet
@@ -314,8 +317,8 @@ def _flush_csv(self:Manifest):
 
 # %% ../../nbs/serving/catalogue.ipynb #28cb1b5d
 def read_manifest(
-    folder, # the output folder of a catalogue
-):
+    folder:str|Path, # the output folder of a catalogue
+) -> Any:
     "The manifest as a pandas table."
     import pandas as pd
     path = Path(folder) / "manifest.parquet"
@@ -325,14 +328,14 @@ def read_manifest(
 class Tally:
     """How many songs are behind us, and how long the rest will take: a line every ten seconds at most, on
     standard error."""
-    def __init__(self, total, show=True, every=10.0):
+    def __init__(self, total:int, show:bool=True, every:float=10.0):
         self.total = total
         self.show = show
         self.every = every
         self.counts = dict(done=0, skipped=0, failed=0)
         self.start = None
 
-    def __call__(self, what, now=None): # done, skipped or failed; seconds
+    def __call__(self, what:str, now:float|None=None) -> None: # done, skipped or failed; seconds
         now = time.monotonic() if now is None else now
         if self.start is None: self.start = self.last = now
         self.counts[what] += 1
@@ -340,7 +343,7 @@ class Tally:
             self.last = now
             say(self.line(now - self.start))
 
-    def line(self, elapsed): # seconds
+    def line(self, elapsed:float) -> str: # seconds
         "Songs that were finished before took no time, and say nothing about the rest."
         seen, worked = sum(self.counts.values()), self.counts["done"] + self.counts["failed"]
         left = elapsed * (self.total - seen) / max(worked - 1, 1)
@@ -356,13 +359,13 @@ def _time(seconds):
 
 # %% ../../nbs/serving/catalogue.ipynb #54af5d9d
 def separate_catalogue(
-    sources, # folders, lists of files, songs
-    out, # the folder in which every song gets a folder of its own
-    model="default", # a bundled model, a run folder, or "hf:owner/name"
-    each=alone, # who does the work: `alone`, or an `OnRay`
-    overwrite=False, # do finished songs again
-    progress=True, # say on standard error how far it is
-    loading=None, # options of `Separator`
+    sources:list, # folders, lists of files, songs
+    out:str|Path, # the folder in which every song gets a folder of its own
+    model:str|Path="default", # a bundled model, a run folder, or "hf:owner/name"
+    each:Callable=alone, # who does the work: `alone`, or an `OnRay`
+    overwrite:bool=False, # do finished songs again
+    progress:bool=True, # say on standard error how far it is
+    loading:dict|None=None, # options of `Separator`
     **options, # of `Separator.separate_file`: two_stems, stems, residual_to, format, subtype, clip
 ) -> dict: # counts of songs, `failed` lines, `manifest`
     """Separate all songs that are not finished, and write the manifest of all. `UserError` for what can be

@@ -19,8 +19,10 @@ import socket
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -43,9 +45,9 @@ def _ray():
 
 # %% ../../nbs/serving/cluster.ipynb #b6486b25
 def check_address(
-    address, # "auto", "HOST:PORT" or "ray://HOST:PORT"
-    seconds=5.0, # to wait for an answer
-):
+    address:str|None, # "auto", "HOST:PORT" or "ray://HOST:PORT"
+    seconds:float=5.0, # to wait for an answer
+) -> None:
     """`UserError` if nothing listens at an address, or something that can't be Ray, in seconds and not after
     minutes."""
     if address == "auto": return
@@ -83,7 +85,7 @@ def _speaks_http2(connection):
 SEVERAL = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" # Ray's word for machines that form clusters
 
 @contextlib.contextmanager
-def keep_private(ray):
+def keep_private(ray:Any) -> Iterator:
     "A block in which a cluster that is started listens on this machine only and wants a token of its own."
     own = dict(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)) | {SEVERAL: "0"}
     before, constants = {name: os.environ.get(name) for name in own}, ray._private.ray_constants
@@ -100,10 +102,10 @@ def keep_private(ray):
 # %% ../../nbs/serving/cluster.ipynb #ac52c11f
 @contextlib.contextmanager
 def cluster(
-    address=None, # of a cluster to join; None: one of our own, on this machine
-    cores=1, # of our own
-    gpus=0, # of our own
-):
+    address:str|None=None, # of a cluster to join; None: one of our own, on this machine
+    cores:int=1, # of our own
+    gpus:int=0, # of our own
+) -> Iterator:
     """The module ray while it is connected to a cluster; ours is gone afterwards. `UserError` if it can't be
     had."""
     if address:
@@ -153,7 +155,7 @@ def _end_processes(folder):
             if any(folder in word for word in child.cmdline()): child.kill()
 
 # %% ../../nbs/serving/cluster.ipynb #d68332fe
-def ask(question, call):
+def ask(question:dict, call:Callable) -> Any:
     "A machine's answer: what it sees of the shared folders, and what would run on it. Runs there."
     folder, mine = Path(question["folder"]), uuid.uuid4().hex
     sees = (folder / question["marker"]).is_file()
@@ -168,7 +170,7 @@ def ask(question, call):
     )
 
 # %% ../../nbs/serving/cluster.ipynb #f13a9010
-def objections(question, answers):
+def objections(question:dict, answers:list) -> Iterator:
     "One line for each thing that a machine lacks."
     for a in answers:
         host, folder = a["host"], Path(question["folder"])
@@ -192,7 +194,7 @@ def objections(question, answers):
 
 # %% ../../nbs/serving/cluster.ipynb #85c8afaf
 @contextlib.contextmanager
-def question_of(call, state, inputs):
+def question_of(call:Callable, state:Any, inputs:Any) -> Iterator:
     "What machines are asked; the folder with marker and answers is gone afterwards."
     folder = Path(state) / f"asking-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
@@ -203,7 +205,7 @@ def question_of(call, state, inputs):
     finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/serving/cluster.ipynb #304bc9a1
-def check_machines(ray, call, state, inputs, seconds=120):
+def check_machines(ray:Any, call:Callable, state:Any, inputs:Any, seconds:int=120) -> None:
     "Ask every machine of a cluster; `UserError` with all that is wrong, in one line."
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     with question_of(call, state, inputs) as question:
@@ -222,7 +224,7 @@ def check_machines(ray, call, state, inputs, seconds=120):
 # %% ../../nbs/serving/cluster.ipynb #4b1a0b0d
 class RayWorker(Careful):
     "A `Careful` on rows of Ray Data."
-    def __call__(self, row):
+    def __call__(self, row:Any) -> Any:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS") or 1)))
         result = super().__call__(row["number"], pickle.loads(row["job"]))
         return {"number": row["number"], "result": pickle.dumps(result)}
@@ -252,7 +254,7 @@ class OnRay:
     threads: int = 1 # processor cores a worker
     gpus: float = 0 # GPUs a worker
 
-    def __call__(self, call, jobs, state, inputs=()):
+    def __call__(self, call:Callable, jobs:list, state:Any, inputs:Any=()) -> Iterator:
         "Yield (number of a job, its result or a `UserError`), each once, as they come."
         notes, seen = Path(state) / "tries" / uuid.uuid4().hex[:12], set()
         with cluster(self.address, self.threads
@@ -276,7 +278,7 @@ class OnRay:
 
 # %% ../../nbs/serving/cluster.ipynb #304499e9
 @patch
-def room(self:OnRay, cores, gpus, jobs):
+def room(self:OnRay, cores:float, gpus:float, jobs:list) -> Any:
     "How many workers: as many as wanted or as fit, and no more than jobs. `UserError` for more than fit."
     fit = int(min(cores // self.threads, gpus // self.gpus if self.gpus else math.inf))
     need = f"{self.threads} cores" + (f" and {self.gpus:g} GPUs" if self.gpus else "") + " each"

@@ -26,7 +26,7 @@ class PathGraph(nn.Module):
         self.norm, self.rnn, self.out = path.norm, LSTM(path.rnn.rnn), path.out
         self.width = path.rnn.rnn.input_size
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         return x + reshape_as(self.out(self.rnn(reshape(self.norm(x), 0, -1, self.width))), x)
 
 # %% ../../nbs/serving/compact_graph.ipynb #44b06ee6
@@ -147,8 +147,8 @@ def matrices(self:CompactGraph,
 # %% ../../nbs/serving/compact_graph.ipynb #9a4f0026
 @patch
 def painted(self:CompactGraph,
-    matrices, # real and imaginary part, for each channel (b, cells or 1, 1, s - 1, c, t)
-    mixture, # real and imaginary part (b, bins, c, t)
+    matrices:torch.Tensor, # real and imaginary part, for each channel (b, cells or 1, 1, s - 1, c, t)
+    mixture:torch.Tensor, # real and imaginary part (b, bins, c, t)
     cells:int, # how many
     width:int, # bins in a cell
 ) -> list: # real and imaginary part (b, bins, s - 1, c, t)
@@ -199,7 +199,7 @@ def directions(self:CompactGraph,
 # %% ../../nbs/serving/compact_graph.ipynb #57c4f0d5
 @patch
 def solved(self:CompactGraph,
-    mixture, # real and imaginary part (b, f, 2, t)
+    mixture:torch.Tensor, # real and imaginary part (b, f, 2, t)
     covariance:torch.Tensor, # (b, f, 4, t), the stems' sum
     load:float, # on its diagonal
 ) -> torch.Tensor: # (b, f, 4, t): real left, real right, imaginary left, imaginary right
@@ -214,8 +214,8 @@ def solved(self:CompactGraph,
 # %% ../../nbs/serving/compact_graph.ipynb #9a4f0029
 @patch
 def filtered(self:CompactGraph,
-    mixture, # real and imaginary part (b, f, c, t)
-    stems, # real and imaginary part (b, f, s - 1, c, t)
+    mixture:torch.Tensor, # real and imaginary part (b, f, c, t)
+    stems:torch.Tensor, # real and imaginary part (b, f, s - 1, c, t)
     exponent:float=0.7, # as in `wiener_filter`
     load:float=1e-5, # likewise
 ) -> list: # like the stems

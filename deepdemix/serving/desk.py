@@ -13,8 +13,9 @@ import json
 import math
 import re
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
+from typing import Any
 
 from ..audio import SOURCE_COLORS, SOURCES
 from ..foundations.files import UserError, check_finite
@@ -81,7 +82,7 @@ ENCODINGS = {
 }
 
 def encode(
-    waveform, # (channels, time), at most two channels
+    waveform:Any, # (channels, time), at most two channels
     sample_rate:int, # Hz
     format:str, # flac (16 bits), flac24 or mp3
 ) -> bytes: # a sound file
@@ -117,7 +118,8 @@ def desk_data(
     sample_rate:int, # Hz
     title:str, # of the song
     notes:dict|None, # {name of a set: {stem: a few words beside its name}}
-    sound, # function (set, stem, waveform) -> where its sound is: {"sound": text} or {"url": address}
+    # function (set, stem, waveform) -> where its sound is: {"sound": text} or {"url": address}
+    sound:Callable,
     format:str, # the ending of what is saved
     remarks:list, # sentences that the page shows
 ) -> dict: # JSON can hold it

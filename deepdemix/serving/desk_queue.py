@@ -11,8 +11,10 @@ import itertools
 import re
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -32,7 +34,7 @@ class Upload:
         if self.title == self.name: self.title = Path(self.name).stem
 
     def keep(self,
-             pieces): # bytes, from beginning to end
+             pieces:Iterator) -> "Upload": # bytes, from beginning to end
         "Write the song; returns itself. `UserError` if it can't be written here."
         try:
             self.folder = tempfile.TemporaryDirectory(prefix="deepdemix-")
@@ -45,12 +47,12 @@ class Upload:
             raise UserError(f"{self.name} can't be kept here: {error.strerror or error}") from error
         return self
 
-    def close(self):
+    def close(self) -> None:
         if hasattr(self, "folder"): self.folder.cleanup()
 
-    def named(self, text): return text.replace(str(self.path), self.name)
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def named(self, text:str) -> str: return text.replace(str(self.path), self.name)
+    def __enter__(self) -> "Upload": return self
+    def __exit__(self, *_) -> None: self.close()
 
 # %% ../../nbs/serving/desk_queue.ipynb #1c1788e0
 STATES = ("waiting", "working", "ready", "failed")
@@ -82,12 +84,12 @@ class DeskSong:
     def step(self,
              stage:str, # in words
              done:float=0., # of `total`
-             total:float=0.): # 0: nobody knows
+             total:float=0.) -> None: # 0: nobody knows
         "Say what is done now. `Cancelled` if the song has been removed meanwhile."
         if self.removed: raise Cancelled(self.name)
         self.stage, self.done, self.total = stage, done, total
 
-    def clear(self):
+    def clear(self) -> None:
         "Delete every file that was kept for it."
         if isinstance(self.song, Upload): self.song.close()
         if self.folder: self.folder.cleanup()
@@ -96,7 +98,7 @@ class DeskSong:
 @patch
 def make(self:DeskSong,
     models:dict, # {label: Separator, name or folder}; what is loaded stays loaded
-):
+) -> None:
     "Read and separate the song and keep its sound; `error` says what went wrong."
     upload = self.song if isinstance(self.song, Upload) else None
     try:
@@ -156,11 +158,11 @@ class SongQueue:
         self.models, self.songs, self.numbers = dict(models), {}, itertools.count(1)
         self.lock, self.worker = threading.Lock(), None
 
-    def __iter__(self): return iter(list(self.songs.values()))
+    def __iter__(self) -> Iterator: return iter(list(self.songs.values()))
     def shown(self) -> list: return [song.shown() for song in self]
 
     def add(self,
-            song, # whatever `open_song` takes, or an `Upload`
+            song:Any, # whatever `open_song` takes, or an `Upload`
             model:str, # its label
             name:str, # what to call the song
             **opening) -> DeskSong: # track and references, of `open_song`
@@ -185,7 +187,7 @@ class SongQueue:
             if entry.state != "working": entry.clear()
         return True
 
-    def close(self):
+    def close(self) -> None:
         "Take all songs away."
         for entry in self: self.remove(entry.number)
 

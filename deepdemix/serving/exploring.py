@@ -9,6 +9,7 @@ __all__ = ['remix', 'masks_of', 'show_masks', 'excerpts', 'Explorer', 'loudness_
 import html
 import io
 from base64 import b64encode
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -25,12 +26,12 @@ from .songs import as_separators, open_song, score_notes
 
 # %% ../../nbs/serving/exploring.ipynb #18f29f99
 def remix(
-    stems, # (sources, channels, time)
-    sample_rate, # Hz
-    levels=0.0, # dB: one number, or one for each source
-    pitch=0.0, # semitones upwards
-    stretch=1.0, # new length / old length
-    reference=None, # LUFS that 0 dB stands for; None: the level that a stem has in the song
+    stems:torch.Tensor, # (sources, channels, time)
+    sample_rate:float, # Hz
+    levels:float=0.0, # dB: one number, or one for each source
+    pitch:float=0.0, # semitones upwards
+    stretch:float=1.0, # new length / old length
+    reference:float|None=None, # LUFS that 0 dB stands for; None: the level that a stem has in the song
 ) -> torch.Tensor: # (sources, channels, time)
     """An excerpt as `Mixer` would mix it with these numbers: what grows longer is cut, what grows shorter
     ends in silence, and the sum stays below full scale."""
@@ -53,9 +54,10 @@ def remix(
 
 # %% ../../nbs/serving/exploring.ipynb #ffb07b1c
 def masks_of(
-    stems, # (sources, channels, time)
-    mixture=None, # (channels, time); None: shares of the sum of all magnitudes, as in the ideal ratio mask
-    stft=None, # an `STFT`; None: 2048/512
+    stems:torch.Tensor, # (sources, channels, time)
+    # (channels, time); None: shares of the sum of all magnitudes, as in the ideal ratio mask
+    mixture:torch.Tensor|None=None,
+    stft:Any=None, # an `STFT`; None: 2048/512
 ) -> torch.Tensor: # (sources, n_t, n_f), from 0 to 1
     "What share of each bin of a mixture each stem holds, all channels together."
     stft = stft or STFT(2048, 512)
@@ -66,11 +68,11 @@ def masks_of(
 
 # %% ../../nbs/serving/exploring.ipynb #0e3162b8
 def show_masks(
-    masks, # {words: masks (sources, n_t, n_f)}, one column each
-    sample_rate, # Hz
-    names=SOURCES, # of the sources
-    seconds=None, # length of the excerpt; None: from an `STFT` of 2048/512
-):
+    masks:torch.Tensor, # {words: masks (sources, n_t, n_f)}, one column each
+    sample_rate:float, # Hz
+    names:tuple=SOURCES, # of the sources
+    seconds:Any=None, # length of the excerpt; None: from an `STFT` of 2048/512
+) -> Any:
     """Draw masks over seconds and kHz, one row a source, from black (nothing) to white (all); returns the
     figure."""
     import matplotlib.pyplot as plt
@@ -92,9 +94,9 @@ def show_masks(
 
 # %% ../../nbs/serving/exploring.ipynb #515d9f2c
 def excerpts(
-    data, # a `Store`, or whatever `open_song` takes
-    sample_rate=None, # Hz, of a waveform or stems
-):
+    data:Any, # a `Store`, or whatever `open_song` takes
+    sample_rate:float|None=None, # Hz, of a waveform or stems
+) -> Any:
     """(names of the sources, Hz, [(title, samples)], function (song, first sample, samples) -> stems
     (sources, channels, time))."""
     if isinstance(data, Store):
@@ -110,11 +112,11 @@ class Explorer:
     """The widgets of `explore_mix` and `explore_masks`: `box` shows them; a change of any field makes the
     mix and the desk anew."""
     def __init__(self,
-        data, # a `Store`, or whatever `open_song` takes
-        separator=None, # a `Separator` to send the mix through
-        sample_rate=None, # Hz, of a waveform or stems
-        seconds=5.0, # length of the excerpt
-        height=640, # pixels of the desk
+        data:Any, # a `Store`, or whatever `open_song` takes
+        separator:Any=None, # a `Separator` to send the mix through
+        sample_rate:float|None=None, # Hz, of a waveform or stems
+        seconds:float=5.0, # length of the excerpt
+        height:int=640, # pixels of the desk
     ):
         import ipywidgets as w
         self.names, self.rate, self.songs, self.read = excerpts(data, sample_rate)
@@ -171,7 +173,7 @@ def _on_change(self: Explorer, change):
 
 # %% ../../nbs/serving/exploring.ipynb #443e3eec
 @patch
-def make(self: Explorer):
+def make(self: Explorer) -> None:
     """Make the mix that the fields ask for: `sources` as they are in the song, `mixed` as they are now, and
     `estimates` if there is a separator."""
     total, frames = self.songs[self.song.value][1], round(self.seconds * self.rate)
@@ -184,8 +186,8 @@ def make(self: Explorer):
 
 # %% ../../nbs/serving/exploring.ipynb #27ae6a96
 def loudness_notes(
-    stems, # {stem: (channels, time)}
-    sample_rate, # Hz
+    stems:torch.Tensor, # {stem: (channels, time)}
+    sample_rate:float, # Hz
 ) -> dict: # {stem: "-20.0 LUFS"}
     "What to write beside stems: how loud each is."
     values = Loudness(torch.stack(list(stems.values())), sample_rate)()
@@ -211,7 +213,7 @@ def sets(self: Explorer) -> tuple: # (sets, notes) for `desk_html`
 
 # %% ../../nbs/serving/exploring.ipynb #a651c0f2
 @patch
-def show(self: Explorer):
+def show(self: Explorer) -> None:
     "Make the mix and put it on the desk; a `UserError` is shown as a line of text."
     try:
         self.make()
@@ -223,7 +225,7 @@ def show(self: Explorer):
 
 # %% ../../nbs/serving/exploring.ipynb #4fbefa40
 @patch
-def draw_masks(self: Explorer):
+def draw_masks(self: Explorer) -> None:
     "Draw the separator's masks of the mix, beside the best ones if the true stems are known."
     import matplotlib.pyplot as plt
     if self.estimates is None: return
@@ -249,7 +251,7 @@ def draw_masks(self: Explorer):
 
 # %% ../../nbs/serving/exploring.ipynb #3c2ddf04
 @patch
-def draw_next(self: Explorer):
+def draw_next(self: Explorer) -> None:
     "Set every field to what `Mixer` draws next, rounded to hundredths."
     self.number += 1
     level = ("gain", (-5, 5)) if self.kind.value is None else ("lufs", self.kind.value, (-5, 5))
@@ -265,11 +267,11 @@ def draw_next(self: Explorer):
 
 # %% ../../nbs/serving/exploring.ipynb #0c04e085
 def explore_mix(
-    data, # a `Store`, or whatever `listen` takes
-    sample_rate=None, # Hz, of a waveform or stems
-    seconds=5.0, # length of the excerpt
-    height=640, # pixels of the desk
-):
+    data:Any, # a `Store`, or whatever `listen` takes
+    sample_rate:float|None=None, # Hz, of a waveform or stems
+    seconds:float=5.0, # length of the excerpt
+    height:int=640, # pixels of the desk
+) -> Any:
     "Fields for pitch, length and levels of an excerpt above a desk with the mix that they make, as a widget."
     explorer = Explorer(data, None, sample_rate, seconds, height)
     explorer.show()
@@ -277,12 +279,12 @@ def explore_mix(
 
 # %% ../../nbs/serving/exploring.ipynb #a4bd6522
 def explore_masks(
-    data, # a `Store`, or whatever `listen` takes
-    model="default", # a name, run folder or `Separator`
-    sample_rate=None, # Hz, of a waveform or stems
-    seconds=5.0, # length of the excerpt
-    height=640, # pixels of the desk
-):
+    data:Any, # a `Store`, or whatever `listen` takes
+    model:str="default", # a name, run folder or `Separator`
+    sample_rate:float|None=None, # Hz, of a waveform or stems
+    seconds:float=5.0, # length of the excerpt
+    height:int=640, # pixels of the desk
+) -> Any:
     "Like `explore_mix`, with the masks and the stems that a separator makes of the mix."
     explorer = Explorer(data, next(iter(as_separators(model).values())), sample_rate, seconds, height)
     explorer.show()

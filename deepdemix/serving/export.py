@@ -14,6 +14,7 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class WithoutSTFT(nn.Module):
     """What lies between a network's STFTs: its `mask` of a magnitude, or its `estimate` from a complex
     spectrogram."""
     names = "magnitude", "mask"
-    def __init__(self, network):
+    def __init__(self, network:nn.Module):
         super().__init__()
         self.network = network
         found = [m for m in ("mask", "estimate") if hasattr(network, "stft") and hasattr(network, m)]
@@ -41,9 +42,9 @@ class WithoutSTFT(nn.Module):
             )
         self.method = found[0]
 
-    def forward(self, x): return getattr(self.network, self.method)(x)
+    def forward(self, x:torch.Tensor) -> torch.Tensor: return getattr(self.network, self.method)(x)
 
-    def example(self, batch, frames):
+    def example(self, batch:int, frames:int) -> torch.Tensor:
         "Noise that the network takes, of as many frames as it can."
         segment, channels = segment_of(self.network), self.network.channels
         noise = torch.Generator().manual_seed(batch)
@@ -52,7 +53,7 @@ class WithoutSTFT(nn.Module):
         spectrum = torch.randn(batch, channels, frames, n_f, dtype=torch.cfloat, generator=noise)
         return spectrum if hasattr(self.network, "spectrum") else spectrum.movedim(1, -1)
 
-    def free_axes(self):
+    def free_axes(self) -> dict:
         "The axes of any size, of what goes in and what comes out."
         free = {0: "batch"} | ({} if segment_of(self.network) else {1: "frames"})
         return {"magnitude": free, "mask": free}
@@ -62,28 +63,28 @@ class Whole(nn.Module):
     "A network from waveform to stems, in real numbers. `UserError` for networks that can't be."
     names = "mixture", "stems"
     def __init__(self,
-        network, # waveform (b, c, time) -> stems (b, s, c, time)
+        network:nn.Module, # waveform (b, c, time) -> stems (b, s, c, time)
     ):
         super().__init__()
         self.network, self.graph = network, real_graph(network)
 
-    def forward(self, x): return self.graph(x)
+    def forward(self, x:torch.Tensor) -> torch.Tensor: return self.graph(x)
 
-    def example(self, batch, frames):
+    def example(self, batch:int, frames:int) -> torch.Tensor:
         "Noise, about so many frames long, or as long as the network wants it."
         hop = plan_chunks(self.network)["align"]
         samples = segment_of(self.network) or frames * max(hop, 64) + 17
         noise = torch.Generator().manual_seed(batch)
         return torch.randn(batch, self.network.channels, samples, generator=noise) / 8
 
-    def free_axes(self):
+    def free_axes(self) -> dict:
         "The axes of any size, of what goes in and what comes out."
         if segment_of(self.network): return {name: {0: "batch"} for name in self.names}
         return {"mixture": {0: "batch", 2: "samples"}, "stems": {0: "batch", 3: "samples"}}
 
 # %% ../../nbs/serving/export.ipynb #ab01e721
 def licence_of(
-    model, # a bundled model, a run folder, or "hf:owner/name"
+    model:str, # a bundled model, a run folder, or "hf:owner/name"
 ) -> str: # one sentence
     "What a model's card says of its licence."
     card = find_model(model) / "README.md"
@@ -93,7 +94,7 @@ def licence_of(
 
 # %% ../../nbs/serving/export.ipynb #619eb671
 def describe(
-    network, # with `sources`, `sample_rate` and `channels`
+    network:nn.Module, # with `sources`, `sample_rate` and `channels`
     licence:str="not stated", # of the weights
     name:str="network", # of the model
 ) -> dict: # of text
@@ -108,11 +109,11 @@ def describe(
     return {k: str(v) for k, v in about.items()}
 
 # %% ../../nbs/serving/export.ipynb #6512ecfb
-def export(network, # waveform -> stems
-           path, # ends in .onnx, or in .pt (TorchScript)
-           licence="not stated", # of the weights, for the file's metadata
-           name="network", # of the model, likewise
-           half=False): # ONNX: weights in half precision, for half the size
+def export(network:nn.Module, # waveform -> stems
+           path:str|Path, # ends in .onnx, or in .pt (TorchScript)
+           licence:str="not stated", # of the weights, for the file's metadata
+           name:str="network", # of the model, likewise
+           half:bool=False) -> Path: # ONNX: weights in half precision, for half the size
     """Write a network; returns the path. `UserError` where it can't be, or where the result differs by more
     than 1e-4."""
     path = Path(path)
@@ -148,7 +149,7 @@ def _check(exported, graph, path):
 
 # %% ../../nbs/serving/export.ipynb #ab01e731
 def onnx_graph(
-    network, # waveform -> stems
+    network:nn.Module, # waveform -> stems
 ) -> nn.Module: # `Whole`, or `WithoutSTFT`
     "What of a network goes into an ONNX file. `UserError` if nothing can."
     try: return Whole(network).eval()
@@ -160,8 +161,8 @@ def onnx_graph(
 
 # %% ../../nbs/serving/export.ipynb #c421164a
 def round_weights(
-    network, # changed in place
-):
+    network:nn.Module, # changed in place
+) -> None:
     "Round all parameters to half precision."
     for p in network.parameters(): p.data = p.data.half().float()
 
@@ -209,9 +210,9 @@ def _onnx(graph, path, about, half):
 
 # %% ../../nbs/serving/export.ipynb #ab01e733
 def halve(
-    model, # an `onnx.ModelProto`, changed in place
+    model:Any, # an `onnx.ModelProto`, changed in place
     smallest:int=256, # numbers; shorter tables stay as they are
-):
+) -> None:
     "Keep the tables of a graph that are the same in half precision in half precision."
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
@@ -227,7 +228,8 @@ def halve(
 
 # %% ../../nbs/serving/export.ipynb #ab01e737
 def load_separator(
-    model="default", # a bundled model, a run folder, "hf:owner/name", another project's model or a file
+    # a bundled model, a run folder, "hf:owner/name", another project's model or a file
+    model:str|Path="default",
     backend:str="auto", # what runs it: torch, onnx, or auto, which is onnx for ONNX files
     **options, # of `Separator`
 ) -> Separator:

@@ -81,12 +81,14 @@ class LSTM(nn.Module):
         self.register_buffer("recurrence", both("weight_hh_l0"))
         self.register_buffer("bias", torch.cat([both("bias_ih_l0"), both("bias_hh_l0")], 1))
 
-    def forward(self, x): return _LSTM.apply(x, self.weights, self.recurrence, self.bias, self.hidden)
+    def forward(
+        self, x:torch.Tensor,
+    ) -> torch.Tensor: return _LSTM.apply(x, self.weights, self.recurrence, self.bias, self.hidden)
 
 # %% ../../nbs/serving/graph_layers.ipynb #b79263d8
 class CentredNorm(nn.Module):
     "A batch norm in eval mode that takes the mean away first."
-    def __init__(self, norm):
+    def __init__(self, norm:nn.Module):
         super().__init__()
         scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())
         self.register_buffer("mean", norm.running_mean.clone())
@@ -95,12 +97,12 @@ class CentredNorm(nn.Module):
             "shift", torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().clone()
         )
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor) -> torch.Tensor:
         mean, scale, shift = (v.view(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.scale, self.shift))
         return (x - mean) * scale + shift
 
 # %% ../../nbs/serving/graph_layers.ipynb #8cbf9bc2
-def centred(network):
+def centred(network:nn.Module) -> nn.Module:
     "A copy of a network whose batch norms are `CentredNorm`."
     network = copy.deepcopy(network)
     for parent in list(network.modules()):
@@ -188,7 +190,7 @@ def forward(self:RealSTFT,
 # %% ../../nbs/serving/graph_layers.ipynb #68cbab13
 @patch
 def overlapped(self:RealSTFT,
-    pieces, # the hops of a window, in order; (…, n_t) each
+    pieces:torch.Tensor, # the hops of a window, in order; (…, n_t) each
 ) -> torch.Tensor: # (…, n_t - 1)
     "The sum of what falls on each hop of the waveform."
     total = 0

@@ -7,6 +7,7 @@ __all__ = ['GRAPHS', 'MaskGraph', 'TFCTDFGraph', 'EnsembleGraph', 'WaveGraph', '
 
 # %% ../../nbs/serving/graphs.ipynb #5301a7f4
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class MaskGraph(nn.Module):
         self.network, self.stft = centred(network), RealSTFT(network.stft, network.channels)
         self.shape = (len(network.sources), network.channels)
 
-    def forward(self, waveform):
+    def forward(self, waveform:torch.Tensor) -> torch.Tensor:
         real, imaginary = self.stft(waveform)
         mask = self.network.predict((real * real + imaginary * imaginary).sqrt().permute(0, 3, 1, 2))
         mask = mask.permute(0, 2, 4, 3, 1)
@@ -50,7 +51,7 @@ class TFCTDFGraph(nn.Module):
         self.network, self.stft = centred(network), RealSTFT(network.stft, network.channels)
         self.shape = (len(network.sources), network.channels)
 
-    def drawn(self, spectrum):
+    def drawn(self, spectrum:torch.Tensor) -> Any:
         "What the network draws, `(b, s, c, 2, n_t, bins)`, from real and imaginary part."
         bins, gain = self.network.bins, self.network.gain
         x = torch.stack([part.permute(0, 2, 3, 1)[..., :bins] * gain for part in spectrum], 2)
@@ -60,7 +61,7 @@ class TFCTDFGraph(nn.Module):
         y = torch.cat([decode(encode(x)) for encode, decode in pairs], 1)
         return reshape(y[:, :, :spectrum[0].shape[3]], 0, *self.shape, 2, -1, self.network.bins)
 
-    def forward(self, waveform):
+    def forward(self, waveform:torch.Tensor) -> torch.Tensor:
         spectrum = self.stft(waveform)
         drawn = F.pad(self.drawn(spectrum), (0, self.stft.n_f - self.network.bins)).permute(0, 3, 5, 1, 2, 4)
         real, imaginary = (part.squeeze(1) for part in drawn.split([1, 1], 1))
@@ -88,7 +89,7 @@ class EnsembleGraph(CompactGraph):
         super().__init__(members[0])
         self.refine, self.others = network.refine, nn.ModuleList(CompactGraph(m) for m in members[1:])
 
-    def decided(self, real, imaginary):
+    def decided(self, real:torch.Tensor, imaginary:torch.Tensor) -> Any:
         "The mean of the members' matrices."
         every = [super().decided(real, imaginary)] + [other.decided(real, imaginary) for other in self.others]
         return tuple([sum(m) / len(every) for m in zip(*part)] for part in zip(*every))
@@ -102,7 +103,7 @@ class WaveGraph(nn.Module):
         super().__init__()
         self.network = centred(network)
 
-    def forward(self, waveform): return self.network(waveform)
+    def forward(self, waveform:torch.Tensor) -> torch.Tensor: return self.network(waveform)
 
 GRAPHS = {Compact: CompactGraph, Ensemble: EnsembleGraph, MaskNetwork: MaskGraph, TFCTDFNet: TFCTDFGraph}
 GRAPHS[ConvTasNet] = WaveGraph

@@ -29,7 +29,7 @@ from ..separation import Separator
 
 # %% ../../nbs/serving/labelling.ipynb #cbd3c527
 def weights_digest(
-    separator, # a `Separator`
+    separator:Separator, # a `Separator`
 ) -> str: # SHA-256, hexadecimal
     "The digest of a separator's weights: of their file, or where there are several files of the tensors."
     found = hashlib.sha256()
@@ -44,7 +44,7 @@ def weights_digest(
 class Teacher:
     "A separator that labels songs; `rows` says which of its stems make up each source of the store."
     def __init__(self,
-        model="default", # whatever `Separator.from_pretrained` takes, or a `Separator`
+        model:str="default", # whatever `Separator.from_pretrained` takes, or a `Separator`
         device:str="auto", # auto, cpu, cuda or mps
         threads:int|None=None, # processor threads; None: as PyTorch has them
     ):
@@ -70,8 +70,8 @@ def loudest_second(
 # %% ../../nbs/serving/labelling.ipynb #22180dea
 @patch
 def label(self:Teacher,
-    path, # any audio or video file
-    folder, # where there is room for its stems
+    path:str|Path, # any audio or video file
+    folder:str|Path, # where there is room for its stems
 ) -> tuple: # mixture (channels, time), {source: `Spool` of its blocks}, sample rate
     "A song taken apart. `UserError` for one that can't be read, is damaged or silent."
     x, rate = read(path)
@@ -90,11 +90,11 @@ class LabelTake(Take):
     gate: float = GATE # dB of a stem's loudest second over the song's
     folder: str = "." # where there is room
     @property
-    def teacher(self): return self.by.name
+    def teacher(self) -> str: return self.by.name
     @property
-    def lossless(self): return False
-    def fingerprint(self): return [*Take.fingerprint(self), ["teacher", self.by.digest, self.gate]]
-    def reader(self):
+    def lossless(self) -> bool: return False
+    def fingerprint(self) -> list: return [*Take.fingerprint(self), ["teacher", self.by.digest, self.gate]]
+    def reader(self) -> tuple:
         x, spools, rate = _labelled(self)
         least, heard = loudest_second(x, rate) + self.gate, []
         return dict.fromkeys(spools, len(x)), lambda name: _gated(
@@ -136,9 +136,9 @@ def song_titles(
 
 # %% ../../nbs/serving/labelling.ipynb #dc44a68c
 def label_songs(
-    songs, # files, and folders that are searched
-    out, # folder of the store
-    teacher="default", # a `Teacher`, or a model's name
+    songs:Path|list, # files, and folders that are searched
+    out:str|Path, # folder of the store
+    teacher:str|Teacher="default", # a `Teacher`, or a model's name
     # dB, 0 or less: a stem whose loudest second is further below the song's counts as missing
     gate:float=GATE,
     sample_rate:int=SAMPLE_RATE, # Hz, of the store

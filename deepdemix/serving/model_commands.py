@@ -9,6 +9,7 @@ __all__ = ['STEM_OPTIONS', 'separate', 'models', 'label', 'join', 'export', 'lis
 import argparse
 import os
 import re
+from typing import Any
 
 from ..foundations.command_line import _with_stdin
 from ..foundations.console import say
@@ -51,7 +52,7 @@ STEM_OPTIONS = ("two_stems", "stems", "format", "subtype", "clip", "residual_to"
 
 def separate(
     args:argparse.Namespace, # files, out and the options of separation
-):
+) -> int:
     "Take songs apart into stems."
     from deepdemix.foundations.files import UserError
     from deepdemix.serving.export import load_separator
@@ -150,7 +151,7 @@ def _separate_on_ray(
 # %% ../../nbs/serving/model_commands.ipynb #715218b9
 def models(
     args:argparse.Namespace, # nothing
-):
+) -> None:
     "List the bundled models and the networks that can be trained."
     from deepdemix.foundations.model_names import describe_pretrained
     from deepdemix.foundations.registry import NETWORKS, known_networks
@@ -180,7 +181,7 @@ def label(
 # %% ../../nbs/serving/model_commands.ipynb #1fa63daf
 def join(
     args:argparse.Namespace, # runs, out, refine
-):
+) -> None:
     "Make one model of several runs."
     from deepdemix.foundations.model_names import find_model
     from deepdemix.networks.ensemble import join_runs
@@ -189,7 +190,7 @@ def join(
 # %% ../../nbs/serving/model_commands.ipynb #8c162863
 def export(
     args:argparse.Namespace, # model, out, half
-):
+) -> None:
     "Write a model as one ONNX file, or without its STFT as TorchScript."
     from deepdemix.foundations.model_names import find_model
     from deepdemix.separation import Separator
@@ -201,7 +202,7 @@ def export(
 # %% ../../nbs/serving/model_commands.ipynb #30eff63b
 def listen(
     args:argparse.Namespace, # files, model, voila, port, no_browser, track, references
-):
+) -> Any:
     "Open the listening desk in a browser."
     from deepdemix.foundations.files import UserError
     from deepdemix.listening import serve, serve_voila

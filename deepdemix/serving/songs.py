@@ -12,9 +12,10 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class SeparatedSong:
     name: str = field(default="") # what to call it
 
     @property
-    def title(self): return self.name or Path(self.song).name.removesuffix(".stem.mp4")
+    def title(self) -> str: return self.name or Path(self.song).name.removesuffix(".stem.mp4")
 
     def open(self) -> OpenedSong:
         "The stems as they are, beside the song if it is still there."
@@ -69,7 +70,7 @@ class SeparatedSong:
 # %% ../../nbs/serving/songs.ipynb #aa0bbbd1
 def open_song(
     # a file, a folder or archive of stems, a `SeparatedSong`, a waveform, {stem: waveform}, or a musdb track
-    song,
+    song:str|Path|SeparatedSong,
     sample_rate:int|None=None, # Hz, of a waveform or stems
     track:int=1, # of a file: which sound track, where a video has several
     references:bool=False, # the stems of a folder or dictionary are the true ones
@@ -125,7 +126,7 @@ def _from_stems(title, stems, rate, references):
 
 # %% ../../nbs/serving/songs.ipynb #97b55695
 def stem_files(
-    folder:Path,
+    folder:str|Path,
 ) -> dict: # {stem: its file}, with a mixture if there is one; empty if there are no stems
     "The stems that lie in a folder."
     named = {x.stem.lower(): x for x in sorted(folder.iterdir())
@@ -186,7 +187,7 @@ def _unpack(archive, home):
 
 # %% ../../nbs/serving/songs.ipynb #cdeff6c4
 def find_desk_songs(
-    paths, # files and folders
+    paths:Path, # files and folders
 ) -> list: # of paths, each a song
     "The songs that are named, in order. `UserError` for a folder without any."
     found = []
@@ -213,7 +214,7 @@ def _songs_in(folder):
 
 # %% ../../nbs/serving/songs.ipynb #b96c4637
 def as_separators(
-    models, # a name, run folder or `Separator`; a list of them; or {label: one of them}
+    models:Any, # a name, run folder or `Separator`; a list of them; or {label: one of them}
 ) -> dict: # {label: Separator}
     "Models by their labels. `UserError` for those that don't exist."
     if isinstance(models, (str, os.PathLike, Separator)): models = [models]
@@ -223,7 +224,7 @@ def as_separators(
 
 # %% ../../nbs/serving/songs.ipynb #d9a3a97e
 def label_of(
-    model, # a name, run folder or `Separator`
+    model:Separator, # a name, run folder or `Separator`
 ) -> str:
     "What a model is called on the desk."
     return model.name if isinstance(model, Separator) else Path(str(model)).name or str(model)
@@ -240,7 +241,7 @@ def describe_models(
 
 # %% ../../nbs/serving/songs.ipynb #5cbc1a44
 def label_models(
-    models=(), # a name, run folder or `Separator`; a list of them; {label: one of them}; or None
+    models:Any=(), # a name, run folder or `Separator`; a list of them; {label: one of them}; or None
 ) -> dict: # {label: one of them}
     "Models by their labels; none is loaded. `UserError` for those that don't exist."
     if models is None: return {}
@@ -251,7 +252,7 @@ def label_models(
 
 # %% ../../nbs/serving/songs.ipynb #6a7bf6fa
 def model_choices(
-    models=(), # as for `label_models`
+    models:Any=(), # as for `label_models`
 ) -> dict: # {label: one of them}
     "These models and the bundled ones, to choose from."
     models = label_models(models)
@@ -278,7 +279,7 @@ def song_sets(
     song:OpenedSong,
     separators:Mapping, # {label: Separator}
     # called with (seconds done, seconds in all), of all models together; may return False to stop
-    progress=None,
+    progress:Callable|None=None,
 ) -> tuple: # (sets, notes) for `desk_html`
     """A set for each model, one of the true stems if there are any, and the original; stems that are no
     truth are played as they are."""
@@ -294,11 +295,11 @@ def song_sets(
 
 # %% ../../nbs/serving/songs.ipynb #6e455dd2
 def build_desk(
-    song, # whatever `open_song` takes
+    song:Any, # whatever `open_song` takes
     separators:Mapping, # {label: Separator}
     sample_rate:int|None=None, # Hz, of a waveform or stems
     # called with (seconds done, seconds in all), of all models together; may return False to stop
-    progress=None,
+    progress:Callable|None=None,
     title:str|None=None, # instead of the song's own
     format:str="auto", # flac, mp3 or auto
     **opening, # track and references, of `open_song`

@@ -137,7 +137,7 @@ def _training_data(
 # %% ../../nbs/serving/training_commands.ipynb #8697c398
 def train(
     args:argparse.Namespace, # model, encoder and the training options
-):
+) -> None:
     "Train a separator, from scratch, from a pretrained encoder, or from a trained one."
     from deepdemix.foundations.files import UserError
     _find_out(args)
@@ -152,7 +152,7 @@ def train(
 # %% ../../nbs/serving/training_commands.ipynb #896dd3b3
 def pretrain(
     args:argparse.Namespace, # loss and the training options
-):
+) -> None:
     "Pretrain an encoder with a contrastive loss, on the songs of one store or of several."
     _find_out(args)
     own = (args.resume and not (args.model or args.recipe)
@@ -163,7 +163,7 @@ def pretrain(
 # %% ../../nbs/serving/training_commands.ipynb #c04fd1a5
 def print_recipe(
     args:argparse.Namespace, # model, profile, recipe, seed, set, device, json
-):
+) -> None:
     "Print a recipe, to keep it, change it and give it to `--recipe`."
     import json
 

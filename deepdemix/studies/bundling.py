@@ -22,7 +22,7 @@ from .score_model import score_model
 # %% ../../nbs/studies/bundling.ipynb #cfaca0a4
 def command(
     record:dict, # of a run
-    recipe, # where its recipe lies
+    recipe:str|Path, # where its recipe lies
     out:str, # the run folder to make
     owner:str="", # what the names of its origins begin with
 ) -> str:
@@ -37,7 +37,7 @@ def command(
 # %% ../../nbs/studies/bundling.ipynb #1bbf527e
 def origins_of(
     record:dict, # of a run
-    beside, # the folder that the run lies in
+    beside:str|Path, # the folder that the run lies in
 ) -> dict: # "encoder" or "start": a run folder, or None where it is gone
     "The runs that a run began with, but for weights of the package."
     named = {field: Path(name) for field in ORIGINS
@@ -49,8 +49,8 @@ def origins_of(
 # %% ../../nbs/studies/bundling.ipynb #3ed24451
 def tell(
     record:dict, # of a run
-    beside, # the folder that the run lies in
-    folder, # where its recipe goes
+    beside:Path, # the folder that the run lies in
+    folder:str|Path, # where its recipe goes
     name:str, # of the recipe, such as "start" or "start_encoder"
     out:str, # how the commands call its folder
 ) -> str: # Markdown
@@ -67,7 +67,7 @@ def tell(
 # %% ../../nbs/studies/bundling.ipynb #859fe030
 def tell_origins(
     origins:dict, # of `origins_of`
-    folder, # where the recipes go
+    folder:str|Path, # where the recipes go
     owner:str="", # what their names begin with, such as "start_"
 ) -> str: # Markdown
     "The lines of all that a run began with."
@@ -80,9 +80,9 @@ def tell_origins(
 
 # %% ../../nbs/studies/bundling.ipynb #33e8f359
 def made_by(
-    run, # a finished run, or an ensemble of runs
+    run:str|Path, # a finished run, or an ensemble of runs
     name:str, # of the bundled weights
-    folder, # for the recipes of what it is made of
+    folder:str|Path, # for the recipes of what it is made of
     network_args:dict|None=None, # what `bundle` was given
 ) -> str: # Markdown
     "How long it took, and the commands that make the weights again."
@@ -126,12 +126,12 @@ The weights were trained on the 7-second previews of MUSDB18 (academic use only,
 """
 
 def card(
-    run, # a finished run
+    run:str|Path, # a finished run
     name:str, # of the bundled weights
     sentence:str, # what it is
-    folder, # where its weights are
+    folder:str|Path, # where its weights are
     tables:str, # its scores
-    results, # folder for the recipes of what it is made of
+    results:str|Path, # folder for the recipes of what it is made of
     network_args:dict|None=None, # what `bundle` was given
 ) -> str: # Markdown
     "The model card of a run."
@@ -143,10 +143,10 @@ def card(
 
 # %% ../../nbs/studies/bundling.ipynb #801308d1
 def halve(
-    run, # a finished run folder
-    folder, # where the weights go
+    run:str|Path, # a finished run folder
+    folder:str|Path, # where the weights go
     network_args:dict, # settings of the network that differ from those in training
-):
+) -> None:
     "Write a run's network in half precision."
     record = read_record(run)
     for told in (record, *record.get("members", ())): name_origins(told["recipe"])
@@ -158,9 +158,9 @@ def halve(
 
 # %% ../../nbs/studies/bundling.ipynb #c56bd9a9
 def score_splits(
-    folder, # bundled weights
+    folder:str|Path, # bundled weights
     store:Store, # songs with a valid and a test split
-    results, # folder for the scores
+    results:str|Path, # folder for the scores
 ) -> str: # Markdown
     "Score bundled weights on validation and test songs."
     tables = []
@@ -173,12 +173,12 @@ def score_splits(
 
 # %% ../../nbs/studies/bundling.ipynb #0f95992b
 def bundle(
-    run, # a finished run folder
+    run:str|Path, # a finished run folder
     name:str, # of the bundled weights
     sentence:str="", # what it is, the first line of the card; the present card's if ""
-    data=None, # a store or a MUSDB18 folder; None: MUSDB_PATH
-    root=None, # where bundled weights lie; None: in the package
-    results="results", # folder for the scores and the curve
+    data:Store|None=None, # a store or a MUSDB18 folder; None: MUSDB_PATH
+    root:str|Path|None=None, # where bundled weights lie; None: in the package
+    results:str|Path="results", # folder for the scores and the curve
     network_args:dict|None=None, # settings of the network that differ from those in training
 ) -> Path: # the folder of the bundled weights
     "Turn a run into bundled weights: half precision, scores on validation and test songs, a model card."

@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -112,7 +113,7 @@ def step_seconds(
 # %% ../../nbs/studies/contest.ipynb #6568d0bd
 def paces(
     store:Store, # songs
-    out:Path, # the contest's folder
+    out:str|Path, # the contest's folder
     entries:tuple, # who takes part
     cores:int, # that the time is counted on
     settings:dict|None=None, # further recipe fields for all
@@ -138,7 +139,7 @@ def contest_recipes(
     start:str, # "scratch" or "pretrained"
     minutes:float, # in all
     seed:int, # of weights and mixes
-    root:Path, # folder of these runs
+    root:str|Path, # folder of these runs
     pace:dict, # seconds of a step of its "encoder" and its "separator"
     settings:dict|None=None, # further recipe fields for all
 ) -> dict: # "encoder" (if pretrained) and "separator": `Recipe`
@@ -164,7 +165,7 @@ def _over(run:Path) -> bool:
 # %% ../../nbs/studies/contest.ipynb #4e044366
 def train_entry(
     store:Store, # songs with a train and a valid split
-    out:Path, # the contest's folder
+    out:str|Path, # the contest's folder
     entry:Entry, # who
     start:str, # "scratch" or "pretrained"
     seed:int, # of the run
@@ -193,7 +194,7 @@ def _scored(out:Path) -> set:
 # %% ../../nbs/studies/contest.ipynb #b18c86f0
 def _take_turn(
     store:Store, # songs in all splits
-    out:Path, # the contest's folder
+    out:str|Path, # the contest's folder
     entry:Entry, # who
     start:str, # "scratch" or "pretrained"
     seed:int, # of the run
@@ -230,7 +231,7 @@ def _same_contest(path:Path, about:dict):
 # %% ../../nbs/studies/contest.ipynb #861b345a
 def run_contest(
     store:Store, # songs in splits train, valid and test
-    out, # the contest's folder; what is there is not done again
+    out:str|Path, # the contest's folder; what is there is not done again
     entries:tuple, # who takes part
     minutes:float=30., # for each run, pretraining included
     cores:int=2, # that the minutes are counted on, whatever a run has
@@ -239,7 +240,7 @@ def run_contest(
     settings:dict|None=None, # further recipe fields for all
     progress:bool=True, # show the training
     logger:str="csv", # "tensorboard" writes event files besides
-): # a `Contest`
+) -> Any: # a `Contest`
     """Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a
     budget of nothing."""
     if minutes <= 0 or cores < 1 or seeds < 1:
@@ -301,7 +302,7 @@ def footprint(
 class Contest:
     "What a contest's folder holds."
     def __init__(self,
-        out:Path, # the folder
+        out:str|Path, # the folder
     ):
         self.out, self.scores = Path(out), Scores.load(Path(out) / "scores.json")
         about = json.loads((self.out / "contest.json").read_text())
@@ -309,8 +310,8 @@ class Contest:
         self.about, self.paces = about, json.loads((self.out / "paces.json").read_text())
 
     def table(self,
-        metrics=("SDR",), # columns
-    ): # a `Table`
+        metrics:tuple|None=("SDR",), # columns
+    ) -> Any: # a `Table`
         """Everybody's scores on the test songs, in the order of the entries, with intervals over seeds and
         songs, and the reference rows."""
         trained, rows = [e.name + words for e in self.entries for words in STARTS.values()], self.scores.rows
@@ -337,7 +338,7 @@ def verdicts(self:Contest,
 
 # %% ../../nbs/studies/contest.ipynb #a332f854
 @patch
-def costs(self:Contest): # a data frame: a row for each network
+def costs(self:Contest) -> Any: # a data frame: a row for each network
     "Parameters, real-time factor and memory, measured once and kept in costs.json."
     import pandas as pd
     path = self.out / "costs.json"
@@ -350,7 +351,7 @@ def costs(self:Contest): # a data frame: a row for each network
 @patch
 def summary(self:Contest,
     metric:str="SDR", # which
-): # a data frame of texts; a dash where a run is missing
+) -> Any: # a data frame of texts; a dash where a run is missing
     """Scores from scratch and pretrained, with 95 % intervals, the paired change from one to the other, and
     what a network costs."""
     import pandas as pd
@@ -376,7 +377,7 @@ def summary(self:Contest,
 
 # %% ../../nbs/studies/contest.ipynb #b3b39b38
 @patch
-def runs(self:Contest): # a data frame: a row for each run
+def runs(self:Contest) -> Any: # a data frame: a row for each run
     "Steps, examples, minutes and the best validation SDR of every separator."
     import pandas as pd
     rows = []
@@ -395,8 +396,8 @@ def runs(self:Contest): # a data frame: a row for each run
 # %% ../../nbs/studies/contest.ipynb #802e194a
 @patch
 def plot_training(self:Contest,
-    ax=None, # of matplotlib
-):
+    ax:Any=None, # of matplotlib
+) -> Any:
     """The validation SDR of every separator over its share of the budget: a colour for each network, dashes
     once pretrained."""
     import matplotlib.pyplot as plt
@@ -417,7 +418,7 @@ def plot_training(self:Contest,
 # %% ../../nbs/studies/contest.ipynb #6e682089
 @patch
 def publish(self:Contest,
-    results, # folder for the small files
+    results:str|Path, # folder for the small files
 ) -> Path: # the same
     """Copy what is over of a contest, without its weights; `digests.json` holds their SHA-256. A copy can be
     gone on with, and published again."""

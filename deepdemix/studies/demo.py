@@ -44,7 +44,7 @@ def separate_and_score(
     separator:Separator, # takes the song apart
     song:Path, # an audio file
     truth:torch.Tensor, # its true stems (sources, channels, time)
-    out:Path, # where the stems go
+    out:str|Path, # where the stems go
 ) -> dict: # "song", "folder", "seconds", "real_time_factor" and "scores": metric -> source -> dB
     "Write a song's stems as wav files, read them back, and score them against the true ones."
     done = separator.separate_file(song, out, overwrite=True)
@@ -60,10 +60,10 @@ def separate_and_score(
 
 # %% ../../nbs/studies/demo.ipynb #8e2ab94c
 def demo_songs(
-    out:Path, # the demo's folder
+    out:str|Path, # the demo's folder
     seed:int=0, # of the toy song
     minutes:float=3., # length of the toy song
-    model:str="default", # a bundled model
+    model:str|Path="default", # a bundled model
 ) -> list: # one dictionary a song, as `separate_and_score` gives
     "Separate the real excerpt and a toy song with bundled weights."
     separator, out = Separator.from_pretrained(model), Path(out)
@@ -100,7 +100,7 @@ class Promise:
     @property
     def kept(self) -> bool: return self.found >= self.needed
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{'ok' if self.kept else 'NOT REACHED'}: {self.what}: {self.found:+.1f} {self.unit} (at least"
             f" {self.needed:+.1f})"
@@ -147,7 +147,7 @@ def caution(
 DEMO_SONGS = 40
 
 def run_demo(
-    out="demo", # a folder, made if it isn't there
+    out:str="demo", # a folder, made if it isn't there
     seed:int=0, # of songs and runs
 ) -> int: # 0, or 1 if a promise was not kept
     """The first run, offline: train on the toy band, print Table 1, separate two songs; leaves stems, tables

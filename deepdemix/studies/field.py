@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..evaluation import evaluate, reference_rows
 from ..foundations.files import UserError
+from ..foundations.store import Store
 from ..scoring.estimates import Estimates, plain_title
 from ..scoring.scores import Scores
 from ..scoring.verdicts import compare
@@ -29,7 +30,7 @@ def named(
 
 # %% ../../nbs/studies/field.ipynb #656f460e
 def row_names(
-    entries, # pairs of `named`
+    entries:list, # pairs of `named`
 ) -> list: # the names, where there is none the place's last part
     "One name a row. `UserError` where two are the same."
     names = [name or Path(place).name or place for name, place in entries]
@@ -43,8 +44,8 @@ def row_names(
 
 # %% ../../nbs/studies/field.ipynb #81b52891
 def published(
-    folder, # museval's files
-    store, # the songs
+    folder:str|Path, # museval's files
+    store:Store, # the songs
     name:str, # of the row
 ) -> Scores:
     "The results in a folder of museval's files, on the songs of a store. `UserError` if it has none of them."
@@ -75,7 +76,7 @@ def gather(
 def choose_channels(
     separators:list, # of the models
     others:int, # rows that are no models
-    store, # the songs
+    store:Store, # the songs
 ) -> str: # "mono" or "stereo"
     "The protocol for several rows together."
     most = max([s.channels for s in separators] + [store.channels] * bool(others))
@@ -83,13 +84,13 @@ def choose_channels(
 
 # %% ../../nbs/studies/field.ipynb #0150d42d
 def score_field(
-    store, # the songs of one split
-    models=(), # run folders, bundled models, other people's: NAME=MODEL or MODEL
-    estimates=(), # folders of stems: NAME=DIR or DIR
-    museval=(), # folders of museval's files: NAME=DIR or DIR
+    store:Store, # the songs of one split
+    models:list=(), # run folders, bundled models, other people's: NAME=MODEL or MODEL
+    estimates:list=(), # folders of stems: NAME=DIR or DIR
+    museval:tuple|list=(), # folders of museval's files: NAME=DIR or DIR
     channels:str=None, # "mono" or "stereo"; None: what the rows are made for
     device:str="auto", # where models compute
-    references=True, # with the reference rows
+    references:bool=True, # with the reference rows
     progress:bool=False, # show progress bars
 ) -> Scores:
     "Score models, folders of stems and published results on the same songs."

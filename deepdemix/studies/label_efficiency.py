@@ -8,6 +8,7 @@ __all__ = ['STARTS', 'song_subset', 'label_efficiency', 'plot_efficiency']
 # %% ../../nbs/studies/label_efficiency.ipynb #252d9f9a
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,14 +36,14 @@ def song_subset(
 # %% ../../nbs/studies/label_efficiency.ipynb #688419dc
 def label_efficiency(
     store:Store, # songs in splits train, valid and test
-    out, # folder of the curve
+    out:str|Path, # folder of the curve
     profile:str="demo", # sizes and counts
     seeds:int=3, # runs of everything
-    songs=(4, 8, 20, 40, 80), # sizes of the training set; those beyond the store's are left out
+    songs:tuple|list=(4, 8, 20, 40, 80), # sizes of the training set; those beyond the store's are left out
     settings:dict|None=None, # further recipe fields
     progress:bool=True, # show progress
     logger:str="csv", # "tensorboard" writes event files besides
-): # a data frame: songs, start, seed, and test SNR and SDR
+) -> Any: # a data frame: songs, start, seed, and test SNR and SDR
     """Train and score DDM on nested sets of songs; writes curve.csv, curve.png and about.json. Interrupted,
     it goes on where it stopped."""
     if seeds < 1 or min(songs, default=0) < 2:
@@ -63,7 +64,7 @@ STARTS = {"scratch": ("DDM", None), "same songs": ("DDM (pt)", "few"), "all song
 
 def _label_point(
     store:Store, # all songs
-    out:Path, # folder of the curve
+    out:str|Path, # folder of the curve
     profile:str, # sizes and counts
     seed:int, # of runs and of the order of songs
     count:int, # training songs
@@ -95,10 +96,10 @@ def _label_point(
 
 # %% ../../nbs/studies/label_efficiency.ipynb #dce36fd6
 def plot_efficiency(
-    table, # of `label_efficiency`
+    table:Any, # of `label_efficiency`
     metric:str="SNR", # or "SDR"
-    ax=None, # matplotlib axes
-): # the axes
+    ax:Any=None, # matplotlib axes
+) -> Any: # the axes
     "A line for each start: the mean over seeds, with its 95 % interval, on a logarithmic axis of songs."
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -113,7 +114,7 @@ def plot_efficiency(
 
 # %% ../../nbs/studies/label_efficiency.ipynb #21d77901
 def _write_about(
-    out:Path, # folder of the curve
+    out:str|Path, # folder of the curve
     about:dict, # how it was called
 ):
     """Keep how a curve was made: the call, the hours of all trainings together, and the digest of every
@@ -128,7 +129,7 @@ def _write_about(
 # %% ../../nbs/studies/label_efficiency.ipynb #bf668dbd
 def _save_curve(
     rows:list, # of `_label_point`
-    out:Path, # folder of the curve
+    out:str|Path, # folder of the curve
 ): # a data frame
     "Write the curve as a table and a picture."
     import matplotlib.pyplot as plt

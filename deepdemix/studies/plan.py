@@ -59,7 +59,7 @@ def find(self:Plan,
 def recipe(self:Plan,
     run:Run, # which
     seed:int, # of the run
-    root:Path, # folder of the study's runs
+    root:str|Path, # folder of the study's runs
 ) -> Recipe:
     "A run's recipe. Time is counted in processor time."
     fields = self.recipes[run.recipe] | run.settings | dict(seed=seed, clock="processor")
@@ -90,7 +90,7 @@ def check(self:Plan) -> Plan: # itself
 # %% ../../nbs/studies/plan.ipynb #26330ea2
 @patch
 def save(self:Plan,
-    path, # where to
+    path:str|Path, # where to
 ) -> Plan: # itself
     "Write the plan as JSON."
     text = json.dumps(asdict(self), indent=1) + "\n"
@@ -100,7 +100,7 @@ def save(self:Plan,
 # %% ../../nbs/studies/plan.ipynb #4012622d
 @patch(cls_method=True)
 def load(cls:Plan,
-    path, # a plan, or a folder that holds plan.json
+    path:str|Path, # a plan, or a folder that holds plan.json
 ) -> Plan:
     "Read a plan; one that is damaged or does not fit together raises a `UserError`."
     path = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)

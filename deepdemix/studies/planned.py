@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,6 +31,7 @@ from ..foundations.files import UserError, atomic_path
 from ..foundations.recipe import read_record
 from ..foundations.runs import file_digest, load_network
 from ..foundations.state import read_state
+from ..foundations.store import Store
 from ..foundations.weights import load_into, read_weights, write_weights
 from ..scoring.oracles import PLAIN
 from ..scoring.scores import Scores
@@ -49,9 +52,9 @@ def checkpoint_epochs(
 
 # %% ../../nbs/studies/planned.ipynb #d64c5430
 def keep_checkpoints(
-    cls, # of a `Task`
-    folder:Path, # the run folder
-): # a class whose validation keeps weights besides
+    cls:Callable, # of a `Task`
+    folder:str|Path, # the run folder
+) -> Callable: # a class whose validation keeps weights besides
     "Weights on the way, as epoch*.safetensors."
     class Kept(cls):
         def __init__(self, *args):
@@ -74,8 +77,8 @@ def keep_checkpoints(
 def songs_of(
     run:Run, # which
     seed:int, # of the run
-    store, # all songs
-): # a store
+    store:Store, # all songs
+) -> Any: # a store
     "The songs that a run is trained on, and all valid and test songs."
     return song_subset(store, run.songs, seed) if run.songs else store
 
@@ -84,8 +87,8 @@ def train_run(
     plan:Plan, # of the study
     run:Run, # which
     seed:int, # of the run
-    store, # all songs
-    root:Path, # folder of the study's runs
+    store:Store, # all songs
+    root:str|Path, # folder of the study's runs
     progress:bool=True, # show the training
     wait:float=0., # seconds to wait for another process that trains it; -1: as long as it takes
 ) -> Path: # the run folder
@@ -101,7 +104,7 @@ def train_run(
 
 # %% ../../nbs/studies/planned.ipynb #9c953e7c
 def _update(
-    path:Path, # a JSON file
+    path:str|Path, # a JSON file
     more:dict, # what to add
 ):
     "Add to a JSON file."
@@ -113,9 +116,9 @@ def publish_study_run(
     plan:Plan, # of the study
     run:Run, # which
     seed:int, # of the run
-    root:Path, # folder of the study's runs
-    results:Path, # the study's folder of small files
-):
+    root:str|Path, # folder of the study's runs
+    results:str|Path, # the study's folder of small files
+) -> None:
     "Copy a run, and the run it starts from, without weights."
     if run.encoder: publish_study_run(plan, plan.find(run.encoder), seed, root, results)
     name = f"{run.name}/seed{seed}"
@@ -127,9 +130,9 @@ def publish_study_run(
 SEALED = "sealed.json.gz"
 
 def seal(
-    path:Path, # where to
+    path:str|Path, # where to
     scores:Scores, # of a run; seconds within songs are left out
-):
+) -> None:
     "Put scores away."
     scores.frames = {}
     with tempfile.TemporaryDirectory() as tmp, atomic_path(path) as part:
@@ -138,7 +141,7 @@ def seal(
 
 # %% ../../nbs/studies/planned.ipynb #7d9cc31f
 def unseal(
-    path:Path, # of `seal`
+    path:str|Path, # of `seal`
 ) -> Scores:
     "Scores that were put away."
     with tempfile.TemporaryDirectory() as tmp:
@@ -150,8 +153,8 @@ def score_run(
     plan:Plan, # of the study
     run:Run, # which
     seed:int, # of the run
-    songs, # a split of a store
-    root:Path, # folder of the study's runs
+    songs:Any, # a split of a store
+    root:str|Path, # folder of the study's runs
     epoch:int|None=None, # of a checkpoint; None: the weights that validation chose
     **kwargs, # of `evaluate`
 ) -> Scores:
@@ -168,10 +171,10 @@ def seal_run(
     plan:Plan, # of the study
     run:Run, # which; it is finished
     seed:int, # of the run
-    store, # all songs
-    root:Path, # folder of the study's runs
-    results:Path, # the study's folder of small files
-):
+    store:Store, # all songs
+    root:str|Path, # folder of the study's runs
+    results:str|Path, # the study's folder of small files
+) -> None:
     "Score a run, and its checkpoints by the plan's metric alone, on the test songs, and put the scores away."
     songs = store.split("test")
     scores = score_run(plan, run, seed, songs, root)
@@ -183,7 +186,7 @@ def seal_run(
 def units(
     plan:Plan, # of the study
     part:tuple=(1, 1), # number of this part, and of all
-    seeds=None, # some of the plan's; None: all
+    seeds:list|None=None, # some of the plan's; None: all
 ) -> list: # of (seed, run)
     "The arms that one part trains, in order."
     found = [(seed, run) for seed in plan.seeds for run in plan.runs if run.label]
@@ -191,8 +194,8 @@ def units(
 
 # %% ../../nbs/studies/planned.ipynb #42c3622a
 def check_committed(
-    path, # the plan
-):
+    path:str|Path, # the plan
+) -> None:
     "Raise a `UserError` for a plan in a git checkout that is not committed as it is."
     git = ["git", "-C", str(Path(path).resolve().parent), "status", "--porcelain", "--", Path(path).name]
     try: done = subprocess.run(git, capture_output=True, text=True, timeout=60)
@@ -202,9 +205,9 @@ def check_committed(
 
 # %% ../../nbs/studies/planned.ipynb #878897d9
 def check_same_plan(
-    path:Path, # the plan
-    root:Path, # folder of the study's runs
-):
+    path:str|Path, # the plan
+    root:str|Path, # folder of the study's runs
+) -> None:
     "Keep a copy of the plan beside the runs, or raise `UserError` if these are of another."
     kept, now = Path(root) / "plan.json", Path(path).read_text(encoding="utf-8")
     if kept.exists() and kept.read_text(encoding="utf-8") != now:
@@ -214,8 +217,8 @@ def check_same_plan(
 
 # %% ../../nbs/studies/planned.ipynb #85230c1e
 def check_open(
-    results, # the study's folder
-):
+    results:str|Path, # the study's folder
+) -> None:
     "Raise a `UserError` for a study whose test songs were read."
     if (Path(results) / "scores.json").exists():
         raise UserError(f"the study {results} is over: its test songs were read")
@@ -254,11 +257,11 @@ def _note_failure(run, seed, error, failed):
 
 # %% ../../nbs/studies/planned.ipynb #378287f2
 def run_study(
-    results, # the study's folder, with plan.json; small files go there
-    store, # all songs
-    out, # folder of the runs
+    results:str|Path, # the study's folder, with plan.json; small files go there
+    store:Store, # all songs
+    out:str|Path, # folder of the runs
     part:tuple=(1, 1), # number of this part, and of all
-    seeds=None, # some of the plan's; None: all
+    seeds:list|None=None, # some of the plan's; None: all
     hours:float=0., # on the clock, after which no further run is begun; 0: none
     progress:bool=True, # show the training
 ) -> bool: # whether this part is done, and nothing failed
@@ -279,7 +282,7 @@ def run_study(
 
 # %% ../../nbs/studies/planned.ipynb #6c5d037a
 def describe_run(
-    folder, # a run folder, or its published copy
+    folder:str|Path, # a run folder, or its published copy
 ) -> str:
     "A line about a run."
     record = read_record(folder)
@@ -291,7 +294,7 @@ def describe_run(
 # %% ../../nbs/studies/planned.ipynb #8a91f1d2
 def _whole_seeds(
     plan:Plan, # of the study
-    results:Path, # the study's folder of small files
+    results:str|Path, # the study's folder of small files
     unfinished:bool, # read what there is
 ) -> tuple: # seeds with all their arms, names of runs that are missing
     "What can be read. Raises `UserError` for a study that is not done."
@@ -306,8 +309,8 @@ def _whole_seeds(
 
 # %% ../../nbs/studies/planned.ipynb #5241e596
 def read_test(
-    results, # the study's folder, with plan.json
-    store, # all songs, for the reference rows
+    results:str|Path, # the study's folder, with plan.json
+    store:Store, # all songs, for the reference rows
     unfinished:bool=False, # end the study as it stands
 ) -> Scores: # of the arms and the reference rows
     "Open the scores on the test songs: once for each study. Raises `UserError` where that was done."
@@ -346,9 +349,9 @@ def _timed(cls, into):
 FEW = 2
 
 def few_songs(
-    store, # all songs
+    store:Store, # all songs
     train:int, # training songs to keep
-): # a store
+) -> Store: # a store
     "Some training songs, and `FEW` to validate and to test."
     left = dict(train=train, valid=FEW, test=FEW)
     kept = []
@@ -373,11 +376,11 @@ def _rehearsed(plan, run, seed, store, root, steps, longer):
 
 # %% ../../nbs/studies/planned.ipynb #621cc46f
 def rehearse(
-    results, # the study's folder, with plan.json
-    store, # all songs
+    results:str|Path, # the study's folder, with plan.json
+    store:Store, # all songs
     steps:int=4, # of each run; 4 or more
     progress:bool=True, # a line for each run
-): # a data frame: a row for each run
+) -> Any: # a data frame: a row for each run
     "Every run of the first seed for a few steps, end to end, in a folder that is thrown away."
     import pandas as pd
     plan, rows = Plan.load(results), []
@@ -391,8 +394,8 @@ def rehearse(
 
 # %% ../../nbs/studies/planned.ipynb #9e145200
 def study_table(
-    results, # the study's folder
-): # a data frame: a row for each run and seed
+    results:str|Path, # the study's folder
+) -> Any: # a data frame: a row for each run and seed
     "Examples, steps, processor hours, best validation, revision and encoder's digest of every published run."
     import pandas as pd
     plan, results, rows = Plan.load(results), Path(results), []

@@ -18,8 +18,8 @@ from ..foundations.runs import ORIGINS, comes_along, file_digest
 # %% ../../nbs/studies/records.ipynb #e6110191
 def name_origins(
     recipe:dict, # of a run, is changed
-    root:Path|None=None, # what paths are told from; None: names alone
-):
+    root:str|Path|None=None, # what paths are told from; None: names alone
+) -> None:
     "Name the runs that a run began with without the folders of this machine."
     for field in ORIGINS:
         run = recipe.get(field)
@@ -31,9 +31,9 @@ def name_origins(
 
 # %% ../../nbs/studies/records.ipynb #8da347b9
 def publish_run(
-    run, # a run folder
-    there, # where its recipe and its curves go
-    root, # what paths are told from
+    run:str|Path, # a run folder
+    there:str|Path, # where its recipe and its curves go
+    root:str|Path, # what paths are told from
 ) -> str|None: # SHA-256 of its weights, if they are there
     "Copy a run without its weights. What it began with is told without the folders of this machine."
     run, there, root = Path(run), Path(there), Path(root).resolve()
@@ -47,8 +47,8 @@ def publish_run(
 
 # %% ../../nbs/studies/records.ipynb #a167d83b
 def publish(
-    out, # a finished experiment's folder
-    results, # folder for the small files
+    out:str|Path, # a finished experiment's folder
+    results:str|Path, # folder for the small files
 ) -> Path: # the same
     "Copy an experiment without its weights; `digests.json` holds their SHA-256, by seed and run."
     experiment, results = Experiment(out), Path(results)

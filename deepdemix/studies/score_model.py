@@ -14,11 +14,11 @@ from ..separation import Separator
 
 # %% ../../nbs/studies/score_model.ipynb #ee4183a7
 def score_model(
-    model, # a run folder, the name of a bundled model or of another project's, or a `Separator`
+    model:str|Separator, # a run folder, the name of a bundled model or of another project's, or a `Separator`
     store:Store, # the songs of one split
     channels:str|None=None, # "mono" or "stereo"; None: as the network was made
     device:str="auto", # where to compute
-    references=True, # all reference rows beside it, or none
+    references:bool=True, # all reference rows beside it, or none
     name:str|None=None, # of the row; None: the model's
     progress:bool=False, # show a progress bar
 ) -> Scores:

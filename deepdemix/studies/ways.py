@@ -7,12 +7,14 @@ __all__ = ['SMALL_BATCHES', 'STUDY', 'study']
 
 # %% ../../nbs/studies/ways.ipynb #025b2fa1
 from pathlib import Path
+from typing import Any
 
 from ..contrast.probing import probe
 from ..contrast.stores import open_stores
 from ..foundations.files import atomic_path
 from ..foundations.recipe import Recipe, read_record
 from ..foundations.runs import load_network
+from ..foundations.store import Store
 from ..pretraining import pretrain
 from ..tasks import build_task
 
@@ -30,15 +32,15 @@ STUDY = {
 }
 
 def study(
-    store, # a `Store` with a train and a valid split
-    out, # folder of the runs; what is finished there is not trained again
+    store:Store, # a `Store` with a train and a valid split
+    out:str|Path, # folder of the runs; what is finished there is not trained again
     # name: arguments of `pretrain`; `store` among them, to learn from other songs or from more
     ways:dict=STUDY,
     profile:str="laptop", # sizes
     per_song:int=4, # places in each song, for the probe
     progress:bool=True, # show the training
     **settings, # arguments of `pretrain` for all ways
-): # a data frame, kept as study.json besides
+) -> Any: # a data frame, kept as study.json besides
     """Pretrain an encoder in each way, count its steps and excerpts, and probe all, as they are at the end,
     on the validation songs."""
     ways = {name: {"store": store, **way, **settings} for name, way in ways.items()}

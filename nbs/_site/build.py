@@ -35,8 +35,9 @@ from deepdemix.pages import fill_cell, page_addresses
 site = root / "nbs/_site"
 source = site / "build/source"
 FRESH = ("pretraining_helps", "comparison")
-# to results/, to the packages demucs and ray, to bench/, to settings.ini, to sounds/
-TIED = ("09_experiment", "hybrid_demucs", "catalogue", "cost", "writing_pages", "gallery")
+# to results/, to bench/, to settings.ini, to sounds/; to the packages demucs, ray, onnx and onnxscript
+TIED = ("09_experiment", "contest", "planned", "regimes", "cost", "writing_pages", "gallery",
+        "hybrid_demucs", "peers", "model_file", "catalogue", "cluster", "export", "onnx_file")
 
 
 @cache
