@@ -6,7 +6,7 @@
 __all__ = ['Baseline', 'count_parameters']
 
 # %% ../nbs/04_baseline.ipynb #a926ae85
-from typing import Any
+from torch import Tensor, nn
 
 from .foundations.registry import register_network
 from .networks.layers import AmplitudeToDB, BatchNorm, Embedding, RecurrentStack
@@ -35,12 +35,12 @@ class Baseline(MaskNetwork):
             hidden_size * (1 + bidirectional), self.n_f, self.channels, len(self.sources)
         )
 
-    def predict(self, magnitude:Any) -> Any:
+    def predict(self, magnitude:Tensor) -> Tensor:
         "The mask `(b, n_t, n_f, channels, s)` of a magnitude `(b, n_t, n_f, channels)`."
         x = self.normalization(self.amplitude_to_db(magnitude))
         return self.embedding(self.recurrent_stack(x))
 
 # %% ../nbs/04_baseline.ipynb #b2f1ed8f
-def count_parameters(module:Any) -> int:
+def count_parameters(module:nn.Module) -> int:
     "Number of trainable values in a module."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
