@@ -83,10 +83,8 @@ TERMS = {}
 
 def register_term(
     name:str, # what `task_args` call it
-# a decorator for a function of (task, settings) that returns a `Task`, of which `heads`, `train_batch` and
-# `training_loss` are used
-) -> Callable:
-    "Register a term beside a separation loss."
+) -> Callable: # a decorator for a function of (task, settings) that returns a `Task`
+    "Register a term beside a separation loss: its `heads`, `train_batch` and `training_loss` are used."
     def _register(f):
         TERMS[name] = f
         return f
