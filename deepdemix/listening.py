@@ -251,7 +251,7 @@ def _server_at(models, port):
 # %% ../nbs/10_listening.ipynb #1395bd1b
 def serve(
     # a song, stem file, folder of stems or of songs, or a list of them; None: choose on the page
-    songs:Path|None=None,
+    songs:Any=None,
     model:str|Separator="default", # a bundled model, a run folder or a `Separator`
     port:int=0, # 0 for any free one
     open_browser:bool=True, # show the page

@@ -429,7 +429,7 @@ def _finish(hidden, format, tags):
 # %% ../nbs/08_separation.ipynb #5c531ebe
 @patch
 def separate_files(self:Separator,
-                   paths:Path|list, # files and folders
+                   paths:str|Path|list, # files and folders
                    out:str|Path, # the folder in which every song gets a folder of its own
                    skip_existing:bool=False, # leave songs alone whose stems are there
                    **options) -> dict: # of `separate_file`

@@ -136,7 +136,7 @@ def song_titles(
 
 # %% ../../nbs/serving/labelling.ipynb #dc44a68c
 def label_songs(
-    songs:Path|list, # files, and folders that are searched
+    songs:str|Path|list, # files, and folders that are searched
     out:str|Path, # folder of the store
     teacher:str|Teacher="default", # a `Teacher`, or a model's name
     # dB, 0 or less: a stem whose loudest second is further below the song's counts as missing

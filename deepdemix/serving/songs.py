@@ -187,7 +187,7 @@ def _unpack(archive, home):
 
 # %% ../../nbs/serving/songs.ipynb #cdeff6c4
 def find_desk_songs(
-    paths:Path, # files and folders
+    paths:str|Path|list, # files and folders
 ) -> list: # of paths, each a song
     "The songs that are named, in order. `UserError` for a folder without any."
     found = []
