@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -221,7 +222,7 @@ def stream_of(
 # %% ../nbs/08_separation.ipynb #c3a0f400
 @patch
 def separate(self:Separator,
-             waveform:Path|torch.Tensor, # (channels, time) or (time,) tensor or array, or a file
+             waveform:Any, # (channels, time) or (time,) tensor or array, or a file
              sample_rate:float|None=None, # Hz; None: the file's, or the model's
              two_stems:str|None=None, # only this source, and the mixture without it
              stems:list|tuple|None=None, # only these sources

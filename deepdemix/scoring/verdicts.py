@@ -175,8 +175,8 @@ def _verdict_notes(x, y, titles, others, numbers, average, same_data, same_seeds
 
 # %% ../../nbs/scoring/verdicts.ipynb #5d1f3a07
 def compare(
-    a:Scores,  # `Scores` of model A, one or several seeds; or a list of them
-    b:Scores,  # of model B
+    a:Scores|list,  # `Scores` of model A, one or several seeds; or a list of them
+    b:Scores|list,  # of model B
     metric: str="SDR",  # which
     model_a: str=None,  # needed only if `a` holds several models
     model_b: str=None,  # needed only if `b` holds several models
