@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from deepdemix.cli import make_parser
-from deepdemix.data import prepare_toy
+from deepdemix.data import open_data, prepare_toy
 from deepdemix.foundations.codecs import read_streams
 from deepdemix.foundations.model_names import pretrained_names
 from deepdemix.foundations.profiles import recipe_for
 from deepdemix.foundations.recipe import Recipe, read_record
 from deepdemix.foundations.registry import build_network
 from deepdemix.foundations.runs import WEIGHTS, load_network, recipe_from
+from deepdemix.foundations.store import stem_minutes
 from deepdemix.foundations.waveforms import to_mono
 from deepdemix.metrics import sdr
 from deepdemix.networks.ensemble import join_runs
@@ -157,6 +158,15 @@ def test_default_is_bundled_and_hears_full_band_songs():
         changed_by_noise_above(Separator(build_network("compact", bandwidth=22050.0).eval(), device="cpu"))[0]
         > 0.1
     )
+
+
+@pytest.mark.musdb
+def test_bundled_models_say_how_much_music_they_learned_from(musdb_path):
+    store = open_data(musdb_path, progress=False)
+    minutes = stem_minutes([s for s in store.songs if s.split == "train"])
+    for name in pretrained_names():
+        data = read_record(WEIGHTS / name)["data"]
+        assert (data["digest"], data["minutes"]) == (store.digest, minutes)
 
 
 @pytest.mark.musdb
