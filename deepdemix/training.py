@@ -427,7 +427,8 @@ def fit(
     if isinstance(store, (str, Path)):
         from deepdemix.data import open_data
         store = open_data(store)
-    with seeded(recipe.seed), quiet(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+    with (seeded(recipe.seed), quiet(), torch.inference_mode(False),
+          torch.autocast("cpu", enabled=False, cache_enabled=False)): # a cache would outlive steps
         if not isinstance(task, Task): task = build_task(recipe, store, task)
         check_monitor(task, recipe.monitor)
         fabric = make_fabric(recipe, devices, nodes, strategy, task.network)

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -483,6 +485,21 @@ def test_tensorboard_missing_is_said(tmp_path, monkeypatch):
 def test_lower_precision_trains(tmp_path):
     fit(recipe(epochs=1, precision="bf16-mixed"), STORE, tmp_path/"run", progress=False)
     assert load_network(tmp_path/"run").decoder.weight.dtype == torch.float32
+
+@pytest.mark.parametrize("around", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)],
+                         ids=["plain", "within autocast"])
+def test_lower_precision_follows_single_precision(tmp_path, monkeypatch, around):
+    "Rounded copies of weights must not outlive their step: a network that learns then falls behind."
+    slow_or_missing(monkeypatch, 0.5)
+    tables = []
+    for p in ("32", "bf16-mixed"):
+        asked = recipe(precision=p, lr=0.03, epochs=4, ema=0.5, network_args={"dropout": 0.})
+        with around(): run = fit(asked, STORE, tmp_path/p, progress=False)
+        assert read_record(run)["precision"] == p
+        tables.append(read_metrics(run)[["train_loss", "valid_loss"]].to_numpy())
+    single, half = tables
+    assert single[-1, 0] < 0.8 * single[0, 0]
+    assert np.abs(half / single - 1).max() < 0.02
 
 AVX2_ONLY = """
 import sys, torch
