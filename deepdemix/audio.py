@@ -202,15 +202,17 @@ def inverse(self: STFT, spectrogram:torch.Tensor, length:int|None=None) -> torch
     if length > most: raise UserError(f"{n_t} frames give at most {most} samples, not {length}")
     x = spectrogram.movedim(-1, -3)
     if torch.is_grad_enabled() or x.dim() < 4 or not x.numel(): return self._overlapped(x, length)
-    parts = [self._overlapped(part, length) for part in x.reshape(-1, *x.shape[-3:])]
-    return torch.stack(parts).reshape(*x.shape[:-2], length)
+    result = x.real.new_empty(*x.shape[:-2], length)
+    parts = x.reshape(-1, *x.shape[-3:])
+    for part, y in zip(parts, result.view(-1, *result.shape[-2:])): y.copy_(self._overlapped(part, length))
+    return result
 
 # %% ../nbs/00_audio.ipynb #faaaf8f7
 @patch
 def _overlapped(self: STFT, spectrogram, length):
     "Complex (…, n_t, n_f) to (…, length)."
     n_t = spectrogram.shape[-2]
-    x = torch.fft.irfft(spectrogram, n=self.window_length) * self.window.to(spectrogram.real.dtype)
+    x = torch.fft.irfft(spectrogram, n=self.window_length).mul_(self.window.to(spectrogram.real.dtype))
     x = _overlap_sum(x, self.hop_length)[..., self.edge:self.edge + length]
     return x / (self._norm(n_t, x.dtype)[self.edge:self.edge + length] * self.scale)
 

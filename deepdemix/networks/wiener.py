@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'wiener_filter', 'refine_stems']
 import torch
 
 # %% ../../nbs/networks/wiener.ipynb #92c498ce
-BLOCK = 128
+BLOCK = 32
 
 def wiener_filter(
     stems:torch.Tensor, # complex (b, s, c, n_t, n_f), estimates
