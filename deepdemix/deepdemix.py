@@ -59,7 +59,8 @@ class Decoder(nn.Module):
 # %% ../nbs/06_deepdemix.ipynb #b4f0a826
 def compact_rows(cells:int, # cells of the coarse grid along this axis
                  size:int, # steps of the full map along this axis
-                 edge:int) -> tuple: # steps from a block's border that may differ from its middle
+                 edge:int, # steps from a block's border that may differ from its middle
+) -> tuple:
     "For each row that is kept, its cell; and for each of `size` rows, which kept row equals it."
     cell = F.interpolate(torch.arange(cells, dtype=torch.float32)[None, None], size=size)[0, 0].long()
     starts = torch.searchsorted(cell, cell)

@@ -29,13 +29,13 @@ class Windowed:
     "A network as a callable on whole songs: (channels, time) -> (sources, channels, time)."
     def __init__(self,
         network: nn.Module,  # waveform (batch, channels, time) -> (batch, sources, channels, time)
-        duration: float=None,  # of the windows, in seconds; as `Separator` has them, if not given
-        overlap: float=None,  # the part of a window that it shares with the next; likewise
+        duration: float|None=None,  # of the windows, in seconds; as `Separator` has them, if not given
+        overlap: float|None=None,  # the part of a window that it shares with the next; likewise
         batch_size: int=1,  # windows per call
         # where the windows go; where the network is, if not given
         device:str|torch.device|None=None,
         # windows in work at once on a processor; as many as there are cores, if not given
-        threads: int=None,
+        threads: int|None=None,
     ):
         self.network, self.device, self.threads = network, device, threads
         self.sample_rate = getattr(network, "sample_rate", SAMPLE_RATE)
@@ -49,7 +49,7 @@ class Windowed:
         return stems_of_song(self.network, waveform, self.plan, self.device, self.threads)
 
 # %% ../nbs/07_evaluation.ipynb #6dc286a6
-def windowed(network: nn.Module, duration: float=None, **kwargs) -> Windowed:
+def windowed(network: nn.Module, duration: float|None=None, **kwargs) -> Windowed:
     "`network` over overlapping windows, of `duration` seconds if given; keywords as `Windowed`'s."
     return Windowed(network, duration, **kwargs)
 
@@ -148,10 +148,10 @@ def _info(store, channels: str, mixture: str, **more) -> dict:
 # %% ../nbs/07_evaluation.ipynb #20092a4b
 def reference_rows(
     store:Store,  # songs to score
-    channels: str=None,  # "mono" (if not given) or "stereo"
-    mixture: str=None,  # "sum" or "stream"; by default what fits `channels`
-    stft: STFT=None,  # of the masks; 512/128, the paper's, if not given
-    rows: tuple=None,  # which of `REFERENCES`; all but the complex mask by default
+    channels: str|None=None,  # "mono" (if not given) or "stereo"
+    mixture: str|None=None,  # "sum" or "stream"; by default what fits `channels`
+    stft: STFT|None=None,  # of the masks; 512/128, the paper's, if not given
+    rows: tuple|None=None,  # which of `REFERENCES`; all but the complex mask by default
     metrics: tuple=tuple(METRICS),  # which of `METRICS`
     progress: bool=False,  # show a progress bar
 ) -> Scores:
@@ -199,18 +199,18 @@ def evaluate(
     store:Store,  # songs to score, or a view of some
     # "mono", the paper's protocol, or "stereo", the field's; by default the separator's own, mono if it has
     # none
-    channels: str=None,
+    channels: str|None=None,
     # "sum" of the stems or the released "stream"; by default the sum for mono, the stream for stereo
-    mixture: str=None,
+    mixture: str|None=None,
     metrics: tuple=tuple(METRICS),  # which of `METRICS`
     name: str="model",  # of the model, in tables
     seed: int=0,  # which of the model's training runs this is
     # rows to score beside it: names; True for all, at the model's STFT; False for none; or their `Scores`
     references:bool|tuple|Scores=PLAIN,
-    window: float=None,  # seconds, if `separate` is a network; as `Separator` has them, if not given
+    window: float|None=None,  # seconds, if `separate` is a network; as `Separator` has them, if not given
     bss: bool=False,  # also ISR, SIR and SAR, as museval (seconds per song)
     progress: bool=False,  # show a progress bar
-    info: dict=None,  # more to keep in scores.json: recipe, digest of the weights, …
+    info: dict|None=None,  # more to keep in scores.json: recipe, digest of the weights, …
 ) -> Scores:
     "Score a separator on every song; songs that fail are listed in `failed` with the reason."
     if name in REFERENCES: raise UserError(f"{name!r} is the name of a reference row; choose another")

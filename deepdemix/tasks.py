@@ -48,7 +48,7 @@ class Task:
 
     def train_batch(self, step:int) -> Any: raise NotImplementedError
     def training_loss(self, batch:Any) -> tuple: raise NotImplementedError
-    def beside(self, batch:tuple, mixture:torch.Tensor, sources:torch.Tensor) -> tuple:
+    def beside(self, batch:Any, mixture:torch.Tensor, sources:torch.Tensor) -> tuple:
         "The loss of a term: of its own batch, or of the mixes of separation."
         return self.training_loss(batch)
     def validate(self) -> dict: raise NotImplementedError

@@ -81,8 +81,8 @@ class TrainingStep(nn.Module):
         self.task, self.network, self.heads = task, task.network, task.heads
 
     def forward(self,
-                # a function that returns the batch: Fabric would round waveforms that it sees
-                batch:Callable) -> tuple:
+                batch:Callable, # returns the batch: Fabric would round waveforms that it sees
+    ) -> tuple:
         return self.task.training_loss(batch())
 
 def take_step(

@@ -11,6 +11,7 @@ __all__ = ['LOOKED_AT', 'FEWEST', 'CROSS_ENTROPY', 'FITS', 'Grid', 'owners', 'dr
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -300,7 +301,7 @@ class DenseTerm(DenseContrast):
 
     def train_batch(self, step:int) -> torch.Tensor: return torch.tensor(step)
 
-    def beside(self, batch:torch.Tensor, mixture:torch.Tensor, sources:torch.Tensor) -> tuple:
+    def beside(self, batch:Any, mixture:torch.Tensor, sources:torch.Tensor) -> tuple:
         z = self.network.dense_embed(mixture, self.tap.take())
         return self.dense_loss(z, sources, int(batch))
 

@@ -30,7 +30,8 @@ from .waveforms import SAMPLE_RATE
 
 # %% ../../nbs/foundations/inference.ipynb #528f114a
 def channel_groups(found:int, # channels of the song
-                   channels:int) -> list: # channels that the network takes
+                   channels:int, # channels that the network takes
+) -> list:
     "Which of a song's channels go through the network together."
     padded = [min(i, found - 1) for i in range(math.ceil(found / channels) * channels)]
     return [padded[i:i + channels] for i in range(0, len(padded), channels)]
@@ -39,7 +40,8 @@ def channel_groups(found:int, # channels of the song
 # waveform (b, c, time) -> stems (b, s, c, time) for the c that it takes
 def by_groups(network:torch.nn.Module,
               waveform:Tensor, # (b, channels, time), any number of channels
-              channels:int) -> Tensor: # c
+              channels:int, # c
+) -> Tensor:
     """The stems `(b, s, channels, time)`; a channel that went through twice comes back as its mean. No more
     than two groups go through at once."""
     groups = torch.tensor(channel_groups(waveform.shape[1], channels), device=waveform.device)
@@ -68,7 +70,8 @@ def plan_chunks(network:torch.nn.Module, # waveform -> stems
                 # part of a chunk that is shared; None: 1/4 for networks made for one length, else 1/8
                 overlap:float|None=None,
                 # seconds on each side that are seen and not used; None: 2/5 of what is shared
-                context:float|None=None) -> dict:
+                context:float|None=None,
+) -> dict:
     "The settings of `run_chunks` for a network. `UserError` for what can't be."
     hop = getattr(network, "hop", None) or getattr(getattr(network, "stft", None), "hop_length", 1)
     segment = segment_of(network) if chunk is None else None

@@ -35,7 +35,8 @@ def _sentences(card):
 MODEL_FILES = ["recipe.json", "model.safetensors", "README.md"]
 
 def find_model(name:str|Path, # a bundled model, a run folder or a file in it, "hf:owner/name", or a file
-               peers:bool=False) -> Path: # also a name of another project's model, as a path that isn't there
+               peers:bool=False, # also a name of another project's model, as a path that isn't there
+) -> Path:
     "The folder or file of a model. `UserError` with what there is, if there is none of that name."
     if str(name) in pretrained_names(): return WEIGHTS / str(name)
     if str(name).startswith("hf:"): return fetch_from_hub(str(name)[3:])
@@ -88,7 +89,8 @@ def fetch_from_hub(repo:str) -> Path: # "owner/name" or "owner/name@revision"
 # %% ../../nbs/foundations/model_names.ipynb #6170234a
 def push_to_hub(run:Path, # a run folder, or the name of a bundled model
                 repo:str, # "owner/name"
-                private:bool=False) -> str: # only for you
+                private:bool=False, # only for you
+) -> str:
     "Send a model's recipe, weights and card to the Hub; returns its address."
     folder, hub = find_model(run), _hub()
     load_network(folder)

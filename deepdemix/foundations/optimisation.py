@@ -80,7 +80,8 @@ class Average(AveragedModel):
 
     def update(self,
                network:nn.Module, # with its present weights
-               step:int) -> None: # steps that are done, 1 or more
+               step:int, # steps that are done, 1 or more
+    ) -> None:
         "Move the mean towards the present weights. The first weights count too, so torch's counter is ours."
         self.n_averaged.fill_(step)
         self.update_parameters(network)
@@ -94,7 +95,8 @@ class Average(AveragedModel):
     def applied(self,
                 network:nn.Module, # carries the mean within the block
                 # batches of what it is called with, to measure its normalisations on
-                inputs:Iterator=()) -> Iterator:
+                inputs:Iterator=(),
+    ) -> Iterator:
         "A block in which the network carries the mean."
         norms, weights = measuring(network), list(network.parameters())
         now, buffers = [p.detach().clone() for p in weights], [b.clone() for m in norms for b in m.buffers()]

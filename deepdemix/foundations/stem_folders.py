@@ -91,7 +91,8 @@ def _checked(format, subtype, clip):
 
 # %% ../../nbs/foundations/stem_folders.ipynb #93052d0c
 def free_folder(folder:str|Path, # the wished one
-                taken:tuple|set=()) -> Path: # folders that must not be used either
+                taken:tuple|set=(), # folders that must not be used either
+) -> Path:
     "The folder itself, or with the first number that makes it new: song, song-2, song-3, …"
     folder, n, name = Path(folder), 1, Path(folder).name
     while folder.exists() or folder in taken:
@@ -111,7 +112,8 @@ def _publish(hidden, folder, overwrite, taken):
 
 # %% ../../nbs/foundations/stem_folders.ipynb #4e8735d4
 def sweep(out:Path, # a folder that stems are written to
-          age:int=60) -> None: # seconds; younger leftovers stay
+          age:int=60, # seconds; younger leftovers stay
+) -> None:
     "Remove the hidden folders of processes of this machine that are no more."
     for folder in out.glob(".separating-*"):
         with contextlib.suppress(OSError):

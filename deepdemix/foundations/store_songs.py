@@ -74,8 +74,8 @@ class Take:
     title: str # its name
     split: str # train, valid or test
     stems: dict # source -> (path, stream)
-    mixture: tuple = None # (path, stream), if it has one
-    problem: str = None # why it cannot be prepared, if that is known already
+    mixture: tuple|None = None # (path, stream), if it has one
+    problem: str|None = None # why it cannot be prepared, if that is known already
     extra: tuple = () # names of sound files beside its stems, which are not used
 
     @property
@@ -128,7 +128,7 @@ class _Settings:
     "How songs are decoded; part of what makes a receipt valid."
     sources: tuple = SOURCES
     sample_rate: int = SAMPLE_RATE
-    channels: int = None
+    channels: int|None = None
     dtype: str = "float32"
     allow_missing: bool = False
     trim: bool = False

@@ -17,7 +17,8 @@ TAGS = {
 
 
 def write_tags(path:str|Path, # a wav, flac, ogg or mp3 file
-               tags:dict) -> None: # as `probe` gives them
+               tags:dict, # as `probe` gives them
+) -> None:
     "Write what is known of a song into a sound file."
     import mutagen
     from mutagen.easyid3 import EasyID3
@@ -33,7 +34,8 @@ def write_tags(path:str|Path, # a wav, flac, ogg or mp3 file
 
 # %% ../../nbs/foundations/tags.ipynb #9dbcdb54
 def fix_serial(path:Path, # an ogg file
-               serial:int=1) -> None: # the number that every page gets
+               serial:int=1, # the number that every page gets
+) -> None:
     "Give an Ogg file a serial number that does not change from run to run."
     from mutagen.ogg import OggPage
     with open(path, "r+b") as file:

@@ -62,7 +62,7 @@ def read_weights(
 def write_weights(
     path:str|Path, # where to
     tensors:dict, # names and tensors
-    metadata:dict=None, # names and strings
+    metadata:dict|None=None, # names and strings
 ) -> None:
     "Write a safetensors file atomically."
     from safetensors.torch import save

@@ -173,7 +173,7 @@ def embed(self:ConvTasNet,
 @patch
 def dense_embed(self:ConvTasNet,
     waveform:torch.Tensor, # (batch, channels, time)
-    encoded:tuple=None, # what `encoder` said of it, where that is known already
+    encoded:tuple|None=None, # what `encoder` said of it, where that is known already
 ) -> torch.Tensor: # (batch, frames, 1, latent)
     "A vector for each frame: the features that the masks are made of."
     _, features = encoded or self.encode(fold_channels(waveform, 1, self.channels)[0])

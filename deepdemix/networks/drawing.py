@@ -58,7 +58,8 @@ def find_boxes(module:nn.Module, whole:tuple=(), path:str="") -> Iterator:
 def trace_shapes(network:nn.Module, # any module
                  *inputs, # what it is called with; it runs on their device
                  method:str="forward", # which of its methods
-                 whole:tuple=()) -> list: # paths drawn as one box
+                 whole:tuple=(), # paths drawn as one box
+) -> list:
     "The boxes that run, in order; inputs on the `meta` device make it free, whatever the network's size."
     ghost, boxes = copy.deepcopy(network).to(inputs[0].device).eval(), []
     def note(path, module, out):
@@ -142,7 +143,8 @@ def draw_network(boxes:list, # from `trace_shapes`
                  title:str="", # above the drawing
                  start:str="", # what goes in, above the first box
                  end:str="", # what comes out, below the last box
-                 per_row:int=2) -> Any: # boxes in a row, at most; two can be read on a phone
+                 per_row:int=2, # boxes in a row, at most; two can be read on a phone
+) -> Any:
     """A drawing of the traced network: kind, sizes, parameters and output shape of every box. Returns the
     matplotlib axes."""
     import matplotlib.pyplot as plt

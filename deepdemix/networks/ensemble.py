@@ -26,7 +26,7 @@ from .wiener import refine_stems
 class Ensemble(nn.Module):
     "The mean of several networks, and a Wiener filter at the end."
     def __init__(self,
-        members:list=(("compact", {}), ("compact", {})), # names and settings of networks
+        members:list|tuple=(("compact", {}), ("compact", {})), # names and settings of networks
         window_length:int=4096, # of the STFT that the mean is taken in, in samples
         hop_length:int=1024, # of this STFT, in samples
         window_type:str="hann", # of this STFT
@@ -72,7 +72,7 @@ def spectrum(self:Ensemble,
 @patch
 def estimate(self:Ensemble,
     x:torch.Tensor, # complex (b, channels, n_t, n_f)
-    length:int=None, # samples behind the frames; without it, all that they cover
+    length:int|None=None, # samples behind the frames; without it, all that they cover
 ) -> torch.Tensor: # complex (b, s, channels, n_t, n_f)
     """The stems' spectrograms: the mean of what the members make of the mixture, and the Wiener filter's
     share."""

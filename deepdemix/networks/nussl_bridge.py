@@ -114,7 +114,8 @@ def to_nussl(network:nn.Module) -> nn.Module: # any `MaskNetwork`
 # %% ../../nbs/networks/nussl_bridge.ipynb #f62e5dfe
 def nussl_separator(network:nn.Module, # any `MaskNetwork`
                     signal:Any, # nussl's AudioSignal of the mixture
-                    **kwargs) -> Any: # of nussl's MaskSeparationBase: mask_type, mask_threshold
+                    **kwargs, # of nussl's MaskSeparationBase: mask_type, mask_threshold
+) -> Any:
     "nussl's `DeepMaskEstimation` of `signal`, ready to be called, with `network` inside."
     nussl = import_nussl()
     transforms = nussl.datasets.transforms

@@ -169,7 +169,7 @@ def embed(self:OpenUnmix,
 @patch
 def dense_embed(self:OpenUnmix,
     waveform:torch.Tensor, # (batch, channels, time)
-    encoded:list=None, # what each listener of `encoder` said of it, where that is known already
+    encoded:list|None=None, # what each listener of `encoder` said of it, where that is known already
 ) -> torch.Tensor: # (batch, n_t, 1, 2 * hidden * listeners)
     "A vector for each frame: what the painters read, end to end."
     heard = encoded or self.listen(self.magnitudes(to_channels(waveform, self.channels)))

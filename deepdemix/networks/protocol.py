@@ -44,7 +44,8 @@ class MaskNetwork(nn.Module):
 # %% ../../nbs/networks/protocol.ipynb #1d88c67e
 def fold_channels(x:Any, # any tensor
                   axis:int, # where its channels are
-                  channels:int) -> tuple: # how many the network sees at a time
+                  channels:int, # how many the network sees at a time
+) -> tuple:
     """`x` with `channels` channels and the others folded into the batch, and the function that brings a
     result `(b, …, channels, …)` back."""
     found = x.shape[axis]

@@ -106,7 +106,7 @@ def _masked(
 def reference_estimates(
     stems: Tensor,  # true sources (sources, channels, time)
     mixture: Tensor,  # (channels, time)
-    stft: STFT=None,  # the model's; 512/128, the paper's, if not given
+    stft: STFT|None=None,  # the model's; 512/128, the paper's, if not given
     rows: tuple=REFERENCES,  # which of `REFERENCES`
     sample_rate: float=SAMPLE_RATE,  # samples per second
 ) -> dict[str, Tensor]:              # row -> estimates (sources, channels, time)

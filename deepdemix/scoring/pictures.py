@@ -35,7 +35,7 @@ def _seeded(
 def plot_scores(
     scores: Scores,  # of one or more models, with reference rows
     metric: str="SDR",  # which
-    split: str=None,  # the only one if not given
+    split: str|None=None,  # the only one if not given
     # reference rows to draw where they were scored
     lines: tuple=("mixture / 4", "oracle 12x12", "ideal ratio mask"),
     ax:Any=None,  # where; a new figure if not given
@@ -67,9 +67,9 @@ def plot_scores(
 def plot_songs(
     a:Scores, b:Scores,               # `Scores` of two models
     metric: str="SDR",  # which
-    model_a: str=None,  # needed only if `a` holds several models
-    model_b: str=None,  # needed only if `b` holds several models
-    split: str=None,  # needed only if several splits were scored
+    model_a: str|None=None,  # needed only if `a` holds several models
+    model_b: str|None=None,  # needed only if `b` holds several models
+    split: str|None=None,  # needed only if several splits were scored
     ax:Any=None,  # where; a new figure if not given
 ) -> Any:
     "Scatter of songs, model B against model A, in the colours of the sources."
@@ -109,7 +109,7 @@ def show_songs(
     n: int=5,  # how many of the best and of the worst
     source: str="vocals",  # which to draw, and to rank by
     metric: str="SDR",  # to rank by
-    model: str=None,  # needed only if `scores` holds several models
+    model: str|None=None,  # needed only if `scores` holds several models
 ) -> Any:
     """Spectrograms (kHz over seconds) of the best songs, then the worst, one a row: mixture, true and
     estimated source. Returns the figure."""

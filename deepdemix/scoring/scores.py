@@ -105,7 +105,7 @@ def _one_split(a: Scores, b: Scores) -> str:
 
 # %% ../../nbs/scoring/scores.ipynb #873baa8b
 @patch
-def array(self: Scores, metric: str, model: str, split: str=None) -> tuple[np.ndarray, list]:
+def array(self: Scores, metric: str, model: str, split: str|None=None) -> tuple[np.ndarray, list]:
     """Values (seeds, songs, sources) of a model with NaN where there is none, and the titles; the test songs
     if there are several splits."""
     split = split or _one_split(self, self)
@@ -118,7 +118,7 @@ def array(self: Scores, metric: str, model: str, split: str=None) -> tuple[np.nd
 
 # %% ../../nbs/scoring/scores.ipynb #7515ba57
 @patch
-def by_song(self: Scores, metric: str="SDR", model: str=None, split: str=None) -> Any:
+def by_song(self: Scores, metric: str="SDR", model: str|None=None, split: str|None=None) -> Any:
     "Table of one metric: songs down, sources across; the mean over seeds. The only model if none is named."
     import pandas as pd
     values, titles = self.array(metric, model or self._single(), split)
@@ -134,7 +134,12 @@ def _single(self: Scores) -> str:
 
 # %% ../../nbs/scoring/scores.ipynb #2ab5abfc
 @patch
-def ranked(self: Scores, metric: str="SDR", model: str=None, split: str=None, source: str=None) -> list[str]:
+def ranked(self: Scores,
+    metric:str="SDR", # SDR, ISR, …
+    model:str|None=None, # whose; None: the only one's
+    split:str|None=None, # of the songs; None: all
+    source:str|None=None, # by which source; None: by the mean over all
+) -> list[str]:
     "Song titles, best first, by one source or by the mean over all."
     table = self.by_song(metric, model, split)
     order = (table[source] if source else table.mean(axis=1)).dropna().sort_values(ascending=False)
@@ -189,7 +194,7 @@ def _separates(self: Scores, model: str) -> list[str]:
 
 
 @patch
-def overall(self: Scores, metric: str="SDR", model: str=None, split: str=None) -> float:
+def overall(self: Scores, metric: str="SDR", model: str|None=None, split: str|None=None) -> float:
     "The table's overall number of one model."
     values, _ = self.array(metric, model or self._single(), split)
     return float(nan_average(average_songs(values, metric).mean(0)))
@@ -315,7 +320,7 @@ def records(self: Scores) -> list[dict]:
 @patch
 def save(self: Scores,
     path:str|Path,  # of scores.json
-    digits: int=None, # decimals to keep; None: all
+    digits: int|None=None, # decimals to keep; None: all
 ) -> Path: # the same
     "Write everything as JSON, a song a line, whole or not at all."
     line = lambda x: json.dumps(x, allow_nan=False, ensure_ascii=False)
@@ -410,7 +415,7 @@ def _museval_record(path: Path, key: tuple, sources: tuple) -> dict:
 def from_museval(cls: Scores,
     # FOLDER/SPLIT/TITLE.json, or FOLDER/TITLE.json, as museval's `EvalStore` has them
     folder:str|Path,
-    name: str=None,  # of the row; by default the folder's
+    name: str|None=None,  # of the row; by default the folder's
     split: str="test",  # of files that lie in no folder of a split
     sources: tuple=SOURCES,  # targets to take
 ) -> Scores:

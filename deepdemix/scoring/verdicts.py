@@ -178,9 +178,9 @@ def compare(
     a:Scores|list,  # `Scores` of model A, one or several seeds; or a list of them
     b:Scores|list,  # of model B
     metric: str="SDR",  # which
-    model_a: str=None,  # needed only if `a` holds several models
-    model_b: str=None,  # needed only if `b` holds several models
-    split: str=None,  # needed only if several splits were scored
+    model_a: str|None=None,  # needed only if `a` holds several models
+    model_b: str|None=None,  # needed only if `b` holds several models
+    split: str|None=None,  # needed only if several splits were scored
     average: str="median",  # or "mean", over songs
     name: str="",  # what changed, for the sentence: "pretraining"
     seed: int=0,  # of the songs' resampling

@@ -222,11 +222,14 @@ def check_machines(ray:Any, call:Callable, state:Any, inputs:Any, seconds:int=12
         if wrong := list(objections(question, answers)): raise UserError("; ".join(wrong))
 
 # %% ../../nbs/serving/cluster.ipynb #4b1a0b0d
-class RayWorker(Careful):
+class RayWorker:
     "A `Careful` on rows of Ray Data."
-    def __call__(self, row:Any) -> Any:
+    def __init__(self, call:Callable, notes:Path): # of `Careful`
+        self.careful = Careful(call, notes)
+
+    def __call__(self, row:dict) -> dict: # both with the job's "number"; its "job" and "result", pickled
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS") or 1)))
-        result = super().__call__(row["number"], pickle.loads(row["job"]))
+        result = self.careful(row["number"], pickle.loads(row["job"]))
         return {"number": row["number"], "result": pickle.dumps(result)}
 
 # %% ../../nbs/serving/cluster.ipynb #0b043457
@@ -249,8 +252,8 @@ def _spread(ray, call, jobs, notes, workers, threads, gpus):
 @dataclass
 class OnRay:
     "Spreads jobs over the workers of a Ray cluster; stands where `alone` and `threads` stand."
-    address: str = None # of a cluster to join; None: one of our own
-    workers: int = None # None: as many as the cluster has room for
+    address: str|None = None # of a cluster to join; None: one of our own
+    workers: int|None = None # None: as many as the cluster has room for
     threads: int = 1 # processor cores a worker
     gpus: float = 0 # GPUs a worker
 

@@ -34,7 +34,8 @@ class Upload:
         if self.title == self.name: self.title = Path(self.name).stem
 
     def keep(self,
-             pieces:Iterator) -> "Upload": # bytes, from beginning to end
+             pieces:Iterator, # bytes, from beginning to end
+    ) -> "Upload":
         "Write the song; returns itself. `UserError` if it can't be written here."
         try:
             self.folder = tempfile.TemporaryDirectory(prefix="deepdemix-")
@@ -84,7 +85,8 @@ class DeskSong:
     def step(self,
              stage:str, # in words
              done:float=0., # of `total`
-             total:float=0.) -> None: # 0: nobody knows
+             total:float=0., # 0: nobody knows
+    ) -> None:
         "Say what is done now. `Cancelled` if the song has been removed meanwhile."
         if self.removed: raise Cancelled(self.name)
         self.stage, self.done, self.total = stage, done, total
@@ -165,7 +167,8 @@ class SongQueue:
             song:Any, # whatever `open_song` takes, or an `Upload`
             model:str, # its label
             name:str, # what to call the song
-            **opening) -> DeskSong: # track and references, of `open_song`
+            **opening, # track and references, of `open_song`
+    ) -> DeskSong:
         "Put a song at the end of the line. `RuntimeError` if no thread can be started for it."
         name = str(name).encode("utf-8", "replace").decode()
         with self.lock:
@@ -178,7 +181,8 @@ class SongQueue:
         return entry
 
     def remove(self,
-               number:int) -> bool: # whether there was such a song
+               number:int,
+    ) -> bool: # whether there was such a song
         "Take a song away, finished or not; what is being done for it ends."
         with self.lock:
             entry = self.songs.pop(number, None)

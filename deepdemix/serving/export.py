@@ -113,7 +113,8 @@ def export(network:nn.Module, # waveform -> stems
            path:str|Path, # ends in .onnx, or in .pt (TorchScript)
            licence:str="not stated", # of the weights, for the file's metadata
            name:str="network", # of the model, likewise
-           half:bool=False) -> Path: # ONNX: weights in half precision, for half the size
+           half:bool=False, # ONNX: weights in half precision, for half the size
+) -> Path:
     """Write a network; returns the path. `UserError` where it can't be, or where the result differs by more
     than 1e-4."""
     path = Path(path)

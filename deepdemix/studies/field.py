@@ -88,7 +88,7 @@ def score_field(
     models:list=(), # run folders, bundled models, other people's: NAME=MODEL or MODEL
     estimates:list=(), # folders of stems: NAME=DIR or DIR
     museval:tuple|list=(), # folders of museval's files: NAME=DIR or DIR
-    channels:str=None, # "mono" or "stereo"; None: what the rows are made for
+    channels:str|None=None, # "mono" or "stereo"; None: what the rows are made for
     device:str="auto", # where models compute
     references:bool=True, # with the reference rows
     progress:bool=False, # show progress bars
@@ -113,7 +113,7 @@ def score_field(
 def verdicts(
     scores:Scores, # of several models
     metric:str="SDR", # which
-    first:str=None, # the model that the others are compared with; None: the first
+    first:str|None=None, # the model that the others are compared with; None: the first
 ) -> list: # of `Verdict`
     "Every other model against the first one, on the songs that both have."
     first = first or scores.models[0]
