@@ -43,8 +43,9 @@ demo: $(VENV)/.package ## the first run: train, print Table 1, separate two song
 check: $(VENV)/.nussl ## the notebooks are clean, and package and README follow from them
 	@$(BIN)/python nbs/_site/check.py
 
-lint: $(VENV)/.dev ## layout, unused names and order of imports, in notebooks, tests and scripts
+lint: $(VENV)/.dev ## layout, unused names, order of imports, and the types of a program that uses the package
 	@$(BIN)/ruff check --quiet
+	@$(BIN)/mypy --no-error-summary tests/typed_program.py $$(git ls-files 'deepdemix/*.pyi')
 
 test test-all: export OMP_NUM_THREADS := 1
 test: check lint ## what CI runs: notebooks, then tests
@@ -84,7 +85,8 @@ test-browser: $(VENV)/.browser docs ## the site and the listening desk in a real
 
 notebooks: $(VENV)/.nussl ## run every notebook top to bottom and save its outputs
 	@$(BIN)/python nbs/_site/execute.py nbs
-	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python nbs/_site/stubs.py
+	@$(MAKE) --no-print-directory readme
 
 readme: $(VENV)/.dev ## README.md from nbs/index.ipynb
 	@$(BIN)/python nbs/_site/readme.py

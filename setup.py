@@ -41,7 +41,10 @@ setup(
         *pythons,
     ],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_name"]: ["py.typed", "weights/*/*", "songs/*/*", "serving/desk_files/*"]},
+    package_data={
+        "": ["*.pyi"],
+        cfg["lib_name"]: ["py.typed", "weights/*/*", "songs/*/*", "serving/desk_files/*"],
+    },
     include_package_data=False,
     install_requires=words("requirements"),
     extras_require=extras,

@@ -1,10 +1,12 @@
 "What `import deepdemix` offers, and what it leaves unread until it is asked for."
+import ast
 import re
 import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import metadata
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -30,6 +32,32 @@ def test_a_name_is_that_of_its_room(name):
     assert name in dir(deepdemix) and callable(getattr(deepdemix, name))
     if name in deepdemix._ROOMS:
         assert getattr(deepdemix, name) is getattr(import_module(f"deepdemix.{deepdemix._ROOMS[name]}"), name)
+
+
+MEANING = {
+    "Separator": "device: auto, cpu, cuda or mps",
+    "Separator.separate": "two_stems: only this source, and the mixture without it",
+    "Mixer": "duration: ",
+    "fit": "resume: go on with the run in `out`",
+    "separate": "out: the folder in which",
+}
+
+
+@pytest.mark.parametrize("what", MEANING)
+def test_help_says_what_each_parameter_means(what):
+    assert MEANING[what] in run("-c", f"import deepdemix; help(deepdemix.{what})").stdout
+
+
+def test_editors_see_every_method():
+    "What a notebook adds to a class stands in the class's stub."
+    for path in PACKAGE.rglob("*.pyi"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        room, tree = import_module(name), ast.parse(path.read_text(encoding="utf-8"))
+        for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            seen = {node.name for node in cls.body if isinstance(node, ast.FunctionDef)}
+            own = {k for k, f in vars(getattr(room, cls.name)).items()
+                   if not k.startswith("_") and isinstance(f, (FunctionType, classmethod, property))}
+            assert own <= seen, f"{name}.{cls.name}: {own - seen}"
 
 
 def test_a_name_that_is_not_there():
