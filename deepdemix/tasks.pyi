@@ -2,7 +2,6 @@
 from typing import Any as Any
 import json
 import math
-from collections.abc import Callable as Callable
 from typing import Any as Any
 import torch
 from fastcore.basics import patch as patch
@@ -11,7 +10,7 @@ from .foundations.distributed import own_rows as own_rows
 from .foundations.files import UserError as UserError, check_finite as check_finite
 from .foundations.inference import stems_of_song as stems_of_song
 from .foundations.recipe import Recipe as Recipe
-from .foundations.registry import build_network as build_network
+from .foundations.registry import Registry as Registry, build_network as build_network, check_settings as check_settings
 from .foundations.separation_losses import LOSSES as LOSSES
 from .foundations.store import Store as Store
 from .foundations.waveforms import to_mono as to_mono
@@ -60,16 +59,8 @@ a run resumable and independent of workers."""
 
     def own_batch(self, step: int) -> tuple:
         """This process's part of batch `step`."""
-TASKS: dict
-
-def register_task(kind: str) -> Callable:
-    """Register a task.
-
-    Parameters:
-        kind: the `kind` of the recipes that it is for
-
-    Returns: a decorator for a class called with (network, recipe, store)
-    """
+TASKS: Any
+register_task: Any
 
 def build_task(recipe: Recipe, store: Store, cls=None) -> Task:
     """The task of a recipe, with a fresh network.
@@ -79,16 +70,8 @@ def build_task(recipe: Recipe, store: Store, cls=None) -> Task:
         store: the data
         cls: the class of the task; None: the one registered for the recipe's kind
     """
-TERMS: dict
-
-def register_term(name: str) -> Callable:
-    """Register a term beside a separation loss: its `heads`, `train_batch` and `training_loss` are used.
-
-    Parameters:
-        name: what `task_args` call it
-
-    Returns: a decorator for a function of (task, settings) that returns a `Task`
-    """
+TERMS: Any
+register_term: Any
 
 def build_terms(task: Task) -> dict:
     """The terms that a recipe gives a weight; an unknown name or a weight below 0 raises a `UserError`.

@@ -21,7 +21,7 @@ from torch import nn
 from .distributed import _places, _Watch, processes_worth
 from .files import UserError
 from .recipe import Recipe
-from .registry import _no_such
+from .registry import no_such
 
 # %% ../../nbs/foundations/fabric.ipynb #8cc38c42
 class _Batches(torch.utils.data.Dataset):
@@ -81,7 +81,7 @@ def _strategy(
     processes:int, # in all
 ):
     "What Lightning calls a strategy: one device, or copies of the network whose gradients are averaged."
-    if name not in ("auto", "ddp"): raise _no_such("strategy", name, ("auto", "ddp"))
+    if name not in ("auto", "ddp"): raise no_such("strategy", name, ("auto", "ddp"))
     if name == "auto" and processes == 1: return "auto"
     from lightning.fabric.strategies import DDPStrategy
     return DDPStrategy(find_unused_parameters=True)

@@ -10,9 +10,8 @@ __all__ = ['PAPER_MIXER', 'PAPER_EPOCHS', 'QUARTER', 'TINY', 'HALF', 'SMALL', 'F
 from dataclasses import dataclass, field
 from typing import Any
 
-from .files import UserError
 from .recipe import Recipe
-from .registry import NETWORKS, _no_such, known_networks
+from .registry import NETWORKS, no_such
 
 # %% ../../nbs/foundations/profiles.ipynb #1110b9d4
 PAPER_MIXER = dict(coherent=1.0, level=["lufs", -20, [-5, 5]], pitch=[-2, 2], stretch=[0.8, 1.2])
@@ -78,12 +77,9 @@ def recipe_for(
     **overrides, # recipe fields
 ) -> Recipe:
     "The recipe of one of the paper's models at the scale of a profile."
-    if profile not in PROFILES: raise _no_such("profile", profile, PROFILES)
+    if profile not in PROFILES: raise no_such("profile", profile, PROFILES)
     for network in (name, overrides.get("network", name)):
-        if network not in PAPER_EPOCHS and network not in known_networks():
-            raise UserError(
-                f"{_no_such('network', network, NETWORKS)}; one of your own comes with --import FILE.py"
-            )
+        if network not in PAPER_EPOCHS: NETWORKS[network] # an unknown one raises a `UserError`
     p = dict(PROFILES[profile])
     duration, _ = dict(duration=p.pop("duration")), p.pop("models", {})
     epochs = dict(epochs=p["epochs"].get(name, PAPER_EPOCHS["ddm"]))

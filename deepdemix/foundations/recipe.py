@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.docments import docments
 
 from .files import UserError, _read_json, _write_json
-from .registry import _no_such
+from .registry import no_such
 
 # %% ../../nbs/foundations/recipe.ipynb #f9188520
 def _as_read(
@@ -84,7 +84,7 @@ def from_dict(
     "A recipe from a dictionary; an unknown field raises a `UserError` that names close ones."
     known = [f.name for f in fields(cls)]
     for name in settings:
-        if name not in known: raise _no_such("recipe field", name, known)
+        if name not in known: raise no_such("recipe field", name, known)
     return cls(**settings)
 
 # %% ../../nbs/foundations/recipe.ipynb #24d39b35
@@ -228,7 +228,7 @@ def override(
     new = self.to_dict()
     for setting, value in settings.items():
         name, *path = setting.split(".")
-        if name not in new: raise _no_such("recipe field", name, new)
+        if name not in new: raise no_such("recipe field", name, new)
         new[name] = _put(new[name], path, value, name)
     return Recipe.from_dict(new).check()
 

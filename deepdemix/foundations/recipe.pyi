@@ -8,6 +8,7 @@ import yaml
 from fastcore.basics import patch as patch
 from fastcore.docments import docments as docments
 from .files import UserError as UserError
+from .registry import no_such as no_such
 
 @dataclass
 class Recipe:

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .console import on_terminal, progress_bar, say
 from .files import UserError
 from .recipe import Recipe
-from .registry import _no_such
+from .registry import no_such
 from .store import say_minutes
 
 # %% ../../nbs/foundations/reporting.ipynb #3866313b
@@ -56,7 +56,7 @@ def open_logger(
     settings:dict, # to be kept with it
 ) -> tuple: # one of Lightning's loggers, and what the log is called; (None, None) for csv
     "Begin a log, or go on with it. `UserError` where the package is missing, or the log can't be written."
-    if name not in LOGGERS: raise _no_such("logger", name, LOGGERS)
+    if name not in LOGGERS: raise no_such("logger", name, LOGGERS)
     if name == "csv": return None, None
     if importlib.util.find_spec(name) is None:
         raise UserError(f"the logger '{name}' needs the package {name}: pip install 'deepdemix[loggers]'")

@@ -9,6 +9,7 @@ from fastcore.basics import patch as patch
 from .console import on_terminal as on_terminal, progress_bar as progress_bar, say as say
 from .files import UserError as UserError
 from .recipe import Recipe as Recipe
+from .registry import no_such as no_such
 from .store import say_minutes as say_minutes
 LOGGERS: Any
 

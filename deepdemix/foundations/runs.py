@@ -23,7 +23,7 @@ import deepdemix
 from .files import UserError, _write_json
 from .outside import missing_line, needed
 from .recipe import FORMAT, Recipe, read_record
-from .registry import NETWORKS, _import_rooms, build_network
+from .registry import NETWORKS, build_network, import_rooms
 from .state import read_state
 from .store import say_minutes, stem_minutes
 from .weights import PICKLES, Budget, load_into, read_weights, write_weights
@@ -41,7 +41,7 @@ def _stored_network(
     try:
         name, args = record.get("network") or (record["recipe"]["network"],
                                                record["recipe"].get("network_args", {}))
-        if name not in NETWORKS: _import_rooms()
+        if name not in NETWORKS: import_rooms()
         if name not in NETWORKS and (line := missing_line(record, run)): raise UserError(line)
         with _loading, torch.random.fork_rng(devices=[]), Budget(limit, run):
             return build_network(name, **args)

@@ -6,21 +6,14 @@
 __all__ = ['LOSSES', 'register_loss', 'l1_magnitude', 'l1_waveform']
 
 # %% ../../nbs/foundations/separation_losses.ipynb #cc1db3b3
-from collections.abc import Callable
-
 import torch
 
-# %% ../../nbs/foundations/separation_losses.ipynb #82e8ba85
-LOSSES = {}
+from .registry import Registry
 
-def register_loss(
-    name:str, # what recipes call it
-) -> Callable: # a decorator for fn(network, mixture (b, c, t), sources (b, s, c, t)) -> a scalar
-    "Register a separation loss under `name`."
-    def _register(f):
-        LOSSES[name] = f
-        return f
-    return _register
+# %% ../../nbs/foundations/separation_losses.ipynb #82e8ba85
+# functions of (network, mixture (b, c, t), sources (b, s, c, t)) that return a scalar
+LOSSES = Registry("loss")
+register_loss = LOSSES.register
 
 # %% ../../nbs/foundations/separation_losses.ipynb #86f732a5
 def _fold_channels(
