@@ -8,7 +8,7 @@ from report import report, row
 
 from deepdemix.foundations.encoding import write
 from deepdemix.foundations.toy_band import toy_song
-from deepdemix.serving.catalogue import alone, read_manifest, separate_catalogue
+from deepdemix.serving.catalogue import read_manifest, separate_catalogue, serial_executor
 from deepdemix.serving.cluster import OnRay, cluster
 
 
@@ -23,7 +23,7 @@ def measure(folder, songs=30, duration=30.0, workers=2):
     "Rows of one process alone, of a cluster, and of a restart."
     for k in range(songs): write(folder / "in" / f"toy {k:02d}.wav", toy_song(k, duration).sum(0), 44100)
     yield row("length of a song", duration, "s")
-    _, one = timed([folder / "in"], folder / "alone", each=alone)
+    _, one = timed([folder / "in"], folder / "alone", executor=serial_executor)
     busy_alone = read_manifest(folder / "alone").seconds.sum()
     yield row("separating, one process of one thread", busy_alone / songs / duration, "of real time",
               note=f"{songs} songs of {duration:g} s")
@@ -31,13 +31,13 @@ def measure(folder, songs=30, duration=30.0, workers=2):
     began = time.perf_counter()
     with cluster(cores=workers):
         yield row("start a cluster", time.perf_counter() - began, "s")
-        _, two = timed([folder / "in"], folder / "ray", each=OnRay(workers=workers))
+        _, two = timed([folder / "in"], folder / "ray", executor=OnRay(workers=workers))
         busy = read_manifest(folder / "ray").seconds.sum()
         yield row(f"the catalogue on {workers} workers, start of the workers included", songs / two * 3600,
                   "songs/h", "one process", songs / one * 3600, True)
         yield row("share of the workers' time that is separation", busy / workers / two, "",
                   note="the rest: starting, levels, records, waiting")
-        _, again = timed([folder / "in"], folder / "ray", each=OnRay(workers=workers))
+        _, again = timed([folder / "in"], folder / "ray", executor=OnRay(workers=workers))
         yield row("a restart with nothing to do", again, "s")
     stems = [x for x in (folder / "ray").rglob("*.wav")]
     yield row("stems as 16 bit wav", sum(x.stat().st_size for x in stems) / songs / duration, "B/s of music")

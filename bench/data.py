@@ -12,7 +12,7 @@ from report import absent, report, row, seconds
 
 from deepdemix.augmentation import Mixer
 from deepdemix.data import find_musdb, prepare_musdb
-from deepdemix.foundations.augmentation_cache import Bank
+from deepdemix.foundations.augmentation_cache import AugmentationCache
 from deepdemix.foundations.codecs import read_streams
 from deepdemix.foundations.store import Store
 
@@ -176,7 +176,7 @@ def large(folder, gigabytes=30):
               seconds(lambda: Store.open(folder), 20) * 1000, "ms")
     yield row("read 5 s of four stereo stems from it", taken / reads * 1000, "ms")
     yield row("memory that 2,000 reads added, at most", most / 2**20, "MiB")
-    yield row("stereo bank of that store, 15 s of each song", Bank(store).need(), "GiB",
+    yield row("stereo bank of that store, 15 s of each song", AugmentationCache(store).need(), "GiB",
               note="rendered anew every 6,000 mixes")
 
 

@@ -15,12 +15,12 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 
-from .foundations.augmentation_cache import Bank, Variant, _between
+from .foundations.augmentation_cache import AugmentationCache, Variant, _between
 from .foundations.blocks import _block
 from .foundations.effects import fit_length, shelf
 from .foundations.files import UserError
 from .foundations.loudness import SILENCE
-from .foundations.pieces import LEVELS, Mix, Piece, _level_ok, level_gain
+from .foundations.pieces import LEVELS, Excerpt, Mix, _level_ok, level_gain
 from .foundations.randomness import BALANCED, COLOUR, MIX, PLACE, TRIPLET, generator
 from .foundations.store import Store
 
@@ -61,8 +61,9 @@ class Mixer:
         self.__dict__.update(self.settings, store=store, frames=round(duration * store.sample_rate))
         self.weights = getattr(store, "song_weights", None)
         if pitch is None and stretch is None: self.shift = None
-        self.bank = Bank(store, channels, pitch, stretch, None if shift == "exact" else self.shift, variants,
-                         refresh, excerpt, seed, memory, cache, workers)
+        kind = None if shift == "exact" else self.shift
+        self.bank = AugmentationCache(store, channels, pitch, stretch, kind, variants,
+                                      refresh, excerpt, seed, memory, cache, workers)
         self._check()
 
 # %% ../nbs/02_augmentation.ipynb #251d61c2
@@ -92,7 +93,7 @@ def _check(self: Mixer):
 
 # %% ../nbs/02_augmentation.ipynb #0a1defce
 @patch
-def _place(self: Mixer, rng, song: int, sources: list[int], index: int, detune: bool = False) -> list[Piece]:
+def _place(self: Mixer, rng, song: int, sources: list[int], index: int, detune: bool=False) -> list[Excerpt]:
     "Pieces from one place of one copy or, detuned, each from a copy of its own."
     variant, place = int(rng.integers(self.variants)), rng.random()
     if not detune: return self._pieces(rng, song, variant, place, sources, index)
@@ -103,7 +104,7 @@ def _place(self: Mixer, rng, song: int, sources: list[int], index: int, detune: 
 
 # %% ../nbs/02_augmentation.ipynb #8586fc85
 @patch
-def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Piece]:
+def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Excerpt]:
     if self.shift == "exact":
         v, at, start = self._fresh(rng, song, place), 0, 0
     else:
@@ -112,7 +113,7 @@ def _pieces(self: Mixer, rng, song, variant, place, sources, index) -> list[Piec
         start = round(at * v.stretch)
     frames = min(self.frames, round(self._reach(v.frames, v.stretch) * v.stretch), v.length - start)
     lufs = v.loudness(start, frames)
-    return [Piece(s, song, v, start, frames, float(lufs[s]), (v.start + at) / self.store.sample_rate)
+    return [Excerpt(s, song, v, start, frames, float(lufs[s]), (v.start + at) / self.store.sample_rate)
             for s in sources]
 
 # %% ../nbs/02_augmentation.ipynb #ca520794
@@ -134,7 +135,7 @@ TRIES = 8
 @patch
 def _group(
     self: Mixer, i: int, sources: list[int], pool: list[int], salt: int = 0, detune: bool = False
-) -> list[Piece]:
+) -> list[Excerpt]:
     """Pieces of one place in one song; with a gate the first of some draws in which all is loud enough, or
     else the best of them."""
     best, most = None, -math.inf
@@ -173,7 +174,7 @@ def _set_level(self: Mixer, piece, share, factor):
 @patch
 def draw(self: Mixer,
     i: int, # number of the example
-) -> list[Piece]: # one piece a source, then those added by `mixup`
+) -> list[Excerpt]: # one piece a source, then those added by `mixup`
     "Choose songs, places and levels of the example `i`."
     rng, sources = generator(self.seed, MIX, i), range(len(self.pools))
     coherent = rng.random() < self.coherent
@@ -198,7 +199,7 @@ def _ramp(frames, device):
 
 # %% ../nbs/02_augmentation.ipynb #fe66a5ce
 @patch
-def _put(self: Mixer, out: Tensor, pieces: list[Piece]) -> None: # out (sources, channels, time)
+def _render(self: Mixer, out: Tensor, pieces: list[Excerpt]) -> None: # out (sources, channels, time)
     fade = round(self.fade * self.store.sample_rate)
     for k, p in enumerate(pieces):
         part, n = out[p.source, :, :p.frames], min(fade, p.frames // 2)
@@ -216,7 +217,7 @@ def _put(self: Mixer, out: Tensor, pieces: list[Piece]) -> None: # out (sources,
 
 # %% ../nbs/02_augmentation.ipynb #2b8ad01c
 @patch
-def _colour(self: Mixer, out: Tensor, i: int) -> None: # out (sources, channels, time)
+def _apply_effects(self: Mixer, out: Tensor, i: int) -> None: # out (sources, channels, time)
     rng, many = generator(self.seed, COLOUR, i), len(out)
     swap, flip, gains = rng.random(many) < self.swap, rng.random(many) < self.flip, rng.random((many, 2))
     for s in range(many):
@@ -259,8 +260,8 @@ def _assemble(self: Mixer, drawn, device=None):
     sources = _block((len(drawn), len(self.pools), channels, self.frames), device)
     mixture, scales = _block((len(drawn), channels, self.frames), device), []
     for k, (i, pieces) in enumerate(drawn):
-        self._put(sources[k], pieces)
-        if self.swap or self.flip or self.eq: self._colour(sources[k], i)
+        self._render(sources[k], pieces)
+        if self.swap or self.flip or self.eq: self._apply_effects(sources[k], i)
         scales.append(self._sum(sources[k], mixture[k]))
     return mixture, sources, scales
 
@@ -319,7 +320,7 @@ class Excerpts:
         if len(self.instruments) < 2:
             raise UserError("Contrast needs two instruments at least; one was given.")
         if not _level_ok(level): raise UserError(f"level={level!r}: use {LEVELS}.")
-        self.bank = Bank(store, channels, seed=seed, **bank)
+        self.bank = AugmentationCache(store, channels, seed=seed, **bank)
         self.pools = [
             [k for k, s in enumerate(store.songs) if name in s.present] for name in self.instruments
         ]
@@ -351,7 +352,7 @@ def song_order(self: Excerpts, rng:np.random.Generator, songs: list) -> np.ndarr
 
 # %% ../nbs/02_augmentation.ipynb #f09d2a31
 @patch
-def find(self: Excerpts, rng:np.random.Generator, label: int, index: int, barred:tuple|set=()) -> Piece:
+def find(self: Excerpts, rng:np.random.Generator, label: int, index: int, barred:tuple|set=()) -> Excerpt:
     """An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in
     random order."""
     source = self.store.sources.index(self.instruments[label])
@@ -360,7 +361,7 @@ def find(self: Excerpts, rng:np.random.Generator, label: int, index: int, barred
         starts, frames = self._starts(v, source)
         if len(starts):
             start = int(rng.choice(starts))
-            piece = Piece(source, song, v, start, frames, float(v.loudness(start, frames)[source]),
+            piece = Excerpt(source, song, v, start, frames, float(v.loudness(start, frames)[source]),
                           (v.start + start / v.stretch) / self.store.sample_rate)
             if self.level: piece.snr = float(rng.uniform(*self.level[-1]))
             piece.gain = level_gain(self.level, piece.snr, piece.lufs)
@@ -372,7 +373,7 @@ def find(self: Excerpts, rng:np.random.Generator, label: int, index: int, barred
 
 # %% ../nbs/02_augmentation.ipynb #f05202ca
 @patch
-def cut(self: Excerpts, piece: Piece, out: Tensor) -> Tensor: # out and result (channels, time)
+def cut(self: Excerpts, piece: Excerpt, out: Tensor) -> Tensor: # out and result (channels, time)
     "Write the waveform of a piece to `out`; where it is too short, silence follows."
     torch.mul(piece.variant.cut(piece.source, piece.start, piece.frames, out.device), piece.gain,
               out=out[:, : piece.frames])
@@ -380,10 +381,9 @@ def cut(self: Excerpts, piece: Piece, out: Tensor) -> Tensor: # out and result (
     return out
 
 # %% ../nbs/02_augmentation.ipynb #01ef19a3
-@delegates(Bank)
+@delegates(AugmentationCache)
 class Triplets(Excerpts):
-    """Anchor and positive: one instrument in two songs; negative: another instrument in any song (paper,
-    section 4.3)."""
+    "Anchor and positive: one instrument in two songs; negative: another in any song (paper, section 4.3)."
     def __init__(self,
         store:Store, # a `Store`
         duration: float = 5.0, # seconds
@@ -395,7 +395,7 @@ class Triplets(Excerpts):
         level: tuple | None = None, # as in `Mixer`
         pitch: tuple | None = None, # range in semitones
         stretch: tuple | None = None, # range of new length / old length
-        **kwargs, # as in `Bank`
+        **kwargs, # as in `AugmentationCache`
     ):
         super().__init__(store, duration, channels, seed, size, instruments, gate, level,
                          dict(kwargs, pitch=pitch, stretch=stretch))
@@ -403,7 +403,7 @@ class Triplets(Excerpts):
 
 # %% ../nbs/02_augmentation.ipynb #9adf705a
 @patch
-def draw(self: Triplets, i: int) -> tuple[list[Piece], tuple[int, int, int]]: # pieces and their labels
+def draw(self: Triplets, i: int) -> tuple[list[Excerpt], tuple[int, int, int]]: # pieces and their labels
     "Choose anchor, positive and negative of the triplet `i`."
     chance = [generator(self.seed, TRIPLET, i, k) for k in range(4)]
     label, other = chance[3].choice(len(self.instruments), 2, replace=False).tolist()
@@ -444,7 +444,7 @@ def batch(self: Triplets,
     return waves, labels.to(waves.device), songs.to(waves.device)
 
 # %% ../nbs/02_augmentation.ipynb #6b110d41
-@delegates(Bank)
+@delegates(AugmentationCache)
 class BalancedBatches(Excerpts):
     "`per_class` excerpts of every instrument, each from another song."
     def __init__(self,
@@ -461,7 +461,7 @@ class BalancedBatches(Excerpts):
         level: tuple | None = None, # as in `Mixer`
         pitch: tuple | None = None, # range in semitones
         stretch: tuple | None = None, # range of new length / old length
-        **kwargs, # as in `Bank`
+        **kwargs, # as in `AugmentationCache`
     ):
         super().__init__(store, duration, channels, seed, size, instruments, gate, level,
                          dict(kwargs, pitch=pitch, stretch=stretch))
@@ -482,13 +482,13 @@ def batch(self: BalancedBatches,
         rng = generator(self.seed, BALANCED, start, k)
         piece = self.find(rng, label, start * len(labels), songs[k - k % self.per_class:])
         self.cut(piece, out)
-        if self.background is not None: self._under(rng, piece, out)
+        if self.background is not None: self._add_background(rng, piece, out)
         songs.append(piece.song)
     return waves, labels.to(waves.device), torch.tensor(songs, device=waves.device)
 
 # %% ../nbs/02_augmentation.ipynb #e530c745
 @patch
-def _under(self: BalancedBatches, rng, piece, wave) -> None:
+def _add_background(self: BalancedBatches, rng, piece, wave) -> None:
     snr = rng.uniform(*self.background)
     stems = piece.variant.cut(slice(None), piece.start, piece.frames, wave.device)
     rest = fit_length(stems.sum(0) - stems[piece.source], self.frames)

@@ -7,11 +7,11 @@ import torch
 from fastcore.basics import patch as patch
 from fastcore.meta import delegates as delegates
 from torch import Tensor as Tensor
-from .foundations.augmentation_cache import Bank as Bank, Variant as Variant
+from .foundations.augmentation_cache import AugmentationCache as AugmentationCache, Variant as Variant
 from .foundations.effects import fit_length as fit_length, shelf as shelf
 from .foundations.files import UserError as UserError
 from .foundations.loudness import SILENCE as SILENCE
-from .foundations.pieces import LEVELS as LEVELS, Mix as Mix, Piece as Piece, level_gain as level_gain
+from .foundations.pieces import LEVELS as LEVELS, Excerpt as Excerpt, Mix as Mix, level_gain as level_gain
 from .foundations.randomness import BALANCED as BALANCED, COLOUR as COLOUR, MIX as MIX, PLACE as PLACE, TRIPLET as TRIPLET, generator as generator
 from .foundations.store import Store as Store
 
@@ -53,7 +53,7 @@ class Mixer:
     def __len__(self) -> int:
         ...
 
-    def draw(self, i: int) -> list[Piece]:
+    def draw(self, i: int) -> list[Excerpt]:
         """Choose songs, places and levels of the example `i`.
 
         Parameters:
@@ -112,20 +112,19 @@ class Excerpts:
         Returns: the same numbers
         """
 
-    def find(self, rng: np.random.Generator, label: int, index: int, barred: tuple | set=()) -> Piece:
+    def find(self, rng: np.random.Generator, label: int, index: int, barred: tuple | set=()) -> Excerpt:
         """An audible excerpt of the instrument `label` from a song that is not in `barred`; songs are tried in
         random order.
         """
 
-    def cut(self, piece: Piece, out: Tensor) -> Tensor:
+    def cut(self, piece: Excerpt, out: Tensor) -> Tensor:
         """Write the waveform of a piece to `out`; where it is too short, silence follows.
 
         Returns: out and result (channels, time)
         """
 
 class Triplets(Excerpts):
-    """Anchor and positive: one instrument in two songs; negative: another instrument in any song (paper,
-section 4.3)."""
+    """Anchor and positive: one instrument in two songs; negative: another in any song (paper, section 4.3)."""
 
     def __init__(self, store: Store, duration: float=5.0, channels: int | None=1, seed: int=0, size: int=6000, instruments: tuple | None=None, gate: float=-50.0, level: tuple | None=None, pitch: tuple | None=None, stretch: tuple | None=None, **kwargs):
         """Parameters:
@@ -141,7 +140,7 @@ section 4.3)."""
             stretch: range of new length / old length
         """
 
-    def draw(self, i: int) -> tuple[list[Piece], tuple[int, int, int]]:
+    def draw(self, i: int) -> tuple[list[Excerpt], tuple[int, int, int]]:
         """Choose anchor, positive and negative of the triplet `i`.
 
         Returns: pieces and their labels

@@ -66,7 +66,7 @@ def prepare(
     options = {
         name: getattr(args, name)
         for name in ("allow_missing", "trim", "skip_bad", "repair", "dtype", "parts")
-    } | {"each": _on_ray(args)}
+    } | {"executor": _on_ray(args)}
     if args.musdb: store = data.prepare_musdb(args.musdb, args.out, **options)
     elif args.stems: store = data.prepare_stems(args.stems, args.out, **options)
     else: store = data.prepare_toy(args.toy, args.out, seed=args.seed, **options)

@@ -20,7 +20,7 @@ from .foundations.inference import plan_chunks, stems_of_song
 from .foundations.store import Store
 from .foundations.waveforms import SAMPLE_RATE
 from .metrics import METRICS, score_song
-from .scoring.oracles import PLAIN, REFERENCES, reference_estimates
+from .scoring.oracles import REFERENCES, TRIVIAL_ROWS, reference_estimates
 from .scoring.scores import Scores, _from_records, _record
 from .tasks import scored_song
 
@@ -206,7 +206,7 @@ def evaluate(
     name: str="model",  # of the model, in tables
     seed: int=0,  # which of the model's training runs this is
     # rows to score beside it: names; True for all, at the model's STFT; False for none; or their `Scores`
-    references:bool|tuple|Scores=PLAIN,
+    references:bool|tuple|Scores=TRIVIAL_ROWS,
     window: float|None=None,  # seconds, if `separate` is a network; as `Separator` has them, if not given
     bss: bool=False,  # also ISR, SIR and SAR, as museval (seconds per song)
     progress: bool=False,  # show a progress bar

@@ -12,7 +12,7 @@ from .foundations.inference import plan_chunks as plan_chunks, stems_of_song as 
 from .foundations.store import Store as Store
 from .foundations.waveforms import SAMPLE_RATE as SAMPLE_RATE
 from .metrics import METRICS as METRICS, score_song as score_song
-from .scoring.oracles import PLAIN as PLAIN, REFERENCES as REFERENCES, reference_estimates as reference_estimates
+from .scoring.oracles import REFERENCES as REFERENCES, TRIVIAL_ROWS as TRIVIAL_ROWS, reference_estimates as reference_estimates
 from .scoring.scores import Scores as Scores
 from .tasks import scored_song as scored_song
 
@@ -71,7 +71,7 @@ def reference_rows(store: Store, channels: str | None=None, mixture: str | None=
         progress: show a progress bar
     """
 
-def evaluate(separate: nn.Module | Callable, store: Store, channels: str | None=None, mixture: str | None=None, metrics: tuple=tuple(METRICS), name: str='model', seed: int=0, references: bool | tuple | Scores=PLAIN, window: float | None=None, bss: bool=False, progress: bool=False, info: dict | None=None) -> Scores:
+def evaluate(separate: nn.Module | Callable, store: Store, channels: str | None=None, mixture: str | None=None, metrics: tuple=tuple(METRICS), name: str='model', seed: int=0, references: bool | tuple | Scores=TRIVIAL_ROWS, window: float | None=None, bss: bool=False, progress: bool=False, info: dict | None=None) -> Scores:
     """Score a separator on every song; songs that fail are listed in `failed` with the reason.
 
     Parameters:

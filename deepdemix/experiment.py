@@ -187,7 +187,7 @@ class Experiment:
         metrics:tuple=("SNR", "SI-SDR", "SDR"), # columns
     ) -> Any: # a `Table`
         "Table 1: the networks, the reference rows and, on MUSDB18, what the paper printed."
-        return self.scores.only(split=split).table(
+        return self.scores.filter(split=split).table(
             metrics, paper=self.real,
             caption=f"Table 1, {split} songs, profile {self.profile}, {len(self.seeds)} seed(s)",
         )
@@ -318,7 +318,7 @@ def plot_table(self:Experiment,
     "Every song as a dot, for each source, beside the reference rows."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4.9, 4.2), dpi=80, layout="constrained")
-    plot_scores(self.scores.only(split=split), metric, ax=ax)
+    plot_scores(self.scores.filter(split=split), metric, ax=ax)
     ax.set_title(f"{metric}, {split} songs", fontsize=10)
     return fig
 

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from .audio import SOURCES as SOURCES, STFT as STFT, amplitude_to_db as amplitude_to_db
 from .augmentation import BalancedBatches as BalancedBatches, Triplets as Triplets
 from .contrast.folding import SameConv2d as SameConv2d
-from .contrast.losses import Contrast as Contrast, metric_loss as metric_loss, together as together
+from .contrast.losses import Contrast as Contrast, gather_all as gather_all, metric_loss as metric_loss
 from .contrast.positives import views_of as views_of
-from .contrast.probing import cloud as cloud, draw_excerpts as draw_excerpts, embed_excerpts as embed_excerpts, neighbour_accuracy as neighbour_accuracy
+from .contrast.probing import draw_excerpts as draw_excerpts, embed_excerpts as embed_excerpts, embedding_geometry as embedding_geometry, neighbour_accuracy as neighbour_accuracy
 from .contrast.settings import Settings as Settings, read_settings as read_settings
 from .contrast.stores import WeightedBatches as WeightedBatches, WeightedTriplets as WeightedTriplets, open_stores as open_stores
-from .foundations.distributed import own_rows as own_rows
+from .foundations.distributed import shard_rows as shard_rows
 from .foundations.files import UserError as UserError
 from .foundations.profiles import recipe_for as recipe_for
 from .foundations.recipe import Recipe as Recipe
@@ -67,9 +67,7 @@ is an argument."""
 
     @property
     def map_sizes(self) -> list:
-        """Size (time, frequency) of the pooled maps, one pair a block; a `UserError` where the poolings leave
-        nothing.
-        """
+        """Size (time, frequency) of the pooled maps, a pair a block; a `UserError` where poolings leave nothing."""
 
     def check(self, spectrogram: torch.Tensor) -> None:
         """A spectrogram that does not fit is a `UserError` that says so.
@@ -190,7 +188,7 @@ def embedding_size(network: nn.Module, duration: float) -> int:
         network: with `embed`
         duration: seconds to try it with, where it does not say its `latent`
     """
-WITHIN: tuple
+STEM_TO_MIX_DB: tuple
 
 class ContrastTask(Task):
     """Contrast between instruments: batches of `Triplets` or `BalancedBatches` of the training songs, and
@@ -223,7 +221,7 @@ their loss."""
         Returns: triplets, or excerpts with their views
         """
 
-    def take_part(self, rank: int, world: int) -> None:
+    def set_distributed(self, rank: int, world_size: int) -> None:
         """Become one of several processes. Raises a `UserError` where a batch can't be split evenly."""
 
     def batch(self, stream: list | Triplets, number: int) -> tuple:
@@ -282,7 +280,7 @@ class PretrainingTask(ContrastTask):
         """Of contrast, and of how the embeddings lie."""
 
     def validate(self) -> dict:
-        """valid_loss, valid_knn, collapse and the figures of `cloud`; all on songs never trained on."""
+        """valid_loss, valid_knn, collapse and the figures of `embedding_geometry`; all on songs never trained on."""
 
 def pretrain(store: Store | str | Path | list, out: str | Path, loss: str='triplet', profile: str='laptop', seed: int=0, resume: bool=False, progress: bool=True, **overrides) -> Path:
     """Train an encoder by contrast: the paper's, or with `network` that of any network with `embed`. The

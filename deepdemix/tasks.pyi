@@ -6,7 +6,7 @@ from typing import Any as Any
 import torch
 from fastcore.basics import patch as patch
 from torch import nn as nn
-from .foundations.distributed import own_rows as own_rows
+from .foundations.distributed import shard_rows as shard_rows
 from .foundations.files import UserError as UserError, check_finite as check_finite
 from .foundations.inference import stems_of_song as stems_of_song
 from .foundations.recipe import Recipe as Recipe
@@ -26,7 +26,8 @@ a run resumable and independent of workers."""
     heads: Any
     figures: Any
     logs_gradient: bool
-    share: tuple
+    rank: int
+    world_size: int
 
     def __init__(self, network: nn.Module, recipe: Recipe, store: Store):
         """Parameters:
@@ -54,10 +55,10 @@ a run resumable and independent of workers."""
     def output(self, network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         ...
 
-    def take_part(self, rank: int, world: int) -> None:
+    def set_distributed(self, rank: int, world_size: int) -> None:
         """Become one of several processes. Raises a `UserError` where a batch can't be split evenly."""
 
-    def own_batch(self, step: int) -> tuple:
+    def local_batch(self, step: int) -> tuple:
         """This process's part of batch `step`."""
 TASKS: Any
 register_task: Any
@@ -69,6 +70,21 @@ def build_task(recipe: Recipe, store: Store, cls=None) -> Task:
         recipe: its `kind` says which
         store: the data
         cls: the class of the task; None: the one registered for the recipe's kind
+    """
+
+def check_monitor(task: Task, name: str) -> None:
+    """Raise a `UserError` for a figure that a run won't have; a task with a validation of its own is believed.
+
+    Parameters:
+        task: with the names of its `figures`, or None where nobody knows
+        name: the recipe's monitor
+    """
+
+def check_encoder(task: Task, recipe: Recipe) -> None:
+    """Raise a `UserError` for a network whose encoder shall be frozen and that has none.
+
+    Parameters:
+        recipe: `freeze_encoder`, `unfreeze_every`
     """
 TERMS: Any
 register_term: Any
@@ -108,10 +124,10 @@ class SeparationTask(Task):
     def figures(self) -> list:
         """Of the mixes, of whole songs where they are separated, and of the terms."""
 
-    def take_part(self, rank: int, world: int) -> None:
+    def set_distributed(self, rank: int, world_size: int) -> None:
         """The terms take part too."""
 
-    def own_batch(self, step: int) -> tuple:
+    def local_batch(self, step: int) -> tuple:
         """This process's mixes of batch `step`, and its part of the terms' batches."""
 
 def scored_song(store: Store, i: int, channels: str, mixture: str) -> tuple:

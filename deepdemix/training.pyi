@@ -12,11 +12,11 @@ from typing import Any as Any
 import numpy as np
 import torch
 from torch import nn as nn
-from .foundations.distributed import Ranks as Ranks
+from .foundations.distributed import Ranks as Ranks, check_same_environment as check_same_environment, describe_disconnect as describe_disconnect, environment as environment
 from .foundations.fabric import batches_left as batches_left, make_fabric as make_fabric, quiet as quiet, set_up as set_up
 from .foundations.files import UserError as UserError
 from .foundations.memory import keep_memory as keep_memory
-from .foundations.optimisation import Average as Average, build_optimizer as build_optimizer, lr_factor as lr_factor, thaw as thaw, thawed as thawed
+from deepdemix.foundations.optimisation import Average as Average, build_optimizer as build_optimizer, lr_factor as lr_factor, num_trainable_layers as num_trainable_layers, unfreeze_last as unfreeze_last
 from .foundations.precision import settle_precision as settle_precision
 from .foundations.randomness import random_state as random_state, seeded as seeded, set_random_state as set_random_state
 from .foundations.recipe import FORMAT as FORMAT, Recipe as Recipe
@@ -27,7 +27,7 @@ from .foundations.runs import load_encoder as load_encoder, load_start as load_s
 from .foundations.state import write_state as write_state
 from .foundations.store import Store as Store
 from .foundations.weights import load_into as load_into, write_weights as write_weights
-from .tasks import Task as Task, build_task as build_task
+from .tasks import Task as Task, build_task as build_task, check_encoder as check_encoder, check_monitor as check_monitor
 
 class Loop:
     """A run between two of its starts: what it is made of, and how far it has come."""
@@ -195,7 +195,7 @@ def start_random(loop: Loop, saved: list) -> None:
     Parameters:
         saved: of `random_state`, by rank
     """
-MEASURED: int
+BN_BATCHES: int
 
 def averaged(loop: Loop) -> Any:
     """A block in which the network carries its averaged weights, if the recipe has any, with statistics of
@@ -266,21 +266,6 @@ def note_signal(loop: Loop, number: int) -> None:
     Parameters:
         loop: changes
         number: of the signal
-    """
-
-def check_monitor(task: Task, name: str) -> None:
-    """Raise a `UserError` for a figure that a run won't have; a task with a validation of its own is believed.
-
-    Parameters:
-        task: with the names of its `figures`, or None where nobody knows
-        name: the recipe's monitor
-    """
-
-def check_encoder(task: Task, recipe: Recipe) -> None:
-    """Raise a `UserError` for a network whose encoder shall be frozen and that has none.
-
-    Parameters:
-        recipe: `freeze_encoder`, `unfreeze_every`
     """
 
 def fit(recipe: Recipe, store: Any, out: str | Path, resume: bool=False, logger: str='csv', progress: bool=True, task: Any=None, devices: int | str | None=None, nodes: int | None=None, strategy: str='auto') -> Path:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from deepdemix.augmentation import BalancedBatches, Mixer, Triplets
-from deepdemix.foundations.augmentation_cache import Bank
+from deepdemix.foundations.augmentation_cache import AugmentationCache
 from deepdemix.foundations.blocks import Blocks
 from deepdemix.foundations.effects import shift
 from deepdemix.foundations.files import UserError
@@ -220,7 +220,7 @@ def test_other_processes_make_the_same_examples(tmp_path):
 
 
 def test_little_memory_forgets_and_makes_the_same_again():
-    need = Bank(BAND, channels=1, shift="tied").need()
+    need = AugmentationCache(BAND, channels=1, shift="tied").need()
     small = Mixer(BAND, channels=1, duration=1.0, seed=2, refresh=10, shift="tied", memory=need)
     large = Mixer(BAND, channels=1, duration=1.0, seed=2, refresh=10, shift="tied")
     for i in (0, 9, 30, 200, 0): assert torch.equal(small[i].mixture, large[i].mixture)

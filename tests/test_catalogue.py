@@ -26,7 +26,7 @@ from deepdemix.foundations.recipe import Recipe
 from deepdemix.foundations.runs import save_network
 from deepdemix.foundations.store import FORMAT
 from deepdemix.networks.recurrent import Recurrent
-from deepdemix.serving.catalogue import SongWorker, alone, read_manifest, separate_catalogue
+from deepdemix.serving.catalogue import SongWorker, read_manifest, separate_catalogue, serial_executor
 from deepdemix.serving.cluster import OnRay, cluster
 
 RATE = 8000
@@ -102,7 +102,7 @@ def test_options_that_mean_the_same_find_their_songs_finished(tmp_path, tiny):
 
 def test_a_stop_in_the_middle_keeps_what_is_finished(tmp_path, tiny):
     def stops(call, jobs, state, inputs):
-        for k, result in alone(call, jobs, state, inputs):
+        for k, result in serial_executor(call, jobs, state, inputs):
             if k == 2: raise KeyboardInterrupt
             yield k, result
     songs, out = make_songs(tmp_path / "in", 5, 0.3), tmp_path / "out"
@@ -190,7 +190,7 @@ def test_a_cluster_of_our_own_is_for_this_machine_and_this_process(on_ray, tmp_p
 def test_a_killed_worker_loses_nothing_and_does_nothing_twice(tmp_path, tiny, on_ray):
     songs, out, journal, killed = make_songs(tmp_path / "in", 30), tmp_path / "out", tmp_path / "journal", []
 
-    def each(call, jobs, state, inputs):
+    def executor(call, jobs, state, inputs):
         class Written:
             "Notes which worker wrote a song's stems, and when."
             def __call__(self, job):
@@ -215,7 +215,7 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(tmp_path, tiny, on
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    summary = separate_catalogue([songs], out, tiny, each, progress=False)
+    summary = separate_catalogue([songs], out, tiny, executor, progress=False)
     killer.join(5)
     assert len(killed) == 1 and counts(summary) == [30, 29, 0, 1] and "torn.wav" in summary["reasons"][0]
     table = read_manifest(out)
@@ -255,7 +255,7 @@ def test_a_cluster_prepares_the_same_store(tmp_path, on_ray):
     (tmp_path / "in" / "song 6" / "bass.wav").write_bytes(b"RIFF, and then nothing")
     here, there = (
         prepare_stems(tmp_path / "in", tmp_path / name, sample_rate=RATE, progress=False, skip_bad=True, **kw)
-        for name, kw in (("here", {}), ("there", dict(parts=3, each=on_ray(2))))
+        for name, kw in (("here", {}), ("there", dict(parts=3, executor=on_ray(2))))
     )
     assert (here.digest == there.digest and len(there) == 6 and there.verify() == []
             and there.index["skipped"] == here.index["skipped"])

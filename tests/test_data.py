@@ -33,7 +33,7 @@ from deepdemix.foundations.encoding import write
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.store import FORMAT, Store
 from deepdemix.foundations.store_preparing import DataNote, prepare
-from deepdemix.foundations.store_songs import Take
+from deepdemix.foundations.store_songs import TrackSource
 from deepdemix.foundations.toy_band import compose, toy_song
 
 RATE = 8000
@@ -163,7 +163,7 @@ def test_a_mixture_that_is_not_the_sum_is_flagged_by_rule(tmp_path):
 
 def handed_over(title, stems):
     "A song whose stems are arrays that somebody hands over."
-    class Given(Take):
+    class Given(TrackSource):
         def reader(self): return {n: len(x) for n, x in stems.items()}, lambda name: (stems[name], RATE)
         def fingerprint(self): return ["given"]
     return Given(title, "train", dict.fromkeys(stems))

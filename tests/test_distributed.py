@@ -20,7 +20,7 @@ from deepdemix.audio import SOURCES, STFT
 from deepdemix.data import prepare_toy
 from deepdemix.foundations import distributed, precision
 from deepdemix.foundations.cores import available_cores
-from deepdemix.foundations.distributed import _places, _started, is_first, processes_worth
+from deepdemix.foundations.distributed import is_first, launched_world, processes_worth, resolve_devices
 from deepdemix.foundations.fabric import _strategy
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.randomness import seeded
@@ -140,7 +140,7 @@ def close(a, b):
     "fields",
     [pytest.param(dict(), marks=pytest.mark.slow), dict(accumulate=2, grad_clip=0.01, ema=0.9, num_workers=1),
      dict(freeze_encoder=1, epochs=2)],
-    ids=["plain", "accumulated", "thawed"],
+    ids=["plain", "accumulated", "num_trainable_layers"],
 )
 def test_two_processes_are_one_for_separation(tmp_path, fields):
     r = plain(**fields)
@@ -230,9 +230,9 @@ def test_open_unmix_hears_the_whole_batch_and_nobody_waits_for_a_process_alone(t
 
 def test_open_unmix_begins_alike_whatever_the_first_process_looks_at(tmp_path):
     class Curious(SeparationTask):
-        def own_batch(self, step):
-            if is_first() and step == 0 and self.share[1] > 1: self.network(torch.rand(1, 1, 4000))
-            return super().own_batch(step)
+        def local_batch(self, step):
+            if is_first() and step == 0 and self.world_size > 1: self.network(torch.rand(1, 1, 4000))
+            return super().local_batch(step)
     r = recipe(
         network="open_unmix",
         network_args=dict(sample_rate=8000, window_length=256, hop_length=64, hidden=8, layers=1,
@@ -441,10 +441,10 @@ def test_slurm_is_understood(monkeypatch):
     for k, v in dict(SLURM_NTASKS="8", SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="4", SLURM_JOB_NAME="train",
                      SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0").items():
         monkeypatch.setenv(k, v)
-    assert _started() == (4, 2) and _places("cpu", None, None) == (4, 2)
-    with pytest.raises(UserError, match="devices is 3, but 4 were started"): _places("cpu", 3, None)
+    assert launched_world() == (4, 2) and resolve_devices("cpu", None, None) == (4, 2)
+    with pytest.raises(UserError, match="devices is 3, but 4 were started"): resolve_devices("cpu", 3, None)
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert _started() is None
+    assert launched_world() is None
 
 def test_what_is_not_there(monkeypatch):
     for args, text in (
@@ -452,10 +452,10 @@ def test_what_is_not_there(monkeypatch):
         (("cpu", None, 2), "nothing says where the other machines are"), (("cpu", -1, None), "1 or more"),
         (("cpu", 1, 0), "1 or more"),
     ):
-        with pytest.raises(UserError, match=text): _places(*args)
+        with pytest.raises(UserError, match=text): resolve_devices(*args)
     with pytest.raises(UserError, match="no strategy is called 'fsdp'"): _strategy("fsdp", 2)
     monkeypatch.setattr(sys, "ps1", ">>>", raising=False)
-    with pytest.raises(UserError, match="a notebook trains with one process"): _places("cpu", 2, None)
+    with pytest.raises(UserError, match="a notebook trains with one process"): resolve_devices("cpu", 2, None)
 
 
 def test_auto_on_a_processor_is_what_divides_a_batch(monkeypatch):

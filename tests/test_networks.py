@@ -392,7 +392,7 @@ def test_open_unmix_is_the_original(monkeypatch):
     ours = build("open_unmix").eval()
     theirs = [
         model.OpenUnmix(
-            nb_bins=ours.n_f, nb_channels=2, hidden_size=8, nb_layers=1, max_bin=ours.heard
+            nb_bins=ours.n_f, nb_channels=2, hidden_size=8, nb_layers=1, max_bin=ours.n_input_bins
         ).eval()
         for _ in ours.sources
     ]

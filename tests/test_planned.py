@@ -105,14 +105,14 @@ def test_pieces_make_the_same_study(study, store, tmp_path):
     assert all(p.read_bytes() == text for p, text in before.items()) and not (root / "pretrained").exists()
     found = read_test(results, store)
     assert set(found.models) == {"scratch", "pretrained"} and sorted(
-        found.only(model="scratch").rows.seed.unique()
+        found.filter(model="scratch").rows.seed.unique()
     ) == [0, 1]
     whole = tmp_path / "whole"
     whole.mkdir()
     shutil.copy(results / "plan.json", whole / "plan.json")
     run_study(whole, store, tmp_path / "again", progress=False)
     key = ["model", "seed", "split", "song", "source", "metric"]
-    a, b = (s.only(model=["scratch", "pretrained"]).rows.sort_values(key).reset_index(drop=True)
+    a, b = (s.filter(model=["scratch", "pretrained"]).rows.sort_values(key).reset_index(drop=True)
             for s in (read_test(whole, store), found))
     assert a.equals(b)
 
@@ -152,7 +152,7 @@ def test_a_study_may_end_as_it_stands(study, store):
     run_study(results, store, root, seeds=[1], progress=False)
     with pytest.raises(UserError, match="2 runs are not over"): read_test(results, store)
     found = read_test(results, store, unfinished=True)
-    assert set(found.only(model=["scratch", "pretrained"]).rows.seed) == {1}
+    assert set(found.filter(model=["scratch", "pretrained"]).rows.seed) == {1}
     about = json.loads((results / "test.json").read_text())
     assert about["seeds"] == [1] and about["missing"] == ["scratch/seed0", "pretrained/seed0"]
     with pytest.raises(UserError, match="were read"): read_test(results, store, unfinished=True)
@@ -166,7 +166,7 @@ def test_the_last_checkpoint_is_the_last_validation(store, tmp_path):
     best = read_record(folder)["best"]["epoch"]
     scores = unseal(results / "scratch/seed0" / SEALED)
     chosen, kept = (
-        scores.only(model=name).overall("SDR", name, "test") for name in ("scratch", f"scratch @ {best}")
+        scores.filter(model=name).overall("SDR", name, "test") for name in ("scratch", f"scratch @ {best}")
     )
     assert chosen == pytest.approx(kept, abs=1e-4)
     assert load_network(folder).training is False and "SI-SDR" in set(scores.rows.metric)

@@ -18,7 +18,14 @@ from deepdemix.contrast.embedding_explorer import explore
 from deepdemix.contrast.embedding_pictures import confusion, show_maps
 from deepdemix.contrast.losses import Contrast, collapse_value, metric_loss, triplet_indices
 from deepdemix.contrast.positives import random_view
-from deepdemix.contrast.probing import cloud, draw_excerpts, neighbour_accuracy, probe, random_twin, retrieval
+from deepdemix.contrast.probing import (
+    draw_excerpts,
+    embedding_geometry,
+    neighbour_accuracy,
+    probe,
+    random_twin,
+    retrieval,
+)
 from deepdemix.contrast.stores import WeightedBatches, WeightedTriplets, join_stores, open_stores, plain_title
 from deepdemix.data import prepare_stems, prepare_toy
 from deepdemix.foundations.encoding import write
@@ -416,8 +423,8 @@ def test_a_random_twin_is_a_function_of_its_seed():
 def test_effective_rank_counts_directions():
     z = torch.zeros(200, 6)
     z[:, :3] = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-    assert cloud(z, np.arange(200) % 4)["effective_rank"] == pytest.approx(3, abs=0.1)
-    assert math.isfinite(cloud(torch.ones(4, 3), [0, 0, 1, 1])["effective_rank"])
+    assert embedding_geometry(z, np.arange(200) % 4)["effective_rank"] == pytest.approx(3, abs=0.1)
+    assert math.isfinite(embedding_geometry(torch.ones(4, 3), [0, 0, 1, 1])["effective_rank"])
 
 
 @register_network("faders")

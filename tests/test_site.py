@@ -237,10 +237,10 @@ def test_a_class_stands_before_its_methods(site):
             f"#| output: asis\nshow_doc({name})", outputs=[{"text/markdown": f"### {name}\n\n*Words.*"}]
         )
     cells = [cell("# before", "markdown"), shown("measure"), shown("Standardise.reset_parameters"),
-             shown("Standardise"), cell("x = 1"), shown("Painter")]
+             shown("Standardise"), cell("x = 1"), shown("MaskDecoder")]
     ordered = site.in_order(cells, PAGES["open_unmix"])
     assert [site.documented(c) for c in ordered] == [
-        "", "Standardise", "Standardise.measure", "Standardise.reset_parameters", "", "Painter",
+        "", "Standardise", "Standardise.measure", "Standardise.reset_parameters", "", "MaskDecoder",
     ]
     assert site.documentation(ordered[2]).startswith("### Standardise.measure\n")
 

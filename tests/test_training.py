@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from deepdemix import training as T
 from deepdemix.audio import SOURCES, STFT
 from deepdemix.foundations import memory, precision
 from deepdemix.foundations.files import UserError
@@ -29,7 +28,7 @@ from deepdemix.foundations.run_metrics import read_metrics
 from deepdemix.foundations.runs import file_digest, load_encoder, load_network, recipe_from, save_network
 from deepdemix.foundations.state import read_state, write_state
 from deepdemix.foundations.weights import read_weights, write_weights
-from deepdemix.tasks import SeparationTask, build_task
+from deepdemix.tasks import SeparationTask, build_task, check_monitor
 from deepdemix.training import Interrupted, fit
 
 
@@ -794,7 +793,7 @@ def test_every_figure_of_separation_can_be_monitored(tmp_path, fields):
     run = fit(r, STORE, tmp_path/"run", progress=False)
     figures = set(read_metrics(run).columns) - {"epoch", "step", "examples", "lr", "seconds"}
     assert figures == set(build_task(r, STORE).figures)
-    for name in figures: T.check_monitor(build_task(r, STORE), name)
+    for name in figures: check_monitor(build_task(r, STORE), name)
 
 def test_a_task_that_validates_in_its_own_way_may_monitor_anything(tmp_path):
     class Own(SeparationTask):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..audio import STFT
 from ..augmentation import Mixer
 from .losses import Contrast
-from .probing import cloud, neighbour_accuracy
+from .probing import embedding_geometry, neighbour_accuracy
 from ..foundations.files import UserError
 from ..foundations.randomness import seeded
 from ..foundations.recipe import Recipe
@@ -269,7 +269,7 @@ def validate(self:DensePretraining) -> dict:
         found.append((z[tuple(places.T)].float().cpu(), stems.cpu(), songs[places[:, 0].cpu()]))
     z, stems, songs = (torch.cat(x).numpy() for x in zip(*found))
     return dict(valid_loss=float(np.mean(losses)), valid_knn=neighbour_accuracy(z, stems, songs),
-                valid_effective_rank=cloud(z, stems)["effective_rank"])
+                valid_effective_rank=embedding_geometry(z, stems)["effective_rank"])
 
 # %% ../../nbs/contrast/dense.ipynb #1145b622
 class EncoderTap:

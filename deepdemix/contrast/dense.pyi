@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..audio import STFT as STFT
 from ..augmentation import Mixer as Mixer
 from .losses import Contrast as Contrast
-from .probing import cloud as cloud, neighbour_accuracy as neighbour_accuracy
+from .probing import embedding_geometry as embedding_geometry, neighbour_accuracy as neighbour_accuracy
 from ..foundations.files import UserError as UserError
 from ..foundations.randomness import seeded as seeded
 from ..foundations.recipe import Recipe as Recipe

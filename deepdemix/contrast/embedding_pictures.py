@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..audio import SOURCE_COLORS
-from .probing import alike, draw_excerpts, embed_excerpts, linear_probe
+from .probing import align_labels, draw_excerpts, embed_excerpts, linear_probe
 from ..foundations.files import UserError
 from ..foundations.run_metrics import read_metrics
 from ..foundations.store import Store
@@ -52,7 +52,7 @@ def confusion(
     "Which instruments are taken for which."
     import pandas as pd
     from sklearn.metrics import confusion_matrix
-    known, asked = alike(
+    known, asked = align_labels(
         *(draw_excerpts(s, getattr(network, "duration", 5.0), per_song) for s in (store_train, store_test))
     )
     said = linear_probe(embed_excerpts(network, known), known.labels, embed_excerpts(network, asked))

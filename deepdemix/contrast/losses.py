@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURES', 'euclidean', 'metric_loss', 'triplet_indices', 'collapse_value', 'metric_miner', 'Contrast',
-           'together']
+           'gather_all']
 
 # %% ../../nbs/contrast/losses.ipynb #aab4c989
 import math
@@ -108,7 +108,7 @@ def _memory(loss, dim, size, miner):
     return CrossBatchMemory(loss, dim, memory_size=size, miner=miner)
 
 # %% ../../nbs/contrast/losses.ipynb #d92d7659
-def together(
+def gather_all(
     part:nn.Module, # a loss or a miner of pytorch-metric-learning
     world:int=1, # processes that train
 ) -> nn.Module: # the same; of several processes, over the embeddings of all, and `world` times as large
@@ -136,8 +136,8 @@ def forward(self:Contrast,
         z = self.head(z.float())
         if triplets: return self.loss(z, labels, triplet_indices(len(z) // 3, z.device))
         if self.memory is not None and remember: return self._with_memory(z, labels, world)
-        return together(self.loss, world)(
-            z, labels, together(self.miner, world)(z, labels) if self.miner else None
+        return gather_all(self.loss, world)(
+            z, labels, gather_all(self.miner, world)(z, labels) if self.miner else None
         )
 
 # %% ../../nbs/contrast/losses.ipynb #2fda852b
@@ -146,6 +146,6 @@ def _with_memory(self:Contrast, z, labels, world=1):
     "The place in the queue is kept in a buffer, so that a resumed run finds it."
     m = self.memory
     m.queue_idx, m.has_been_filled = int(self.queue[0]), bool(self.queue[1])
-    loss = together(m, world)(z, labels)
+    loss = gather_all(m, world)(z, labels)
     self.queue.copy_(torch.tensor([m.queue_idx, m.has_been_filled]))
     return loss

@@ -85,7 +85,7 @@ class Contrast(nn.Module):
         Returns: a scalar, `world` times the loss of all but for triplets; 0 where the batch holds no pair to learn from
         """
 
-def together(part: nn.Module, world: int=1) -> nn.Module:
+def gather_all(part: nn.Module, world: int=1) -> nn.Module:
     """Compare the embeddings of all processes. The factor undoes the mean that is taken of their gradients.
 
     Parameters:

@@ -35,7 +35,7 @@ class Variant:
     def cut(self, sources: int, start: int, frames: int, device: torch.device | None=None) -> Tensor:
         """An excerpt of one source (a number) or of several (a slice)."""
 
-class Bank:
+class AugmentationCache:
     """Shifted copies of the songs of a store, each rendered when it is first asked for; two generations at
 most are kept, as far as `memory` goes."""
     store: Any
@@ -77,7 +77,7 @@ most are kept, as far as `memory` goes."""
     def need(self) -> float:
         """GiB that one copy of every song takes, times `variants`."""
 
-    def parameters(self, song: int, variant: int, generation: int) -> tuple[float, float, int, int]:
+    def parameters(self, song: int, variant: int, generation: int) -> tuple:
         """What a copy is made of: pitch, stretch, first sample of the song and number of samples."""
 
     def render(self, song: int, pitch: float, stretch: float, start: int, frames: int) -> Variant:

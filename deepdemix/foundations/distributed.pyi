@@ -13,13 +13,14 @@ from .cores import available_cores as available_cores, available_memory as avail
 from .files import UserError as UserError
 from .recipe import MAY_CHANGE as MAY_CHANGE, Recipe as Recipe
 
-def own_rows(n: int, share: tuple) -> range:
+def shard_rows(n: int, rank: int, world_size: int) -> range:
     """The rows of a batch that one of several processes computes. Raises a `UserError` where they can't all
     have the same number.
 
     Parameters:
         n: examples in a whole batch
-        share: number of this process, and of all
+        rank: number of this process
+        world_size: of all processes
     """
 
 class Ranks:
@@ -55,6 +56,31 @@ class Ranks:
 
 def is_first() -> bool:
     """Whether this process is the one that speaks for all; a lone one is."""
+
+def environment(recipe: Recipe, store: Any) -> dict:
+    """What all processes must have in common, and where this one is."""
+
+def check_same_environment(notes: list) -> None:
+    """Raise a `UserError` that names the first difference between the first process and another.
+
+    Parameters:
+        notes: of `environment`, by rank
+    """
+
+def launched_world() -> tuple | None:
+    """Processes on this machine and machines that torchrun or SLURM has started; None if neither has."""
+
+def resolve_devices(kind: str, devices: int | str | None, nodes: int | None, worth: int=1) -> tuple:
+    """How many processes train. Raises a `UserError` for what is not there.
+
+    Parameters:
+        kind: "cpu", "cuda" or "mps"
+        devices: a number, "auto" or None
+        nodes: machines
+        worth: processes that "auto" stands for on a processor
+
+    Returns: processes here, machines
+    """
 GIB: Any
 FEWEST: int
 
@@ -66,6 +92,15 @@ def processes_worth(recipe: Recipe, network: torch.nn.Module) -> int:
         network: to be trained
 
     Returns: 1 or more
+    """
+
+def describe_disconnect(error: Exception) -> str | None:
+    """Why the processes can't talk to each other.
+
+    Parameters:
+        error: while several processes trained
+
+    Returns: what to say; None: it has nothing to do with the others
     """
 
 class _Watch(logging.Handler):

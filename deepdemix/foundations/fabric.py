@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .distributed import _places, _Watch, processes_worth
+from .distributed import _Watch, processes_worth, resolve_devices
 from .files import UserError
 from .recipe import Recipe
 from .registry import no_such
@@ -27,7 +27,7 @@ from .registry import no_such
 class _Batches(torch.utils.data.Dataset):
     "The batches of a task by number."
     def __init__(self, task): self.task = task
-    def __getitem__(self, i): return self.task.own_batch(i)
+    def __getitem__(self, i): return self.task.local_batch(i)
 
 def _same(x): return x
 
@@ -118,7 +118,7 @@ def make_fabric(
     kind = _device_kind(recipe)
     asked = kind == "cpu" and devices == "auto" and nodes in (None, 1) and network is not None
     worth = processes_worth(recipe, network) if asked else 1
-    devices, nodes = _places(kind, devices, nodes, worth)
+    devices, nodes = resolve_devices(kind, devices, nodes, worth)
     return Fabric(
         accelerator=kind, devices=devices, num_nodes=nodes, strategy=_strategy(strategy, devices * nodes),
         precision="32-true" if recipe.precision == "32" else recipe.precision, plugins=_plugins(),

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from .files import UserError, check_writable
 from .recipe import MAY_CHANGE, Recipe, read_record
-from .runs import ORIGINS, _origins
+from .runs import INIT_FIELDS, _origins
 from .state import read_state
 from .weights import read_weights
 
@@ -37,7 +37,7 @@ def _check_resume(
         raise UserError(
             f"{out} was begun with other data (digest {record['data'].get('digest')}, now {store.digest})"
         )
-    for k, words in ORIGINS.items():
+    for k, words in INIT_FIELDS.items():
         was = record["data"].get(k)
         if _origins(recipe).get(k) != was:
             raise UserError(

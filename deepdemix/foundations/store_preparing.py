@@ -35,11 +35,11 @@ from .waveforms import SAMPLE_RATE, check_rate
 
 # %% ../../nbs/foundations/store_preparing.ipynb #3fe6dfdb
 def _finished(take, out, settings, repair):
-    "The index entry of a song whose receipt fits (and with `repair`, whose digests do), else None."
+    "The index entry of a song whose cache entry fits (and with `repair`, whose digests do), else None."
     try:
-        receipt = json.loads((out / "songs" / f"{take.file}.json").read_text())
-        entry = receipt.pop("song")
-        if take.problem or receipt != settings.receipt(take): return None
+        cache_entry = json.loads((out / "songs" / f"{take.file}.json").read_text())
+        entry = cache_entry.pop("song")
+        if take.problem or cache_entry != settings.cache_entry(take): return None
         return (
             entry
             if all(_intact(path, entry["dtype"], digest if repair else None)
@@ -73,7 +73,7 @@ def _prepare_one(job, settings):
     return _finished(take, home, settings, False) or _write_song(take, home, settings)
 
 # %% ../../nbs/foundations/store_preparing.ipynb #a358f8f3
-def _decode_all(takes, homes, out, settings, progress, repair, each):
+def _decode_all(takes, homes, out, settings, progress, repair, executor):
     """Prepare what is not finished: (entries by file, problems by title). On Ctrl-C songs in work are
     finished, those that wait are dropped."""
     entries = {t.file: e for t in takes if (e := _finished(t, homes[t.file], settings, repair))}
@@ -83,7 +83,7 @@ def _decode_all(takes, homes, out, settings, progress, repair, each):
     if not waiting: return entries, problems
     jobs = [(t, homes[t.file]) for t in waiting]
     with closing(
-        each(partial(_prepare_one, settings=settings), jobs, out / ".attempts", _some_inputs(waiting))
+        executor(partial(_prepare_one, settings=settings), jobs, out / ".attempts", _some_inputs(waiting))
     ) as work:
         bar = progress_bar(work, "preparing", total=len(waiting), unit="song", progress=progress)
         for k, result in bar:
@@ -153,7 +153,7 @@ def _list(names, most=5):
 
 # %% ../../nbs/foundations/store_preparing.ipynb #96a26621
 def prepare(
-    takes:list, # list of `Take`
+    takes:list, # list of `TrackSource`
     out:str|Path, # folder of the store
     sample_rate:int=SAMPLE_RATE, # Hz; what has another rate is resampled, and flagged
     dtype:str="float32", # exact; "int16": half the size; "auto": int16 for songs that lose nothing by it
@@ -167,7 +167,7 @@ def prepare(
     progress:bool=True, # show a bar
     workers:int|None=None, # threads; None: up to 4
     parts:int|None=None, # keep the store in that many folders, each a store of some of the songs
-    each:Callable|None=None, # who does the work, instead of `threads`: a function with the same arguments
+    executor:Callable|None=None, # who does the work, instead of `threads`: a function with the same arguments
     teacher:dict|None=None, # what the index shall know of the model that makes the stems: a dictionary
 ) -> Store:
     """Decode songs into a store, go on where an earlier run stopped, and open it. `UserError` names the
@@ -179,7 +179,7 @@ def prepare(
     with _alone(out):
         for home in set(homes.values()): _new_folder(home / "songs")
         entries, problems = _decode_all(
-            takes, homes, out, settings, progress, repair, each or partial(threads, workers=workers)
+            takes, homes, out, settings, progress, repair, executor or partial(threads, workers=workers)
         )
         if problems and not (skip_bad and entries): raise UserError(_complaint(problems, len(entries)))
         songs = [dict(entries[t.file], part=_part(t.file, parts)) for t in takes if t.file in entries]

@@ -15,7 +15,7 @@ from .files import UserError as UserError, atomic_path as atomic_path, check_fin
 from .store import FORMAT as FORMAT
 from .waveforms import SAMPLE_RATE as SAMPLE_RATE, as_waveform as as_waveform, resample as resample
 
-class _Again(Exception):
+class _RestartSong(Exception):
     """A song must be written anew: with another length than its first stem's, or because 16 bits do not hold
 it."""
 GATED: str
@@ -42,7 +42,7 @@ class _Array:
         ...
 
 @dataclass(frozen=True)
-class Take:
+class TrackSource:
     """A song before it is decoded."""
     title: str
     split: str
@@ -80,7 +80,7 @@ class Take:
 
 @dataclass(frozen=True)
 class _Settings:
-    """How songs are decoded; part of what makes a receipt valid."""
+    """How songs are decoded; part of what makes a cache entry valid."""
     sources: tuple = SOURCES
     sample_rate: int = SAMPLE_RATE
     channels: int | None = None
@@ -88,5 +88,5 @@ class _Settings:
     allow_missing: bool = False
     trim: bool = False
 
-    def receipt(self, take):
+    def cache_entry(self, take):
         ...

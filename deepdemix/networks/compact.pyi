@@ -91,7 +91,7 @@ class BandLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ...
 
-class Path(nn.Module):
+class ResidualLSTM(nn.Module):
     """A bidirectional LSTM along axis 1 of `(n, steps, width)`, beside a shortcut."""
     norm: Any
     rnn: Any

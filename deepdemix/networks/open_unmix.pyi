@@ -35,7 +35,7 @@ both."""
     def reset_parameters(self) -> None:
         """As if nothing had been heard."""
 
-class Listener(nn.Module):
+class SourceEncoder(nn.Module):
     """The half that listens: `(b, n_t, n_ac, bins)` -> `(b, n_t, 2 * hidden)`."""
     standardise: Any
     fc1: Any
@@ -55,7 +55,7 @@ class Listener(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ...
 
-class Painter(nn.Module):
+class MaskDecoder(nn.Module):
     """The half that paints: `(b, n_t, 2 * hidden)` -> mask `(b, n_t, n_ac, n_f)`, not negative."""
     shape: Any
     fc2: Any
@@ -78,7 +78,7 @@ class Painter(nn.Module):
 class OpenUnmix(MaskNetwork):
     """Open-Unmix (Stöter et al. 2019): for each source an LSTM stack that paints a mask; the encoders of all
 sources may be one."""
-    heard: Any
+    n_input_bins: Any
     encoder: Any
     painters: Any
     name: str

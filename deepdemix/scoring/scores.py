@@ -47,7 +47,7 @@ class Scores:
     @property
     def sources(self) -> list[str]: return list(self.rows.source.unique())
 
-    def only(self, **where) -> "Scores":
+    def filter(self, **where) -> "Scores":
         "The part with the given values, such as `model=\"ddm\"` or `split=[\"train\", \"test\"]`."
         keep = np.ones(len(self.rows), bool)
         for column, value in where.items():
@@ -274,7 +274,7 @@ def table(self: Scores,
     default = ("SDR", "uSDR") if self.info.get("channels") == "stereo" else ("SDR", "SNR", "SI-SDR")
     metrics = [m for m in (metrics or default) if m in set(all.rows.metric)]
     numbers = all.summary(metrics)
-    own = all.only(model=all.models).summary(metrics, intervals)
+    own = all.filter(model=all.models).summary(metrics, intervals)
     groups = [[(all._label(m, s), all._cells(row, metrics)) for (s, m), row in own.iterrows()]]
     if references is not False:
         order = [(s, m) for s in all.rows.split.unique() for m in all.references if (s, m) in numbers.index]

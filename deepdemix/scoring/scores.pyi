@@ -37,7 +37,7 @@ class Scores:
     def sources(self) -> list[str]:
         ...
 
-    def only(self, **where) -> 'Scores':
+    def filter(self, **where) -> 'Scores':
         """The part with the given values, such as `model="ddm"` or `split=["train", "test"]`."""
 
     def __add__(self, other: 'Scores') -> 'Scores':

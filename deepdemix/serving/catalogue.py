@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'SILENT', 'GIVE_UP', 'COLUMNS', 'Job', 'read_list', 'list_jobs', 'key_of', 'state_file', 'fingerprint',
-           'settings_of', 'stem_list', 'finished_row', 'level', 'model_digest', 'versions', 'SongWorker', 'Careful',
-           'alone', 'Manifest', 'read_manifest', 'Tally', 'separate_catalogue']
+           'settings_of', 'stem_list', 'finished_row', 'level', 'model_digest', 'versions', 'SongWorker', 'CrashGuard',
+           'serial_executor', 'Manifest', 'read_manifest', 'Progress', 'separate_catalogue']
 
 # %% ../../nbs/serving/catalogue.ipynb #fbbd4f27
 import contextlib
@@ -224,7 +224,7 @@ def _record(self:SongWorker, job, before, song):
 # %% ../../nbs/serving/catalogue.ipynb #1a8ab03d
 GIVE_UP = 3
 
-class Careful:
+class CrashGuard:
     """Calls a function for one job at a time and never raises: an error is the result. A job that has ended
     its process three times is given up."""
     def __init__(self,
@@ -249,14 +249,14 @@ class Careful:
         finally: note.unlink(missing_ok=True)
 
 # %% ../../nbs/serving/catalogue.ipynb #4df2f7d5
-def alone(
+def serial_executor(
     call:Callable, # takes a job
     jobs:list, # list of them
     state:Path, # folder for notes
     inputs:Any=(), # files that whoever works must see: this process does
 ) -> Iterator:
     "Yield (number of a job, its result or a `UserError`), one after another."
-    careful = Careful(call, Path(state) / "tries" / uuid.uuid4().hex[:12])
+    careful = CrashGuard(call, Path(state) / "tries" / uuid.uuid4().hex[:12])
     try:
         for number, job in enumerate(jobs): yield number, careful(number, job)
     finally: shutil.rmtree(careful.notes, ignore_errors=True)
@@ -325,7 +325,7 @@ def read_manifest(
     return pd.read_parquet(path) if path.exists() else pd.read_csv(path.with_suffix(".csv"))
 
 # %% ../../nbs/serving/catalogue.ipynb #71ccaf75
-class Tally:
+class Progress:
     """How many songs are behind us, and how long the rest will take: a line every ten seconds at most, on
     standard error."""
     def __init__(self, total:int, show:bool=True, every:float=10.0):
@@ -362,7 +362,7 @@ def separate_catalogue(
     sources:list, # folders, lists of files, songs
     out:str|Path, # the folder in which every song gets a folder of its own
     model:str|Path="default", # a bundled model, a run folder, or "hf:owner/name"
-    each:Callable=alone, # who does the work: `alone`, or an `OnRay`
+    executor:Callable=serial_executor, # who does the work: `serial_executor`, or an `OnRay`
     overwrite:bool=False, # do finished songs again
     progress:bool=True, # say on standard error how far it is
     loading:dict|None=None, # options of `Separator`
@@ -373,11 +373,12 @@ def separate_catalogue(
     if options.get("stems") is not None: options["stems"] = stem_list(options["stems"])
     jobs, names, out = (list_jobs(sources, out), _stem_names(model, loading, options),
                         Path(os.path.abspath(out)))
-    state, manifest, tally, failed = out / ".catalogue", Manifest(out, names), Tally(len(jobs), progress), []
+    state, manifest, failed = out / ".catalogue", Manifest(out, names), []
+    tally = Progress(len(jobs), progress)
     try: state.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"{out}: can't write here: {e.strerror}") from e
     call = SongWorker(out, model, uuid.uuid4().hex[:12], overwrite, loading, **options)
-    with contextlib.closing(each(call, jobs, state, [jobs[0].path, jobs[-1].path])) as results:
+    with contextlib.closing(executor(call, jobs, state, [jobs[0].path, jobs[-1].path])) as results:
         try:
             for number, row in results:
                 row = _row(jobs[number], row, call.run)

@@ -145,7 +145,7 @@ is not finished."""
         """
 GIVE_UP: int
 
-class Careful:
+class CrashGuard:
     """Calls a function for one job at a time and never raises: an error is the result. A job that has ended
 its process three times is given up."""
     call: Callable
@@ -160,7 +160,7 @@ its process three times is given up."""
     def __call__(self, number: int, job: Any) -> Any:
         """The job's result, or a `UserError`."""
 
-def alone(call: Callable, jobs: list, state: Path, inputs: Any=()) -> Iterator:
+def serial_executor(call: Callable, jobs: list, state: Path, inputs: Any=()) -> Iterator:
     """Yield (number of a job, its result or a `UserError`), one after another.
 
     Parameters:
@@ -207,7 +207,7 @@ def read_manifest(folder: str | Path) -> Any:
         folder: the output folder of a catalogue
     """
 
-class Tally:
+class Progress:
     """How many songs are behind us, and how long the rest will take: a line every ten seconds at most, on
 standard error."""
     total: int
@@ -229,7 +229,7 @@ standard error."""
         Returns: seconds
         """
 
-def separate_catalogue(sources: list, out: str | Path, model: str | Path='default', each: Callable=alone, overwrite: bool=False, progress: bool=True, loading: dict | None=None, **options) -> dict:
+def separate_catalogue(sources: list, out: str | Path, model: str | Path='default', executor: Callable=serial_executor, overwrite: bool=False, progress: bool=True, loading: dict | None=None, **options) -> dict:
     """Separate all songs that are not finished, and write the manifest of all. `UserError` for what can be
     told before.
 
@@ -237,7 +237,7 @@ def separate_catalogue(sources: list, out: str | Path, model: str | Path='defaul
         sources: folders, lists of files, songs
         out: the folder in which every song gets a folder of its own
         model: a bundled model, a run folder, or "hf:owner/name"
-        each: who does the work: `alone`, or an `OnRay`
+        executor: who does the work: `serial_executor`, or an `OnRay`
         overwrite: do finished songs again
         progress: say on standard error how far it is
         loading: options of `Separator`

@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch as patch
 from ..foundations.cores import available_cores as available_cores
 from ..foundations.files import UserError as UserError
-from .catalogue import Careful as Careful, fingerprint as fingerprint, versions as versions
+from .catalogue import CrashGuard as CrashGuard, fingerprint as fingerprint, versions as versions
 
 def check_address(address: str | None, seconds: float=5.0) -> None:
     """`UserError` if nothing listens at an address, or something that can't be Ray, in seconds and not after
@@ -47,10 +47,10 @@ def cluster(address: str | None=None, cores: int=1, gpus: int=0) -> Iterator:
         gpus: of our own
     """
 
-def ask(question: dict, call: Callable) -> Any:
+def probe_node(question: dict, call: Callable) -> Any:
     """A machine's answer: what it sees of the shared folders, and what would run on it. Runs there."""
 
-def objections(question: dict, answers: list) -> Iterator:
+def node_problems(question: dict, answers: list) -> Iterator:
     """One line for each thing that a machine lacks."""
 
 @contextlib.contextmanager
@@ -61,12 +61,12 @@ def check_machines(ray: Any, call: Callable, state: Any, inputs: Any, seconds: i
     """Ask every machine of a cluster; `UserError` with all that is wrong, in one line."""
 
 class RayWorker:
-    """A `Careful` on rows of Ray Data."""
+    """A `CrashGuard` on rows of Ray Data."""
     careful: Any
 
     def __init__(self, call: Callable, notes: Path):
         """Parameters:
-            notes: of `Careful`
+            notes: of `CrashGuard`
         """
 
     def __call__(self, row: dict) -> dict:
@@ -74,7 +74,7 @@ class RayWorker:
 
 @dataclass
 class OnRay:
-    """Spreads jobs over the workers of a Ray cluster; stands where `alone` and `threads` stand."""
+    """Spreads jobs over the workers of a Ray cluster; stands where `serial_executor` and `threads` stand."""
     address: str | None = None
     workers: int | None = None
     threads: int = 1

@@ -15,7 +15,7 @@ from ..foundations.song_files import find_songs as find_songs, folder_name as fo
 from ..foundations.stem_folders import Spool as Spool
 from ..foundations.store import Store as Store
 from ..foundations.store_preparing import prepare as prepare
-from ..foundations.store_songs import GATED as GATED, Take as Take
+from ..foundations.store_songs import GATED as GATED, TrackSource as TrackSource
 from ..foundations.waveforms import SAMPLE_RATE as SAMPLE_RATE
 from ..separation import Separator as Separator
 
@@ -64,7 +64,7 @@ def loudest_second(x: torch.Tensor, sample_rate: int) -> float:
     """
 
 @dataclass(frozen=True)
-class LabelTake(Take):
+class LabelledSource(TrackSource):
     """A song whose stems a teacher makes."""
     by: object = None
     gate: float = GATE

@@ -31,7 +31,7 @@ from ..foundations.run_metrics import read_metrics
 from ..foundations.runs import load_network, trained_on
 from ..foundations.store import Store
 from ..networks.conv_tasnet import SMALL
-from ..scoring.oracles import PLAIN, REFERENCES
+from ..scoring.oracles import REFERENCES, TRIVIAL_ROWS
 from ..scoring.scores import Scores, with_interval
 from ..scoring.tables import OVERALL
 from ..scoring.verdicts import compare
@@ -256,7 +256,7 @@ def run_contest(
         _same_contest(out / "contest.json", about)
         pace = paces(store, out, entries, cores, settings)
         if not (out / "scores.json").exists():
-            reference_rows(songs, "stereo", rows=PLAIN).save(out / "scores.json", digits=4)
+            reference_rows(songs, "stereo", rows=TRIVIAL_ROWS).save(out / "scores.json", digits=4)
     turns = [(entry, start, seed) for seed in range(seeds) for entry in entries for start in starts]
     while left := [t for t in turns if (t[0].name + STARTS[t[1]], t[2]) not in _scored(out)]:
         taken = [

@@ -90,7 +90,7 @@ def _label_point(
         scores = score_steps(few, out / f"songs{count}", (step,), seed, ("test",), progress)
         rows.append(
             dict(songs=count, start=start, seed=seed,
-                 **{m: scores.only(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")})
+                 **{m: scores.filter(seed=seed).overall(m, step.label, "test") for m in ("SNR", "SDR")})
         )
     return rows
 

@@ -33,7 +33,7 @@ from ..foundations.runs import file_digest, load_network
 from ..foundations.state import read_state
 from ..foundations.store import Store
 from ..foundations.weights import load_into, read_weights, write_weights
-from ..scoring.oracles import PLAIN
+from ..scoring.oracles import TRIVIAL_ROWS
 from ..scoring.scores import Scores
 from .label_efficiency import song_subset
 from .plan import Plan, Run
@@ -318,16 +318,16 @@ def read_test(
     plan = Plan.load(results)
     check_open(results)
     whole, missing = _whole_seeds(plan, results, unfinished)
-    scores = reference_rows(store.split("test"), plan.scoring.get("channels", "mono"), rows=PLAIN)
+    scores = reference_rows(store.split("test"), plan.scoring.get("channels", "mono"), rows=TRIVIAL_ROWS)
     scores.frames = {}
     for seed, run in units(plan, seeds=whole):
         scores = scores + unseal(results / run.name / f"seed{seed}" / SEALED)
     labels = [run.label for run in plan.runs if run.label]
-    way = scores.only(model=[name for name in scores.models if name not in labels])
+    way = scores.filter(model=[name for name in scores.models if name not in labels])
     about = dict(seeds=whole, missing=missing, plan=file_digest(results / "plan.json"))
     _update(results / "test.json", about)
     if plan.checkpoints: way.save(results / "checkpoints.json", digits=4)
-    scores.only(model=labels + scores.references).save(results / "scores.json", digits=4)
+    scores.filter(model=labels + scores.references).save(results / "scores.json", digits=4)
     return Scores.load(results / "scores.json")
 
 # %% ../../nbs/studies/planned.ipynb #235a83a0

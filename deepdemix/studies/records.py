@@ -13,7 +13,7 @@ from pathlib import Path
 from ..experiment import Experiment
 from ..foundations.files import atomic_path
 from ..foundations.recipe import read_record
-from ..foundations.runs import ORIGINS, comes_along, file_digest
+from ..foundations.runs import INIT_FIELDS, file_digest, is_bundled
 
 # %% ../../nbs/studies/records.ipynb #e6110191
 def name_origins(
@@ -21,9 +21,9 @@ def name_origins(
     root:str|Path|None=None, # what paths are told from; None: names alone
 ) -> None:
     "Name the runs that a run began with without the folders of this machine."
-    for field in ORIGINS:
+    for field in INIT_FIELDS:
         run = recipe.get(field)
-        if not run or comes_along(run): continue
+        if not run or is_bundled(run): continue
         there = Path(run).resolve()
         recipe[field] = (
             there.relative_to(root).as_posix() if root and there.is_relative_to(root) else there.name
