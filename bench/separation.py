@@ -117,7 +117,7 @@ import re, sys, time
 from pathlib import Path
 from deepdemix.separation import Separator
 began = time.perf_counter()
-Separator.from_pretrained("default").separate_file(*sys.argv[1:])
+Separator.from_pretrained("default", threads=int(sys.argv[3])).separate_file(*sys.argv[1:3])
 print(time.perf_counter() - began, re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
@@ -128,14 +128,15 @@ def hour(song, rate, folder):
     path, length = f"{folder}/hour.wav", 3600 * rate
     with Writer(path, rate, 2) as out:
         for start in range(0, length, song.shape[-1]): out.write(song[:, :length - start])
-    taken, most = map(
-        float,
-        subprocess.run(
-            [sys.executable, "-c", HOUR, path, f"{folder}/hour"], check=True, capture_output=True, text=True
-        ).stdout.split(),
-    )
-    yield row("an hour of stereo", taken / 3600, "of real time")
-    yield row("an hour of stereo, peak memory of the process", most / 2**20, "GiB")
+    peaks = {}
+    for threads in (1, 2):
+        words = [sys.executable, "-c", HOUR, path, f"{folder}/hour{threads}", str(threads)]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        taken, peak = map(float, done.stdout.split())
+        peaks[threads] = peak / 2**20
+        yield row(f"an hour of stereo, {threads} thread(s)", taken / 3600, "of real time")
+        yield row(f"an hour of stereo, {threads} thread(s), peak memory", peaks[threads], "GiB")
+    yield row("an hour of stereo, memory for each further thread", peaks[2] - peaks[1], "GiB")
 
 
 def everything(folder, duration=120, rate=44100):
