@@ -150,7 +150,7 @@ class STFT(nn.Module):
 # %% ../nbs/00_audio.ipynb #dd30ce37
 @patch
 def frames(self: STFT, samples:int) -> int:
-    "How many frames n_t a waveform of so many samples gives."
+    "The number of frames n_t that a waveform of so many samples gives."
     return -(-max(samples + 2 * self.edge - self.window_length, 0) // self.hop_length) + 1
 
 @patch

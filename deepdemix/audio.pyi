@@ -72,7 +72,7 @@ exactly invertible, differentiable."""
         ...
 
     def frames(self, samples: int) -> int:
-        """How many frames n_t a waveform of so many samples gives."""
+        """The number of frames n_t that a waveform of so many samples gives."""
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """(…, channels, time) to complex (…, n_t, n_f, channels): `scipy.signal.stft` as nussl calls it, scaled

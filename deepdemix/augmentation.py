@@ -301,7 +301,7 @@ def _tuples(value): return tuple(_tuples(v) for v in value) if isinstance(value,
 
 # %% ../nbs/02_augmentation.ipynb #63ffec3a
 class Excerpts:
-    "What triplets and balanced batches share: audible excerpts of one stem of one song."
+    "Common ground of triplets and balanced batches: audible excerpts of one stem of one song."
     def __init__(
         self, store:Store, duration:float, channels:int|None, seed:int, size:int, instruments:tuple|list|None,
         gate:float|None, level:tuple|None, bank:dict,

@@ -85,7 +85,7 @@ class Mixer:
 TRIES: int
 
 class Excerpts:
-    """What triplets and balanced batches share: audible excerpts of one stem of one song."""
+    """Common ground of triplets and balanced batches: audible excerpts of one stem of one song."""
     store: Store
     duration: float
     seed: int

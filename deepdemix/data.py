@@ -109,7 +109,7 @@ def _leave(path, take, sources, left):
 
 # %% ../nbs/01_data.ipynb #744dcff5
 def _is_store(path, skip=()):
-    "Whether a folder is one to skip, a store, or one that is being prepared."
+    "True if a folder is one to skip, a store, or one that is being prepared."
     begun = (path / ".lock").is_file() and (path / "songs").is_dir()
     return begun or path.resolve() in skip or (path / "store.json").is_file()
 
@@ -362,7 +362,7 @@ def open_data(
 
 # %% ../nbs/01_data.ipynb #781f3f09
 def is_musdb(path:str|Path) -> bool:
-    """Whether a folder, or the only one in it, is like MUSDB18: stem files in train/ or test/ and no valid/,
+    """True if a folder, or the only one in it, is like MUSDB18: stem files in train/ or test/ and no valid/,
     or its songs."""
     root, places = _split_folders(Path(path), SOURCES)
     if "valid" in places.values(): return False

@@ -92,7 +92,7 @@ def find_step(
 def finished(
     run:str|Path, # a run folder
 ) -> bool:
-    "Whether the run in this folder has come to its end."
+    "True if the run in this folder has come to its end."
     return (Path(run) / "recipe.json").exists() and read_record(run)["status"] == "finished"
 
 # %% ../nbs/09_experiment.ipynb #4ad63527
@@ -123,7 +123,7 @@ def _known(
     seed:int, # of its run
     split:str, # of the songs
 ) -> bool:
-    "Whether the scores hold this row."
+    "True if the scores hold this row."
     if scores is None: return False
     rows = scores.rows
     return bool(((rows.model == model) & (rows.seed == seed) & (rows.split == split)).any())
@@ -166,7 +166,7 @@ def score_steps(
 
 # %% ../nbs/09_experiment.ipynb #5d474607
 class Experiment:
-    "What an experiment's folder holds."
+    "The contents of an experiment's folder."
     def __init__(self,
         out:str|Path, # the folder
     ):
@@ -198,7 +198,7 @@ class Experiment:
         b:str="DDM (pt)", # another
         split:str="test", # songs
     ) -> Any: # a `Verdict`
-        "What changes from A to B, over songs and seeds."
+        "The change from A to B, over songs and seeds."
         return compare(self.scores, self.scores, metric, model_a=a, model_b=b, split=split,
                        name="pretraining" if (a, b) == ("DDM", "DDM (pt)") else "")
 
@@ -213,7 +213,7 @@ def differences(self:Experiment,
     b:str="DDM (pt)", # another
     split:str="test", # songs
 ) -> np.ndarray: # an array, dB: one number a seed
-    "What B scores above A in each seed: median over songs, then mean over sources."
+    "Gains of B over A in each seed: median over songs, then mean over sources."
     values = self.scores.array(metric, b, split)[0] - self.scores.array(metric, a, split)[0]
     return average_songs(values, metric).mean(-1)
 
@@ -256,7 +256,7 @@ def seeds_needed(
     most:int=1000, # seeds at which the search ends
     **kwargs, # power and level, as in `detectable`
 ) -> int: # seeds; `most` if even these are too few
-    "How many seeds would find an effect of this size."
+    "The number of seeds that would find an effect of this size."
     return next((n for n in range(2, most) if detectable(differences, n, **kwargs) <= effect), most)
 
 # %% ../nbs/09_experiment.ipynb #e762079d
@@ -351,7 +351,7 @@ def changes(self:Experiment,
     b:str="DDM (pt)", # another
     split:str="test", # songs
 ) -> Any: # a data frame: songs down, the one that gains most first; sources across
-    "What B scores above A in each song (dB), the mean over seeds."
+    "Gains of B over A in each song (dB), the mean over seeds."
     change = self.scores.by_song(metric, b, split) - self.scores.by_song(metric, a, split)
     return change.loc[change.mean(axis=1).sort_values(ascending=False).index]
 

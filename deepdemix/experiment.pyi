@@ -64,7 +64,7 @@ def find_step(name: str) -> Step:
     """
 
 def finished(run: str | Path) -> bool:
-    """Whether the run in this folder has come to its end.
+    """True if the run in this folder has come to its end.
 
     Parameters:
         run: a run folder
@@ -100,7 +100,7 @@ def score_steps(store: Store, out: str | Path, steps: tuple, seed: int, splits: 
     """
 
 class Experiment:
-    """What an experiment's folder holds."""
+    """The contents of an experiment's folder."""
     out: Any
     scores: Any
     profile: Any
@@ -131,7 +131,7 @@ class Experiment:
         """
 
     def verdict(self, metric: str='SDR', a: str='DDM', b: str='DDM (pt)', split: str='test') -> Any:
-        """What changes from A to B, over songs and seeds.
+        """The change from A to B, over songs and seeds.
 
         Parameters:
             metric: which
@@ -143,7 +143,7 @@ class Experiment:
         """
 
     def differences(self, metric: str='SDR', a: str='DDM', b: str='DDM (pt)', split: str='test') -> np.ndarray:
-        """What B scores above A in each seed: median over songs, then mean over sources.
+        """Gains of B over A in each seed: median over songs, then mean over sources.
 
         Parameters:
             metric: which
@@ -214,7 +214,7 @@ class Experiment:
         """
 
     def changes(self, metric: str='SDR', a: str='DDM', b: str='DDM (pt)', split: str='test') -> Any:
-        """What B scores above A in each song (dB), the mean over seeds.
+        """Gains of B over A in each song (dB), the mean over seeds.
 
         Parameters:
             metric: which
@@ -253,7 +253,7 @@ def detectable(differences: Any, seeds: int | None=None, power: float=0.8, level
     """
 
 def seeds_needed(differences: Any, effect: float, most: int=1000, **kwargs) -> int:
-    """How many seeds would find an effect of this size.
+    """The number of seeds that would find an effect of this size.
 
     Parameters:
         differences: dB, one for each seed

@@ -141,7 +141,7 @@ class DeskHandler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None: pass
 
     def is_ours(self) -> bool:
-        "Whether the request names this machine, at whatever port."
+        "True if the request names this machine, at whatever port."
         ours = r"(127\.0\.0\.1|localhost|\[::1\])\.?(:\d+)?"
         return re.fullmatch(ours, self.headers.get("Host", ""), re.IGNORECASE) is not None
 

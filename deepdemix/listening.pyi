@@ -95,7 +95,7 @@ class DeskHandler(BaseHTTPRequestHandler):
         ...
 
     def is_ours(self) -> bool:
-        """Whether the request names this machine, at whatever port."""
+        """True if the request names this machine, at whatever port."""
 
     def answer(self, status: int, content: str, kind: str='html') -> None:
         ...

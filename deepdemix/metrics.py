@@ -78,7 +78,7 @@ def _frames(length: int, window: int, hop: int) -> list[tuple[int, int]]:
 
 # %% ../nbs/02a_metrics.ipynb #b5b2d10d
 def _silent(x: Tensor) -> Tensor:
-    """Whether any source of `x` (…, sources, channels, time) is silent in museval's sense, (…); a look at
+    """True if any source of `x` (…, sources, channels, time) is silent in museval's sense, (…); a look at
     every 101st sample spares most of the work."""
     if not (x[..., ::101].sum(-2) == 0).all(-1).any():
         return torch.zeros(x.shape[:-3], dtype=torch.bool, device=x.device)
@@ -249,7 +249,7 @@ def improvement(
     mixture:Tensor|None=None,  # (…, channels, time); the sum of the sources if not given
     **kwargs,      # passed on to `metric`
 ) -> Tensor:       # dB (…, sources)
-    "What `estimates` gain over the mixture taken as every source: SDRi, SNRi, SI-SDRi, …"
+    "The gain of `estimates` over the mixture taken as every source: SDRi, SNRi, SI-SDRi, …"
     references, estimates = _pair(references, estimates)
     mixture = references.sum(-3) if mixture is None else _tensor(mixture)
     return metric(references, estimates, **kwargs) - metric(

@@ -13,7 +13,7 @@ from typing import Any
 
 # %% ../nbs/pages/writing_pages.ipynb #04e9f5fc
 def page_addresses() -> dict[str, str]: # "{word}" -> what it stands for
-    """What the words in braces on a page stand for, from the settings of the project that lies around the
+    """Values of the words in braces on a page, from the settings of the project that lies around the
     working folder."""
     from nbdev.config import get_config
     cfg = get_config()

@@ -279,7 +279,7 @@ def stream(self:ContrastTask,
            split:str, # of the store
            seed:int, # decides everything
           ) -> list|Triplets: # `Triplets`, or a list of `BalancedBatches`
-    "Where the batches of a split come from."
+    "The stream that the batches of a split come from."
     songs, mixer, duration = self.store.split(split), dict(self.recipe.mixer), self.duration
     if not len(songs): raise UserError(f"the data has no songs in its '{split}' split")
     if mixer.pop("duration", duration) != duration:
@@ -313,7 +313,7 @@ def stream(self:ContrastTask,
 def units(self:ContrastTask,
           stream:list|Triplets, # of `stream`
          ) -> int: # triplets, or excerpts with their views
-    "What a batch can be split into."
+    "The number of parts that a batch can be split into."
     s = self.settings
     if self.triplets: return round(s.per_class * len(stream.instruments) / 3) or self.recipe.batch_size
     twice = s.positives == "view" or s.instance and s.positives != "mixture_stem"
@@ -439,7 +439,7 @@ def _valid(self:PretrainingTask, k):
 
 @patch
 def _collapsed(self:PretrainingTask, logs):
-    "Whether everything is one point; says so at the second validation in a row."
+    "True if everything is one point; says so at the second validation in a row."
     value = logs["collapse_value"]
     # other losses look at directions alone
     point = logs["valid_spread"] < 0.05 if self.recipe.loss == "triplet" else logs["valid_uniformity"] > -0.05

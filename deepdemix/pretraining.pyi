@@ -203,7 +203,7 @@ their loss."""
         ...
 
     def stream(self, split: str, seed: int) -> list | Triplets:
-        """Where the batches of a split come from.
+        """The stream that the batches of a split come from.
 
         Parameters:
             split: of the store
@@ -213,7 +213,7 @@ their loss."""
         """
 
     def units(self, stream: list | Triplets) -> int:
-        """What a batch can be split into.
+        """The number of parts that a batch can be split into.
 
         Parameters:
             stream: of `stream`

@@ -476,7 +476,7 @@ def existing_song(
     files:list, # names of its stems' files
     taken:tuple|set=(), # folders of other songs
 ) -> dict: # its summary, or None
-    "What an earlier run has made of a song, if all of it is there and as long as the song."
+    "Find what an earlier run has made of a song, if all of it is there and as long as the song."
     try: length = probe(path).duration
     except UserError: return None
     n, name = 1, folder_name(path)

@@ -192,7 +192,7 @@ class _Lines:
 GRAPHS: tuple
 
 def existing_song(path: str | Path, out: str | Path, files: list, taken: tuple | set=()) -> dict:
-    """What an earlier run has made of a song, if all of it is there and as long as the song.
+    """Find what an earlier run has made of a song, if all of it is there and as long as the song.
 
     Parameters:
         path: a song

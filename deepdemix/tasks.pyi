@@ -17,8 +17,8 @@ from .foundations.waveforms import to_mono as to_mono
 from .metrics import score_song as score_song
 
 class Task:
-    """What a step of training is. `train_batch` must depend on its argument and the recipe only: that makes
-a run resumable and independent of workers."""
+    """A step of training: batch, loss, validation. `train_batch` must depend on its argument and the recipe
+only: that makes a run resumable and independent of workers."""
     network: nn.Module
     recipe: Recipe
     store: Store
@@ -38,7 +38,7 @@ a run resumable and independent of workers."""
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
 
     def train_batch(self, step: int) -> Any:
         ...

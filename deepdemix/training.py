@@ -236,7 +236,7 @@ def check_loss(
 def not_finite(
     loop:Loop,
 ) -> UserError:
-    "What to do; the state on disk is the last good one."
+    "An error that says what to do; the state on disk is the last good one."
     return loop.ranks.report_once(UserError(
         f"the loss or the weights are no longer finite after step {loop.step}: begin again with a lower"
         f" lr (now {loop.recipe.lr:g}) or grad_clip=1; {loop.out} keeps the last good state"
@@ -343,7 +343,7 @@ def write_record(
 def is_over(
     loop:Loop,
 ) -> bool:
-    "Whether there is nothing left to do."
+    "True if there is nothing left to do."
     costs = loop.costs if loop.recipe.patience else []
     stale = bool(costs) and len(costs) - 1 - int(np.argmin(costs)) >= loop.recipe.patience
     return loop.step >= loop.recipe.steps or stale

@@ -171,7 +171,7 @@ def check_loss(loop: Loop, loss: torch.Tensor) -> None:
     """
 
 def not_finite(loop: Loop) -> UserError:
-    """What to do; the state on disk is the last good one."""
+    """An error that says what to do; the state on disk is the last good one."""
 
 def note(loop: Loop, figures: dict) -> None:
     """Keep figures until the end of the epoch.
@@ -238,7 +238,7 @@ def write_record(loop: Loop, status: str) -> None:
     """
 
 def is_over(loop: Loop) -> bool:
-    """Whether there is nothing left to do."""
+    """True if there is nothing left to do."""
 
 def begin(loop: Loop, store: Store, state: dict | None) -> None:
     """Start the processes, take up the state, put the network on its device, and listen for signals.

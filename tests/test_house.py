@@ -127,3 +127,13 @@ def unannotated(room):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_public_functions_say_their_types(room): assert list(unannotated(room)) == []
+
+
+QUESTIONS = {"What", "Whether", "How", "Why", "Where", "Which", "When"}
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_public_docstrings_begin_with_a_verb_or_a_noun(room):
+    asked = [node.name for node in ast.walk(ast.parse(ROOMS[room].read_text(encoding="utf-8")))
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+             and (ast.get_docstring(node) or " - ").split()[0] in QUESTIONS]
+    assert asked == []

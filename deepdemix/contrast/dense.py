@@ -60,7 +60,7 @@ def owners(
     share:float=0.7, # of a cell's energy that its owner holds at least
     floor:float=-80., # dB below the loudest cell of the excerpt
 ) -> torch.Tensor: # (b, k, bands): numbers of stems, -1 where no stem owns a cell
-    "Which stem a cell belongs to."
+    "The stem that a cell belongs to."
     total, (most, stem) = energy.sum(1), energy.max(1)
     quiet = total <= 10 ** (floor / 10) * total.amax((1, 2), keepdim=True)
     return stem.masked_fill((most <= share * total) | quiet, -1)
@@ -100,7 +100,7 @@ CROSS_ENTROPY = "cross_entropy"
 
 @dataclass
 class DenseSettings:
-    "What the recipe's `task_args` may hold."
+    "Settings that the recipe's `task_args` may hold."
     per_stem: int = 64 # cells of each stem in a batch
     share: float = 0.7 # of a cell's energy that its owner holds at least
     floor: float = -80. # dB of the loudest cell of an excerpt: what is quieter belongs to nobody
@@ -134,7 +134,8 @@ def dense_settings(
 
 # %% ../../nbs/contrast/dense.ipynb #709aca8a
 class CellHead(nn.Module):
-    "What is learnt with, and thrown away: a hidden layer, and a loss of vectors (n, dim) and stems (n,)."
+    """A head that is learnt with and thrown away: a hidden layer, and a loss of vectors (n, dim) and stems
+    (n,)."""
     def __init__(self,
         loss:str, # "cross_entropy", or a name of `metric_loss`
         dim:int, # of the vectors

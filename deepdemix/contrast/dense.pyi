@@ -39,7 +39,7 @@ class Grid(nn.Module):
         """
 
 def owners(energy: torch.Tensor, share: float=0.7, floor: float=-80.0) -> torch.Tensor:
-    """Which stem a cell belongs to.
+    """The stem that a cell belongs to.
 
     Parameters:
         energy: (b, s, k, bands)
@@ -79,7 +79,7 @@ CROSS_ENTROPY: str
 
 @dataclass
 class DenseSettings:
-    """What the recipe's `task_args` may hold."""
+    """Settings that the recipe's `task_args` may hold."""
     per_stem: int = 64
     share: float = 0.7
     floor: float = -80.0
@@ -96,7 +96,8 @@ def dense_settings(args: dict) -> DenseSettings:
     """
 
 class CellHead(nn.Module):
-    """What is learnt with, and thrown away: a hidden layer, and a loss of vectors (n, dim) and stems (n,)."""
+    """A head that is learnt with and thrown away: a hidden layer, and a loss of vectors (n, dim) and stems
+(n,)."""
     classify: Any
     contrast: Any
 

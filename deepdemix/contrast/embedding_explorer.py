@@ -40,7 +40,7 @@ class Explorer:
         self.show()
 
     def title(self, i:int) -> str:
-        "What the list calls excerpt `i`."
+        "The name of excerpt `i` in the list."
         return (f"{i}: {self.excerpts.instruments[self.excerpts.labels[i]]} of"
                 f" {self.excerpts.titles[self.excerpts.songs[i]]}")
 

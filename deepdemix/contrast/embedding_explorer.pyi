@@ -26,7 +26,7 @@ class Explorer:
         ...
 
     def title(self, i: int) -> str:
-        """What the list calls excerpt `i`."""
+        """The name of excerpt `i` in the list."""
 
     def show(self) -> None:
         """Draw the map, ring the chosen excerpt, name it and lay its sound ready."""

@@ -46,7 +46,7 @@ def triplet_indices(
     n:int, # triplets
     device:str|torch.device|None=None, # of the indices
 ) -> tuple: # three tensors (n,): anchors, positives, negatives
-    "Where anchor, positive and negative stand when embeddings (n, 3, dim) are flattened to (3 n, dim)."
+    "Indices of anchor, positive and negative when embeddings (n, 3, dim) are flattened to (3 n, dim)."
     i = 3 * torch.arange(n, device=device)
     return i, i + 1, i + 2
 

@@ -22,7 +22,7 @@ def metric_loss(name: str='triplet', margin: float=1.0, temperature: float | Non
     """
 
 def triplet_indices(n: int, device: str | torch.device | None=None) -> tuple:
-    """Where anchor, positive and negative stand when embeddings (n, 3, dim) are flattened to (3 n, dim).
+    """Indices of anchor, positive and negative when embeddings (n, 3, dim) are flattened to (3 n, dim).
 
     Parameters:
         n: triplets

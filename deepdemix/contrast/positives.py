@@ -39,7 +39,7 @@ def views_of(
     instance:bool=False, # whether a second term needs another view of each stem
     mixtures:torch.Tensor|None=None, # (n, channels, time): what holds each stem, for "mixture_stem"
 ) -> tuple: # waveforms (m, channels, time), labels (m,), numbers of the excerpts (m,)
-    "What a batch of stems becomes under a definition of positive."
+    "Turn a batch of stems into what a definition of positive asks for."
     excerpt = torch.arange(len(labels), device=labels.device)
     if positives == "mixture_stem": second = mixtures
     elif positives == "view" or instance: second = random_view(waveforms, rng)

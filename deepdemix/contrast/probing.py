@@ -41,7 +41,7 @@ def audible(
     waveform:torch.Tensor, # (channels, time)
     floor:float=-60., # dB of the mean power
 ) -> bool:
-    "Whether an excerpt is louder than the floor."
+    "True if an excerpt is louder than the floor."
     return bool(waveform.square().mean() > 10 ** (floor / 10))
 
 # %% ../../nbs/contrast/probing.ipynb #f77783bf
@@ -151,7 +151,7 @@ def retrieval(
     reference:np.ndarray|None=None, # embeddings (m, dim) to look in; None: `z` itself, each query left out
     reference_labels:np.ndarray|None=None, # (m,)
 ) -> dict: # "precision@1" and "map@r"
-    "How good a search by distance is, as pytorch-metric-learning's `AccuracyCalculator` counts."
+    "The quality of a search by distance, as pytorch-metric-learning's `AccuracyCalculator` counts."
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
     names = {"precision_at_1": "precision@1", "mean_average_precision_at_r": "map@r"}
@@ -172,7 +172,7 @@ def embedding_geometry(
     z:np.ndarray, # embeddings (n, dim)
     labels:np.ndarray, # (n,)
 ) -> dict: # "alignment", "uniformity", "effective_rank", "spread"
-    "How embeddings lie in their space (Wang and Isola 2020; Roy and Vetterli 2007)."
+    "The geometry of embeddings in their space (Wang and Isola 2020; Roy and Vetterli 2007)."
     z, labels = torch.as_tensor(np.asarray(z)).double(), torch.as_tensor(np.asarray(labels))
     square = torch.cdist(F.normalize(z, dim=1), F.normalize(z, dim=1)).square()
     other = ~torch.eye(len(z), dtype=torch.bool)

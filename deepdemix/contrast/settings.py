@@ -15,7 +15,7 @@ from ..foundations.recipe import _fits
 # %% ../../nbs/contrast/settings.ipynb #601b2dea
 @dataclass
 class Settings:
-    "What the recipe's `task_args` may hold."
+    "Settings that the recipe's `task_args` may hold."
     margin: float = 1. # of the triplet loss
     temperature: float|None = None # of SupCon and NT-Xent
     head: int = 0 # width of the projection head; 0: none

@@ -81,7 +81,7 @@ def stems(self:Stores,
 def plain_title(
     title:str, # of a song
 ) -> str: # its letters and digits, in lower case
-    "What two spellings of a title have in common."
+    "The part that two spellings of a title have in common."
     return "".join(x for x in title.lower() if x.isalnum())
 
 # %% ../../nbs/contrast/stores.ipynb #44704a15
@@ -160,8 +160,8 @@ def open_stores(
     # weight)
     data:Any,
 ) -> Any: # a `Store`, or `Stores`
-    """What training learns from. The first of a list is validated on; of a further folder of stems every
-    song is for training."""
+    """Open the stores that training learns from. The first of a list is validated on; of a further folder of
+    stems every song is for training."""
     pairs = [_weighted(x) for x in (data if isinstance(data, list) else [data])]
     stores = [_open(x, first=not k) if x is None or isinstance(x, (str, Path)) else x
               for k, (x, _) in enumerate(pairs)]

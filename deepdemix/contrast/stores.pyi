@@ -65,7 +65,7 @@ test."""
         """
 
 def plain_title(title: str) -> str:
-    """What two spellings of a title have in common.
+    """The part that two spellings of a title have in common.
 
     Parameters:
         title: of a song
@@ -108,8 +108,8 @@ class WeightedBatches(ByWeight, BalancedBatches):
     """`BalancedBatches` of `Stores`."""
 
 def open_stores(data: Any) -> Any:
-    """What training learns from. The first of a list is validated on; of a further folder of stems every
-    song is for training.
+    """Open the stores that training learns from. The first of a list is validated on; of a further folder of
+    stems every song is for training.
 
     Parameters:
         data: a `Store`, a path that `open_data` takes, "path=weight", or a list of those and of pairs (store or path, weight)

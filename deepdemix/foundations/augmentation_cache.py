@@ -135,7 +135,7 @@ def _tied(self: AugmentationCache, share):
 # %% ../../nbs/foundations/augmentation_cache.ipynb #98e51aee
 @patch
 def parameters(self: AugmentationCache, song: int, variant: int, generation: int) -> tuple:
-    "What a copy is made of: pitch, stretch, first sample of the song and number of samples."
+    "The parameters of a copy: pitch, stretch, first sample of the song and number of samples."
     total = self.store.songs[song].frames
     if self.shift is None: return 0.0, 1.0, 0, total
     rng = generator(self.seed, COPY, song, variant, generation)
@@ -165,7 +165,7 @@ def render(
 # %% ../../nbs/foundations/augmentation_cache.ipynb #d08572ce
 @patch
 def generation(self: AugmentationCache, song: int, index: int) -> int:
-    "How often the copies of a song have been replaced before the example `index`."
+    "The number of times that the copies of a song have been replaced before the example `index`."
     return 0 if self.shift is None else (index + song * self.refresh // len(self.store)) // self.refresh
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #a5fa5f35

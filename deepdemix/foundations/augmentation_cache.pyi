@@ -78,7 +78,7 @@ most are kept, as far as `memory` goes."""
         """GiB that one copy of every song takes, times `variants`."""
 
     def parameters(self, song: int, variant: int, generation: int) -> tuple:
-        """What a copy is made of: pitch, stretch, first sample of the song and number of samples."""
+        """The parameters of a copy: pitch, stretch, first sample of the song and number of samples."""
 
     def render(self, song: int, pitch: float, stretch: float, start: int, frames: int) -> Variant:
         """Read a part of a song and shift it. A whole store that is not shifted and does not fit into `memory`
@@ -86,7 +86,7 @@ most are kept, as far as `memory` goes."""
         """
 
     def generation(self, song: int, index: int) -> int:
-        """How often the copies of a song have been replaced before the example `index`."""
+        """The number of times that the copies of a song have been replaced before the example `index`."""
 
     def get(self, song: int, variant: int, index: int) -> Variant:
         """The copy of a song that the example `index` uses.

@@ -119,7 +119,7 @@ def _at_home(value):
 
 # %% ../../nbs/foundations/command_line.ipynb #c0de1a15
 def _all_taken() -> bool:
-    "Whether standard output has taken all; what it doesn't take is dropped, or Python would complain."
+    "True if standard output has taken all; what it doesn't take is dropped, or Python would complain."
     try: sys.stdout.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
@@ -129,7 +129,7 @@ def _all_taken() -> bool:
 
 # %% ../../nbs/foundations/command_line.ipynb #d46a77e1
 def _unread() -> bool:
-    "Whether standard output is a pipe that nobody reads from any more."
+    "True if standard output is a pipe that nobody reads from any more."
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

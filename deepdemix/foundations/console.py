@@ -35,7 +35,7 @@ codecs.register_error("deepdemix.plain", _plain)
 
 # %% ../../nbs/foundations/console.ipynb #c0500006
 def on_terminal() -> bool:
-    "Whether standard error is a terminal that a bar can be drawn on."
+    "True if standard error is a terminal that a bar can be drawn on."
     try: return sys.stderr.isatty()
     except (AttributeError, ValueError): return False
 

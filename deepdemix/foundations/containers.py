@@ -103,7 +103,7 @@ def _chunks(f, size, order, wide):
 
 # %% ../../nbs/foundations/containers.ipynb #e25f4c75
 def _open_ended(length):
-    """Whether a length is what programs write that cannot know it: 0, right at 2 or 4 GiB, or beyond all
+    """True if a length is what programs write that cannot know it: 0, right at 2 or 4 GiB, or beyond all
     files."""
     return length <= 0 or length > 2**62 or length > 2**30 and min(length % 2**31, -length % 2**31) < 2**16
 
@@ -129,7 +129,7 @@ def _missing_bytes(path):
 
 # %% ../../nbs/foundations/containers.ipynb #9d0f7607
 def _ends_open(path):
-    "Whether the last page of an Ogg file is not whole, or not marked as the last one."
+    "True if the last page of an Ogg file is not whole, or not marked as the last one."
     with open(path, "rb") as f:
         f.seek(max(0, os.path.getsize(path) - (1 << 17)))
         tail = f.read()
@@ -154,7 +154,7 @@ def _past_tags(path, at):
 
 # %% ../../nbs/foundations/containers.ipynb #3a32965a
 def _counts_frames(path):
-    """Whether an mp3 says how many frames it has (a Xing, Info or VBRI header), and is not much longer than
+    """True if an mp3 says how many frames it has (a Xing, Info or VBRI header), and is not much longer than
     that header says."""
     with open(path, "rb") as f:
         f.seek(start := _past_tags(path, 0))

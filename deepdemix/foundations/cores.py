@@ -68,7 +68,7 @@ def available_cores(
 
 # %% ../../nbs/foundations/cores.ipynb #bf519357
 def default_threads() -> int: # 1 or more
-    "How many threads to work with where nobody says: PyTorch's number, and no more than `available_cores`."
+    "The number of threads where nobody says: PyTorch's, and no more than `available_cores`."
     import torch
     return max(1, min(torch.get_num_threads(), available_cores()))
 

@@ -78,7 +78,7 @@ class _Bridge:
         self.stream = self.stream or soxr.ResampleStream(rate, self.rate, self.channels, **options)
         return self.stream.resample_chunk(np.ascontiguousarray(x.T)).T
     def flush(self):
-        "What resampling has held back."
+        "Return what resampling has held back."
         stream, self.stream = self.stream, None
         none = np.zeros((0, self.channels), np.float32)
         return (stream.resample_chunk(none, last=True) if stream else none).T
@@ -130,7 +130,7 @@ def _begin(self: Decoder, streams):
 # %% ../../nbs/foundations/decoding.ipynb #f693964c
 @patch
 def _open_sound(self: Decoder, streams):
-    "Whether libsndfile finds sound. What looks like an mp3 it reads no better, and with messages of its own."
+    "True if libsndfile finds sound. What looks like an mp3 it reads no better, and with messages of its own."
     import soundfile
     with open(self.path, "rb") as f: head = f.read(3)
     if head == b"ID3" or head[:1] == b"\xff" and head[1:2] >= b"\xe0": return False
@@ -178,7 +178,7 @@ def note(self: Decoder, problem:str) -> None:
 
 @patch
 def at(self: Decoder, i:int) -> str:
-    "How far a stream is, in words."
+    "The position in a stream, in words."
     return f"{self.count[i] / self.sample_rate:.2f} s" if self.count else "its beginning"
 
 # %% ../../nbs/foundations/decoding.ipynb #e61ed889
@@ -314,7 +314,7 @@ def finish(self: Decoder) -> None:
 # %% ../../nbs/foundations/decoding.ipynb #b1c0a033
 @patch
 def _counts_bytes(self: Decoder):
-    "Whether the length of the file is told by how many bytes it should have."
+    "Say if the length of the file follows from the number of bytes it should have."
     return bool(self.formats & {"wav", "w64", "aiff"})
 
 # %% ../../nbs/foundations/decoding.ipynb #d12eb17f
@@ -330,7 +330,7 @@ def warn(self: Decoder) -> None:
 # %% ../../nbs/foundations/decoding.ipynb #37e8b1f8
 @patch
 def change(self: Decoder) -> str:
-    "What changed on the way, in words; empty if nothing did."
+    "The changes on the way, in words; empty if there were none."
     if not self.changes: return ""
     (i, at, before, after), more = self.changes[0], len(self.changes) - 1
     kinds = before, after, (self.sample_rate, self.channels[i])
@@ -341,7 +341,7 @@ def change(self: Decoder) -> str:
 # %% ../../nbs/foundations/decoding.ipynb #45df7b0c
 @dataclass
 class AudioInfo:
-    "What a file says of itself, before anything is decoded."
+    "The properties that a file states, before anything is decoded."
     path: Path # the file
     sample_rate: int # Hz
     channels: int # of the stream asked about

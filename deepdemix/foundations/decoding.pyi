@@ -33,7 +33,7 @@ class _Bridge:
         ...
 
     def flush(self):
-        """What resampling has held back."""
+        """Return what resampling has held back."""
 
 class Decoder:
     """An open audio file: iterate over it for (position in `streams`, float32 array (channels, time));
@@ -70,7 +70,7 @@ class Decoder:
         """Something is wrong with the file: raise if strict, else remember it."""
 
     def at(self, i: int) -> str:
-        """How far a stream is, in words."""
+        """The position in a stream, in words."""
 
     def __iter__(self) -> Iterator:
         ...
@@ -82,7 +82,7 @@ class Decoder:
         """Say once what was wrong, if anything was, and that the stream has changed, if it has."""
 
     def change(self) -> str:
-        """What changed on the way, in words; empty if nothing did."""
+        """The changes on the way, in words; empty if there were none."""
 
     def seek(self, first: int) -> None:
         """Jump to a second before sample `first`, if it lies far off and the file's time stamps are exact (PCM
@@ -91,7 +91,7 @@ class Decoder:
 
 @dataclass
 class AudioInfo:
-    """What a file says of itself, before anything is decoded."""
+    """The properties that a file states, before anything is decoded."""
     path: Path
     sample_rate: int
     channels: int

@@ -40,7 +40,7 @@ def shard_rows(
 
 # %% ../../nbs/foundations/distributed.ipynb #6174cb51
 class Ranks:
-    "What the processes of one training tell each other. Alone, nothing is sent."
+    "Communication between the processes of one training. With one process nothing is sent."
     def __init__(self,
                  rank:int=0, # number of this process
                  world:int=1, # of all
@@ -48,7 +48,7 @@ class Ranks:
         self.rank, self.world, self.group = rank, world, group
 
     def collect(self, x:dict) -> list:
-        "What every process has, in their order."
+        "Gather what every process has, in their order."
         everyones = [x] * self.world
         if self.world > 1: torch.distributed.all_gather_object(everyones, x, group=self.group)
         return everyones
@@ -61,7 +61,7 @@ class Ranks:
         return x.tolist()
 
     def report_once(self, error:Exception) -> Exception:
-        "An error that all processes raise: `quiet` on all but the first, so that it is told once."
+        "An error that all processes raise: `quiet` on all but the first, so that it is reported once."
         error.quiet = self.rank > 0
         return error
 
@@ -82,13 +82,13 @@ def run_on_rank_zero(self:Ranks,
 
 # %% ../../nbs/foundations/distributed.ipynb #9eafc766
 def is_first() -> bool:
-    "Whether this process is the one that speaks for all; a lone one is."
+    "True if this process is the one that speaks for all; a lone one is."
     return (not (torch.distributed.is_available() and torch.distributed.is_initialized())
             or torch.distributed.get_rank() == 0)
 
 # %% ../../nbs/foundations/distributed.ipynb #517be2f5
 def environment(recipe:Recipe, store:Any) -> dict:
-    "What all processes must have in common, and where this one is."
+    "Everything that all processes must have in common, and where this one is."
     settings = {k: v for k, v in recipe.to_dict().items() if k not in MAY_CHANGE}
     return dict(where=f"process on {platform.node()}", versions=_versions(), recipe=settings,
                 data={"digest": getattr(store, "digest", None)})
@@ -135,7 +135,7 @@ def resolve_devices(
     nodes:int|None, # machines
     worth:int=1, # processes that "auto" stands for on a processor
 ) -> tuple: # processes here, machines
-    "How many processes train. Raises a `UserError` for what is not there."
+    "The number of processes that train. Raises a `UserError` for what is not there."
     there, started = dict(cuda=torch.cuda.device_count(), cpu=worth).get(kind, 1), launched_world()
     if started:
         _check_count("devices", devices, started[0])
@@ -164,7 +164,8 @@ def processes_worth(
     recipe:Recipe, # `batch_size`, and the `memory` of its mixer in GiB
     network:torch.nn.Module, # to be trained
 ) -> int: # 1 or more
-    "How many processes `auto` stands for on a processor; a notebook, which can't be run again, has one."
+    """The number of processes that `auto` stands for on a processor; a notebook, which can't be run again,
+    has one."""
     if int(os.environ.get("LOCAL_RANK", 0)): return int(os.environ["WORLD_SIZE"]) # the first one has decided
     if hasattr(sys, "ps1"): return 1
     norms = torch.nn.modules.batchnorm._BatchNorm
@@ -177,7 +178,7 @@ def processes_worth(
 def describe_disconnect(
     error:Exception, # while several processes trained
 ) -> str|None: # what to say; None: it has nothing to do with the others
-    "Why the processes can't talk to each other."
+    "The reason why the processes can't talk to each other."
     text = str(error)
     if "EADDRINUSE" in text or "already in use" in text:
         return f"port {os.environ.get('MASTER_PORT')} is taken: set MASTER_PORT to a free one"

@@ -24,7 +24,7 @@ def shard_rows(n: int, rank: int, world_size: int) -> range:
     """
 
 class Ranks:
-    """What the processes of one training tell each other. Alone, nothing is sent."""
+    """Communication between the processes of one training. With one process nothing is sent."""
     rank: int
     world: int
     group: Any
@@ -37,13 +37,13 @@ class Ranks:
         """
 
     def collect(self, x: dict) -> list:
-        """What every process has, in their order."""
+        """Gather what every process has, in their order."""
 
     def all_reduce_max(self, *wishes: int) -> list:
         """The largest of all processes' numbers, one by one."""
 
     def report_once(self, error: Exception) -> Exception:
-        """An error that all processes raise: `quiet` on all but the first, so that it is told once."""
+        """An error that all processes raise: `quiet` on all but the first, so that it is reported once."""
 
     def run_on_rank_zero(self, act: Callable, *args) -> tuple | dict:
         """Let rank 0 act and give its result to all; all wait for it. Its error is everyone's.
@@ -55,10 +55,10 @@ class Ranks:
         """
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks for all; a lone one is."""
+    """True if this process is the one that speaks for all; a lone one is."""
 
 def environment(recipe: Recipe, store: Any) -> dict:
-    """What all processes must have in common, and where this one is."""
+    """Everything that all processes must have in common, and where this one is."""
 
 def check_same_environment(notes: list) -> None:
     """Raise a `UserError` that names the first difference between the first process and another.
@@ -71,7 +71,7 @@ def launched_world() -> tuple | None:
     """Processes on this machine and machines that torchrun or SLURM has started; None if neither has."""
 
 def resolve_devices(kind: str, devices: int | str | None, nodes: int | None, worth: int=1) -> tuple:
-    """How many processes train. Raises a `UserError` for what is not there.
+    """The number of processes that train. Raises a `UserError` for what is not there.
 
     Parameters:
         kind: "cpu", "cuda" or "mps"
@@ -85,7 +85,8 @@ GIB: Any
 FEWEST: int
 
 def processes_worth(recipe: Recipe, network: torch.nn.Module) -> int:
-    """How many processes `auto` stands for on a processor; a notebook, which can't be run again, has one.
+    """The number of processes that `auto` stands for on a processor; a notebook, which can't be run again,
+    has one.
 
     Parameters:
         recipe: `batch_size`, and the `memory` of its mixer in GiB
@@ -95,7 +96,7 @@ def processes_worth(recipe: Recipe, network: torch.nn.Module) -> int:
     """
 
 def describe_disconnect(error: Exception) -> str | None:
-    """Why the processes can't talk to each other.
+    """The reason why the processes can't talk to each other.
 
     Parameters:
         error: while several processes trained

@@ -113,7 +113,7 @@ def make_fabric(
     strategy:str="auto", # a name of `_strategy`
     network:nn.Module|None=None, # decides what `devices="auto"` means on a processor
 ) -> Any: # a `Fabric` that is not launched
-    "Where and in which precision a recipe trains. What is not there raises a `UserError`."
+    "A Fabric on the recipe's device, in its precision. A device that is missing raises a `UserError`."
     from lightning.fabric import Fabric
     kind = _device_kind(recipe)
     asked = kind == "cpu" and devices == "auto" and nodes in (None, 1) and network is not None

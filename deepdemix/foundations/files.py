@@ -21,7 +21,7 @@ import torch
 
 # %% ../../nbs/foundations/files.ipynb #20c1ef4d
 class UserError(ValueError):
-    "What a user can put right: one clear line that names the file or setting."
+    "An error that a user can put right: one clear line that names the file or setting."
 
 class DamagedAudio(UserWarning):
     "A file decoded only in part; the message says which, and how much of it there is."
@@ -86,7 +86,7 @@ def hidden_name(
 def abandoned(
     path:str|Path, # of a hidden file or folder
 ) -> bool:
-    "Whether a process of this machine made it that is no more. What other machines made is theirs to remove."
+    "True if a process of this machine made it that is no more. What other machines made is theirs to remove."
     found = re.fullmatch(rf"\.(?:[a-z]+-)?{_machine()}-(\d+)-[0-9a-f]{{12}}(?:\..*)?", Path(path).name)
     if not found or os.name == "nt": return False
     try: os.kill(int(found[1]), 0)

@@ -32,7 +32,7 @@ from .waveforms import SAMPLE_RATE
 def channel_groups(found:int, # channels of the song
                    channels:int, # channels that the network takes
 ) -> list:
-    "Which of a song's channels go through the network together."
+    "Groups of a song's channels that go through the network together."
     padded = [min(i, found - 1) for i in range(math.ceil(found / channels) * channels)]
     return [padded[i:i + channels] for i in range(0, len(padded), channels)]
 
@@ -94,7 +94,7 @@ def network_stems(
     batch:Tensor, # (b, channels, time) on the processor, any number of channels
     device:torch.device|None=None, # where the network is; None: where its weights are
 ) -> Tensor: # (b, s, channels, time), float32 on the processor
-    "What a network makes of a batch of chunks."
+    "The stems that a network makes of a batch of chunks."
     if device is None: device = device_of(network)
     with torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=False):
         stems = by_groups(network, batch.to(device), getattr(network, "channels", None) or 1)
@@ -104,7 +104,7 @@ def network_stems(
 def device_of(
     network:torch.nn.Module, # with parameters, or without
 ) -> torch.device: # the processor for a network without parameters
-    "Where a network's weights are."
+    "The device of a network's weights."
     weights = getattr(network, "parameters", tuple)()
     return next((p.device for p in weights), torch.device("cpu"))
 

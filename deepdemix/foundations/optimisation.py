@@ -148,7 +148,7 @@ def num_trainable_layers(
     recipe:Recipe, # `freeze_encoder` and `unfreeze_every`
     epoch:int, # finished epochs
 ) -> float: # layers, counted from the last; infinity: all
-    "How many layers of the encoder are trained."
+    "The number of layers of the encoder that are trained."
     if recipe.freeze_encoder is True or epoch < recipe.freeze_encoder: return 0
     return (1 + (epoch - int(recipe.freeze_encoder)) // recipe.unfreeze_every if recipe.unfreeze_every
             else math.inf)

@@ -74,7 +74,7 @@ def import_from_environment() -> None:
 
 # %% ../../nbs/foundations/outside.ipynb #c4ebc0a9
 def needed() -> list: # of {"name": …, "digest": …}
-    "What was imported in this process, for the record of a run."
+    "Files and modules that were imported in this process, for the record of a run."
     digest = lambda key: hashlib.sha256(Path(key).read_bytes()).hexdigest()
     return [dict(name=Path(key).name, digest=digest(key)) if key.endswith(".py") else dict(name=key)
             for key in IMPORTED]
@@ -84,7 +84,7 @@ def missing_line(
     record:dict, # of a run
     run:str|Path, # its folder
 ) -> str: # empty if nothing is missing
-    "What to add for a run whose code has not been imported."
+    "A line that says what to add for a run whose code has not been imported."
     here = {Path(key).name for key in IMPORTED}
     absent = [x["name"] for x in record.get("imports", ()) if x["name"] not in here]
     if not absent: return ""

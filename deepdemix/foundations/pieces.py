@@ -57,6 +57,6 @@ def level_gain(
     snr: float, # the level drawn, in dB
     lufs: float, # what is levelled
 ) -> float: # a factor
-    "What brings an excerpt to its level."
+    "The gain that brings an excerpt to its level."
     if level is None: return 1.0
     return 10 ** ((snr if level[0] == "gain" else level[1] + snr - lufs) / 20)

@@ -196,7 +196,7 @@ def _fits(
     value, # a new value
     default, # the field's default
 ) -> bool:
-    "Whether `value` is of the kind that a field with this default takes."
+    "True if `value` is of the kind that a field with this default takes."
     if isinstance(default, bool): return isinstance(value, (bool, int))
     if isinstance(default, (int, float)):
         return isinstance(value, (int, type(default))) and not isinstance(value, bool)

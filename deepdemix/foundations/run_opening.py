@@ -119,7 +119,7 @@ def _check_epochs(recipe, state, out):
 def store_places(
     store:Any, # a `Store`, or several
 ) -> list: # of [path, weight]
-    "Where the songs of a store, or of several, lie, and how much each store counts."
+    "The folders of a store, or of several, and how much each store counts."
     stores, weights = getattr(store, "stores", [store]), getattr(store, "weights", [1.])
     return [[str(Path(s.path).absolute()), w] for s, w in zip(stores, weights) if hasattr(s, "path")]
 

@@ -89,7 +89,7 @@ WEIGHTS = Path(deepdemix.__file__).parent/"weights"
 def is_bundled(
     run:str, # a run folder, or a name
 ) -> bool:
-    "Whether these are weights that came with the package."
+    "True if these are weights that came with the package."
     bundled = WEIGHTS/Path(run).name
     return bundled.name == str(run) and (bundled/"model.safetensors").is_file()
 
@@ -97,7 +97,7 @@ def is_bundled(
 def run_folder(
     run:str, # a run folder, or the name of weights that came with the package
 ) -> Path: # there may be nothing
-    "Where the weights lie."
+    "The folder of the weights."
     return WEIGHTS/run if is_bundled(run) else Path(run)
 
 # %% ../../nbs/foundations/runs.ipynb #118c094f
@@ -155,7 +155,7 @@ def trained_on(
     run:str|Path, # a run folder, or None
     name:str, # what the line calls it
 ) -> list: # one line, or none where the record does not say
-    "How many minutes of true stems and of pseudo-stems a run was trained on, for the notes of a table."
+    "Minutes of true stems and of pseudo-stems that a run was trained on, for the notes of a table."
     try: return [f"{name} was trained on {say_minutes(read_record(run)['data']['minutes'])}."]
     except (UserError, OSError, KeyError, TypeError, ValueError): return []
 

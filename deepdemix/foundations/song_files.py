@@ -47,7 +47,7 @@ def left_stems(
     files:list, # in a folder
     stems:set, # names of stems
 ) -> set: # of them
-    "What an earlier run has left among songs: a stem, in a folder with a song's name."
+    "Find what an earlier run has left among songs: a stem, in a folder with a song's name."
     stems = {*stems, *(f"no_{x}" for x in stems)}
     homes = defaultdict(set)
     for x in files: homes[folder_name(x)].add(x.parent)

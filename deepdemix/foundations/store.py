@@ -29,7 +29,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Song:
-    "What the index of a store knows of one song."
+    "One song as the index of a store knows it."
     title: str # "artist - title", or the name of its folder
     split: str # train, valid or test
     frames: int # samples per channel
@@ -263,7 +263,7 @@ def table(self: Store) -> Any:
 
 # %% ../../nbs/foundations/store.ipynb #6cb4bdb5
 def _intact(path, dtype, digest=None):
-    "Whether a .npy file is there in full and, if a digest is given, still has it."
+    "True if a .npy file is there in full and, if a digest is given, still has it."
     try: x = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError): return False
     if digest is None: return True
@@ -321,7 +321,7 @@ def verify(self: Store) -> list:
 
 # %% ../../nbs/foundations/store.ipynb #c423369f
 def cache_folder() -> Path:
-    "Where decoded data sets are kept."
+    "The folder of decoded data sets."
     return Path(os.environ.get("DEEPDEMIX_CACHE") or "~/.cache/deepdemix").expanduser()
 
 # %% ../../nbs/foundations/store.ipynb #a75f17a7

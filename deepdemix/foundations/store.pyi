@@ -19,7 +19,7 @@ FORMAT: int
 
 @dataclass(frozen=True)
 class Song:
-    """What the index of a store knows of one song."""
+    """One song as the index of a store knows it."""
     title: str
     split: str
     frames: int
@@ -167,4 +167,4 @@ stores too."""
         """
 
 def cache_folder() -> Path:
-    """Where decoded data sets are kept."""
+    """The folder of decoded data sets."""

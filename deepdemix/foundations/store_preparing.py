@@ -99,7 +99,7 @@ def _some_inputs(takes):
             if t.parts and all(t.parts.values())]
 
 def _no_space(error):
-    "Whether an error is about the place that is written to: then no other song will fare better."
+    "True if an error is about the place that is written to: then no other song will fare better."
     return isinstance(error.__cause__, OSError) and "cannot write" in str(error)
 
 # %% ../../nbs/foundations/store_preparing.ipynb #87200793
@@ -140,7 +140,7 @@ def _complaint(problems, kept):
 
 # %% ../../nbs/foundations/store_preparing.ipynb #d1c0a009
 class DataNote(UserWarning):
-    "What somebody should know who prepares songs, and what is no error."
+    "A note for somebody who prepares songs, which is no error."
 
 def _note(folder, line): warnings.warn(f"{folder}: {line}", DataNote, stacklevel=3)
 

@@ -93,7 +93,7 @@ class TrackSource:
         self, part:str,
     ) -> str: return self.parts[part][0] if self.parts.get(part) else f"{self.title}: {part}"
     def fingerprint(self) -> list:
-        "What tells a changed song from one that is as it was: sizes and times of its files."
+        "A fingerprint that changes with the song: sizes and times of its files."
         return [[f, os.stat(f).st_size, os.stat(f).st_mtime_ns]
                 for f in sorted({str(p) for p, _ in self.parts.values()})]
 

@@ -71,7 +71,7 @@ class TrackSource:
         ...
 
     def fingerprint(self) -> list:
-        """What tells a changed song from one that is as it was: sizes and times of its files."""
+        """A fingerprint that changes with the song: sizes and times of its files."""
 
     def reader(self) -> tuple:
         """(the channels of each stem, a function from a name to its array, its sample rate, and what changed on

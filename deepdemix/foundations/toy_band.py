@@ -38,7 +38,7 @@ def _form(bars):
 # %% ../../nbs/foundations/toy_band.ipynb #c4f7e519
 @dataclass
 class Score:
-    "What the toy band agrees on before it plays: pulse, key, and for each bar its section and chord."
+    "An agreement of the toy band before it plays: pulse, key, and for each bar its section and chord."
     seed: int # of the song
     duration: float # seconds
     tempo: float # beats a minute; four beats a bar
@@ -175,7 +175,7 @@ def _drums(score, frames, rate):
 # %% ../../nbs/foundations/toy_band.ipynb #625d7fd3
 @dataclass
 class Timbre:
-    "How an instrument sounds: harmonics, their decay, the envelope of a note, its vibrato and width."
+    "The sound of an instrument: harmonics, their decay, the envelope of a note, its vibrato and width."
     harmonics: np.ndarray # amplitude of each harmonic at the attack
     dull: float # how much steeper the harmonics fall when the note has settled, in powers of their number
     fade: float # seconds until it has settled

@@ -97,7 +97,7 @@ def numbers_asked(
     args:tuple, # its arguments
     kwargs:dict, # its keywords
 ) -> int: # 0 for functions that are no factories
-    "How many numbers a factory is asked for."
+    "The number of weights that a factory is asked for."
     if name in SHAPED:
         size = kwargs.get("size", args)
         return math.prod(size[0] if isinstance(size[0], (tuple, list)) else size)

@@ -286,7 +286,7 @@ def bands(self:Compact,
 def cell_matrices(self:Compact,
     power:torch.Tensor, # (b, c, c, n_t, cells)
 ) -> torch.Tensor: # complex (b, s, c, c, n_t, cells)
-    "What each stem takes of each channel, in every cell."
+    "Matrices that say what each stem takes of each channel, in every cell."
     return self.maskers(self.bands(power))[..., :power.shape[-2], :]
 
 # %% ../../nbs/networks/compact.ipynb #44ab8499
@@ -294,7 +294,7 @@ def cell_matrices(self:Compact,
 def matrices(self:Compact,
     spectrum:torch.Tensor, # complex (b, c, n_t, n_f)
 ) -> torch.Tensor: # complex (b, s, c, c, n_t, n_f)
-    "What each stem takes of each channel, in every bin."
+    "Matrices that say what each stem takes of each channel, in every bin."
     return self.cells.spread(self.cell_matrices(covariance(spectrum, spectrum, self.cells)))
 
 # %% ../../nbs/networks/compact.ipynb #8223e188

@@ -226,7 +226,7 @@ class Compact(nn.Module):
         """
 
     def cell_matrices(self, power: torch.Tensor) -> torch.Tensor:
-        """What each stem takes of each channel, in every cell.
+        """Matrices that say what each stem takes of each channel, in every cell.
 
         Parameters:
             power: (b, c, c, n_t, cells)
@@ -235,7 +235,7 @@ class Compact(nn.Module):
         """
 
     def matrices(self, spectrum: torch.Tensor) -> torch.Tensor:
-        """What each stem takes of each channel, in every bin.
+        """Matrices that say what each stem takes of each channel, in every bin.
 
         Parameters:
             spectrum: complex (b, c, n_t, n_f)

@@ -55,7 +55,7 @@ def _alike(
     a:STFT,
     b, # a STFT or nothing
 ) -> bool:
-    "Whether two STFTs give the same numbers."
+    "True if two STFTs give the same numbers."
     return b is not None and (a.window_length, a.hop_length, a.window_type) == (
         b.window_length, b.hop_length, b.window_type,
     )

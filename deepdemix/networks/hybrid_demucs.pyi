@@ -15,7 +15,8 @@ from .layers import LSTM as LSTM
 from .protocol import fold_channels as fold_channels
 
 def layers_apart(window_length: int) -> int:
-    """How many layers each encoder has for itself; a `UserError` for a window with which they never meet.
+    """The number of layers that each encoder has for itself; a `UserError` for a window with which they never
+    meet.
 
     Parameters:
         window_length: samples of the STFT: a power of 4, at least 64

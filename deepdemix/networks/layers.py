@@ -38,7 +38,7 @@ class BatchNorm(nn.Module):
 def has_lstm(
     dtype:torch.dtype, # of an autocast
 ) -> bool:
-    "Whether this processor has an LSTM in a precision; tried once."
+    "True if this processor has an LSTM in a precision; tried once."
     rnn = nn.LSTM(8, 8, device="meta").to_empty(device="cpu")
     try:
         with torch.no_grad(), torch.autocast("cpu", dtype): rnn(torch.zeros(1, 1, 8))

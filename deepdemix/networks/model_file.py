@@ -33,7 +33,7 @@ def _whole(about, name, path, least=1):
 def read_description(
     path:str|Path, # of the network's file
 ) -> dict: # sources, sample_rate, channels, segment, hop, layout, licence, trained_on
-    "What the JSON beside a file says. `UserError` if it is missing, or says something that can't be."
+    "Read the JSON beside a file. `UserError` if it is missing, or says something that can't be."
     path = Path(path).with_suffix(".json")
     if not path.is_file():
         raise UserError(
@@ -77,7 +77,7 @@ class FileNetwork(nn.Module):
         self.cut = "triangle" if self.hybrid else "fade"
 
     def window(self, frames:int) -> int:
-        "How many samples the network takes for a segment, where songs are cut as Demucs cuts them."
+        "The number of samples that the network takes for a segment, where songs are cut as Demucs cuts them."
         return self.segment
 
     @property

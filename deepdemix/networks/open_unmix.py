@@ -61,7 +61,7 @@ def measure(self:Standardise,
 # %% ../../nbs/networks/open_unmix.ipynb #08ea3331
 @patch
 def reset_parameters(self:Standardise) -> None:
-    "As if nothing had been heard."
+    "As if nothing had been measured."
     self.mean.data.zero_()
     self.scale.data.fill_(1)
     self.measured.fill_(False)
@@ -70,7 +70,7 @@ def reset_parameters(self:Standardise) -> None:
 class SourceEncoder(nn.Module):
     "The half that listens: `(b, n_t, n_ac, bins)` -> `(b, n_t, 2 * hidden)`."
     def __init__(self,
-        bins:int, # frequency bins that are heard
+        bins:int, # frequency bins of the input
         n_ac:int, # audio channels
         hidden:int, # width
         layers:int, # LSTM layers
@@ -142,7 +142,7 @@ class OpenUnmix(MaskNetwork):
 def listen(self:OpenUnmix,
     magnitude:torch.Tensor, # (batch, n_t, n_f, n_ac)
 ) -> list: # of one or several (batch, n_t, 2 * hidden)
-    "What each listener makes of a mixture, frame by frame."
+    "Vectors that each source's encoder makes of a mixture, frame by frame."
     x = magnitude.transpose(2, 3)[..., :self.n_input_bins] / self.stft.scale
     return [listener(x) for listener in self.encoder]
 

@@ -33,7 +33,7 @@ both."""
         """
 
     def reset_parameters(self) -> None:
-        """As if nothing had been heard."""
+        """As if nothing had been measured."""
 
 class SourceEncoder(nn.Module):
     """The half that listens: `(b, n_t, n_ac, bins)` -> `(b, n_t, 2 * hidden)`."""
@@ -44,7 +44,7 @@ class SourceEncoder(nn.Module):
 
     def __init__(self, bins: int, n_ac: int, hidden: int, layers: int, bidirectional: bool, dropout: float):
         """Parameters:
-            bins: frequency bins that are heard
+            bins: frequency bins of the input
             n_ac: audio channels
             hidden: width
             layers: LSTM layers
@@ -98,7 +98,7 @@ sources may be one."""
         """
 
     def listen(self, magnitude: torch.Tensor) -> list:
-        """What each listener makes of a mixture, frame by frame.
+        """Vectors that each source's encoder makes of a mixture, frame by frame.
 
         Parameters:
             magnitude: (batch, n_t, n_f, n_ac)

@@ -45,7 +45,7 @@ PEERS = {
 def peer_notes(
     name:str, # of `PEERS`
 ) -> list: # of lines
-    "What somebody should know who uses a model of others."
+    "Notes for somebody who uses a model of others."
     peer = PEERS[name]
     lines = [f"{name}: {peer.licence}; trained on {peer.trained_on}"]
     return (
@@ -164,7 +164,7 @@ class PeerNetwork(nn.Module):
         self.segment = min(int(m.segment * m.samplerate) for m in models)
 
     def window(self, frames:int) -> int:
-        "How many samples the networks take for a segment."
+        "The number of samples that the networks take for a segment."
         return max(valid_length(m, frames) for m in self.models)
 
     def forward(self, waveform:torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ def valid_length(
     model:nn.Module, # one of Demucs' networks
     frames:int, # samples
 ) -> int:
-    "How many samples it takes for so many."
+    "The number of samples that it takes for so many."
     return model.valid_length(frames) if hasattr(model, "valid_length") else frames
 
 # %% ../../nbs/networks/peers.ipynb #3af89331

@@ -29,7 +29,7 @@ ENDINGS = re.compile(r"(\.stem)?\.(wav|flac|mp3|m4a|mp4|ogg|opus|aiff?)$|\.stem$
 def plain_title(
     title:str, # of a song, or the name of a folder or file
 ) -> str: # letters and digits
-    "What of a title has to agree for two songs to be the same."
+    "The part of a title that has to agree for two songs to be the same."
     plain = unicodedata.normalize("NFKD", ENDINGS.sub("", title.strip())).casefold()
     return "".join(c for c in plain if c.isalnum()) or plain
 
@@ -102,7 +102,7 @@ def place_of(
     estimates:Estimates, # to be searched
     title:str, # of a song
 ) -> Path: # its folder
-    "Where a song's stems lie. `UserError` if there is no such folder, or more than one."
+    "The folder of a song's stems. `UserError` if there is no such folder, or more than one."
     places = estimates.titles.get(plain_title(title), [])
     exact = [x for x in places if x.name == title]
     if len({x.parent for x in places}) == 1 and len(exact) == 1: places = exact

@@ -16,7 +16,7 @@ from ..foundations.waveforms import SAMPLE_RATE as SAMPLE_RATE, to_channels as t
 ENDINGS: Any
 
 def plain_title(title: str) -> str:
-    """What of a title has to agree for two songs to be the same.
+    """The part of a title that has to agree for two songs to be the same.
 
     Parameters:
         title: of a song, or the name of a folder or file
@@ -89,7 +89,7 @@ time)`} out."""
         """Lines on what had to be changed, and on folders that no song has asked for."""
 
 def place_of(estimates: Estimates, title: str) -> Path:
-    """Where a song's stems lie. `UserError` if there is no such folder, or more than one.
+    """The folder of a song's stems. `UserError` if there is no such folder, or more than one.
 
     Parameters:
         estimates: to be searched

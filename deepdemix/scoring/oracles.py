@@ -110,7 +110,7 @@ def reference_estimates(
     rows: tuple=REFERENCES,  # which of `REFERENCES`
     sample_rate: float=SAMPLE_RATE,  # samples per second
 ) -> dict[str, Tensor]:              # row -> estimates (sources, channels, time)
-    "What each reference row would put out for one song, in bounded memory beside its own output."
+    "Estimates of each reference row for one song, in bounded memory beside its own output."
     stft = stft or STFT()
     plain = {"silence": 0., "mixture": 1., "mixture / 4": 1 / len(stems)}
     found = {name: (mixture * gain).expand_as(stems) for name, gain in plain.items() if name in rows}

@@ -21,7 +21,7 @@ from .tables import OVERALL
 # %% ../../nbs/scoring/verdicts.ipynb #1962f63f
 @dataclass(repr=False)
 class Verdict:
-    "What changes from model A to model B in one metric (dB)."
+    "The change from model A to model B in one metric (dB)."
     a: str               # name of model A
     b: str               # name of model B
     metric: str          # which
@@ -54,7 +54,7 @@ class Verdict:
 # %% ../../nbs/scoring/verdicts.ipynb #5d1f3a02
 @patch
 def conclusion(self: Verdict) -> str:
-    "What follows from the interval, in one sentence."
+    "The conclusion from the interval, in one sentence."
     if math.isnan(self.low): return "One song has no interval: no difference is shown."
     seen = f"with these songs and runs a change of {self.detectable:.2f} dB would probably have been seen"
     if self.significant:

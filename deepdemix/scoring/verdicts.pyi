@@ -12,7 +12,7 @@ from .tables import OVERALL as OVERALL
 
 @dataclass(repr=False)
 class Verdict:
-    """What changes from model A to model B in one metric (dB)."""
+    """The change from model A to model B in one metric (dB)."""
     a: str
     b: str
     metric: str
@@ -44,7 +44,7 @@ class Verdict:
         """For JSON."""
 
     def conclusion(self) -> str:
-        """What follows from the interval, in one sentence."""
+        """The conclusion from the interval, in one sentence."""
 
     @property
     def sentence(self) -> str:

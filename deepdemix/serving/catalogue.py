@@ -108,7 +108,7 @@ def state_file(state:Path, key:str, suffix:str=".json") -> Path:
 
 # %% ../../nbs/serving/catalogue.ipynb #41c1e56d
 def fingerprint(path:str|Path) -> Any:
-    "What tells a changed file from one that is as it was: its size and time; None if it can't be seen."
+    "A fingerprint that changes with a file: its size and time; None if it can't be seen."
     try: found = os.stat(path)
     except OSError: return None
     return [found.st_size, found.st_mtime_ns]
@@ -166,7 +166,7 @@ def model_digest(
 
 # %% ../../nbs/serving/catalogue.ipynb #81cede50
 def versions() -> dict:
-    "What must be the same on all machines for the stems to be the same."
+    "Versions that must be the same on all machines for the stems to be the same."
     return {"deepdemix": deepdemix.__version__,
             "torch": torch.__version__.split("+")[0],
             "python": ".".join(platform.python_version_tuple()[:2])}
@@ -326,8 +326,8 @@ def read_manifest(
 
 # %% ../../nbs/serving/catalogue.ipynb #71ccaf75
 class Progress:
-    """How many songs are behind us, and how long the rest will take: a line every ten seconds at most, on
-    standard error."""
+    """Counts the songs that are done and says how long the rest will take: a line every ten seconds at most,
+    on standard error."""
     def __init__(self, total:int, show:bool=True, every:float=10.0):
         self.total = total
         self.show = show
@@ -369,7 +369,7 @@ def separate_catalogue(
     **options, # of `Separator.separate_file`: two_stems, stems, residual_to, format, subtype, clip
 ) -> dict: # counts of songs, `failed` lines, `manifest`
     """Separate all songs that are not finished, and write the manifest of all. `UserError` for what can be
-    told before."""
+    reported before."""
     if options.get("stems") is not None: options["stems"] = stem_list(options["stems"])
     jobs, names, out = (list_jobs(sources, out), _stem_names(model, loading, options),
                         Path(os.path.abspath(out)))

@@ -69,7 +69,7 @@ def state_file(state: Path, key: str, suffix: str='.json') -> Path:
     """A small file about one job; a million of them lie in 256 folders."""
 
 def fingerprint(path: str | Path) -> Any:
-    """What tells a changed file from one that is as it was: its size and time; None if it can't be seen."""
+    """A fingerprint that changes with a file: its size and time; None if it can't be seen."""
 SILENT: tuple
 
 def settings_of(options: dict) -> dict:
@@ -111,7 +111,7 @@ def model_digest(folder: str | Path) -> str:
     """
 
 def versions() -> dict:
-    """What must be the same on all machines for the stems to be the same."""
+    """Versions that must be the same on all machines for the stems to be the same."""
 
 class SongWorker:
     """Separates one song of a catalogue at a time. The model is loaded once, when the first song comes that
@@ -208,8 +208,8 @@ def read_manifest(folder: str | Path) -> Any:
     """
 
 class Progress:
-    """How many songs are behind us, and how long the rest will take: a line every ten seconds at most, on
-standard error."""
+    """Counts the songs that are done and says how long the rest will take: a line every ten seconds at most,
+on standard error."""
     total: int
     show: bool
     every: float
@@ -231,7 +231,7 @@ standard error."""
 
 def separate_catalogue(sources: list, out: str | Path, model: str | Path='default', executor: Callable=serial_executor, overwrite: bool=False, progress: bool=True, loading: dict | None=None, **options) -> dict:
     """Separate all songs that are not finished, and write the manifest of all. `UserError` for what can be
-    told before.
+    reported before.
 
     Parameters:
         sources: folders, lists of files, songs

@@ -71,7 +71,7 @@ def check_address(
 
 # %% ../../nbs/serving/cluster.ipynb #cfa23712
 def _speaks_http2(connection):
-    """Whether who answers speaks HTTP/2, as Ray's servers do: the answer to the greeting is a frame of
+    """True if who answers speaks HTTP/2, as Ray's servers do: the answer to the greeting is a frame of
     settings. With TLS one can't see that from here."""
     if os.environ.get("RAY_USE_TLS") == "1": return True
     try:
@@ -148,7 +148,7 @@ def _start(ray, address, options, tries=4):
 
 # %% ../../nbs/serving/cluster.ipynb #7612fb13
 def _end_processes(folder):
-    "End what a start that failed has left behind: our own children that were told to work in this folder."
+    "End what a start that failed has left behind: our own children that work in this folder."
     import psutil
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -195,7 +195,7 @@ def node_problems(question:dict, answers:list) -> Iterator:
 # %% ../../nbs/serving/cluster.ipynb #85c8afaf
 @contextlib.contextmanager
 def question_of(call:Callable, state:Any, inputs:Any) -> Iterator:
-    "What machines are asked; the folder with marker and answers is gone afterwards."
+    "A question for all machines; the folder with marker and answers is gone afterwards."
     folder = Path(state) / f"asking-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     (folder / "marker").touch()
@@ -282,7 +282,8 @@ class OnRay:
 # %% ../../nbs/serving/cluster.ipynb #304499e9
 @patch
 def room(self:OnRay, cores:float, gpus:float, jobs:list) -> Any:
-    "How many workers: as many as wanted or as fit, and no more than jobs. `UserError` for more than fit."
+    """The number of workers: as many as wanted or as fit, and no more than jobs. `UserError` for more than
+    fit."""
     fit = int(min(cores // self.threads, gpus // self.gpus if self.gpus else math.inf))
     need = f"{self.threads} cores" + (f" and {self.gpus:g} GPUs" if self.gpus else "") + " each"
     if (self.workers or 1) > fit and (self.address or self.gpus or self.workers is None):

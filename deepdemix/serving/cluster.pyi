@@ -55,7 +55,7 @@ def node_problems(question: dict, answers: list) -> Iterator:
 
 @contextlib.contextmanager
 def question_of(call: Callable, state: Any, inputs: Any) -> Iterator:
-    """What machines are asked; the folder with marker and answers is gone afterwards."""
+    """A question for all machines; the folder with marker and answers is gone afterwards."""
 
 def check_machines(ray: Any, call: Callable, state: Any, inputs: Any, seconds: int=120) -> None:
     """Ask every machine of a cluster; `UserError` with all that is wrong, in one line."""
@@ -84,4 +84,6 @@ class OnRay:
         """Yield (number of a job, its result or a `UserError`), each once, as they come."""
 
     def room(self, cores: float, gpus: float, jobs: list) -> Any:
-        """How many workers: as many as wanted or as fit, and no more than jobs. `UserError` for more than fit."""
+        """The number of workers: as many as wanted or as fit, and no more than jobs. `UserError` for more than
+        fit.
+        """

@@ -118,7 +118,7 @@ def planes(self:CompactGraph,
     x:torch.Tensor, # of `encoded`
     n_t:int, # frames
 ) -> torch.Tensor: # (b, cells, s, c + 2 * c * c, t)
-    """What the maskers say of each cell: the shares of the channels, then real and imaginary parts of
+    """The maskers' output for each cell: the shares of the channels, then real and imaginary parts of
     matrices."""
     s, k, rows = self.s, self.k, self.c + 2 * self.c ** 2
     value, gate = self.listen(self.norm(x)).split([self.listen.out_features // 2] * 2, -1)
@@ -135,7 +135,7 @@ def planes(self:CompactGraph,
 def matrices(self:CompactGraph,
     planes:torch.Tensor, # of `planes`
 ) -> tuple: # real and imaginary part: for each channel that goes in, (b, cells, 1, s - 1, c, t)
-    "What each stem but the last takes of each channel, in every cell."
+    "Matrices that say what each stem but the last takes of each channel, in every cell."
     c, squares = self.c, 2 * self.c ** 2
     share, turn = planes.split([c, squares], 3)
     share, turn = share.softmax(2), turn - turn.mean(2, keepdim=True)

@@ -70,7 +70,7 @@ class CompactGraph(nn.Module):
         """
 
     def planes(self, x: torch.Tensor, n_t: int) -> torch.Tensor:
-        """What the maskers say of each cell: the shares of the channels, then real and imaginary parts of
+        """The maskers' output for each cell: the shares of the channels, then real and imaginary parts of
         matrices.
 
         Parameters:
@@ -81,7 +81,7 @@ class CompactGraph(nn.Module):
         """
 
     def matrices(self, planes: torch.Tensor) -> tuple:
-        """What each stem but the last takes of each channel, in every cell.
+        """Matrices that say what each stem but the last takes of each channel, in every cell.
 
         Parameters:
             planes: of `planes`

@@ -123,7 +123,7 @@ def desk_data(
     format:str, # the ending of what is saved
     remarks:list, # sentences that the page shows
 ) -> dict: # JSON can hold it
-    "What the script of a page reads."
+    "Data that the script of a page reads."
     def stem(name, part, x):
         return dict(name=part, note=str((notes or {}).get(name, {}).get(part, ""))) | sound(name, part, x)
     tracks = [dict(name=name, stems=[stem(name, *x) for x in stems.items()]) for name, stems in sets.items()]

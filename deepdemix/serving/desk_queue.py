@@ -78,7 +78,7 @@ class DeskSong:
     folder: object = None # a temporary one, for its sound
 
     def shown(self) -> dict: # JSON can hold it
-        "What the list of songs says of it."
+        "A row of the list of songs."
         names = ("name", "state", "stage", "done", "total", "error", "about", "opened")
         return dict(id=self.number) | {name: getattr(self, name) for name in names}
 

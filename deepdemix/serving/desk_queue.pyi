@@ -68,7 +68,7 @@ class DeskSong:
     folder: object = None
 
     def shown(self) -> dict:
-        """What the list of songs says of it.
+        """A row of the list of songs.
 
         Returns: JSON can hold it
         """

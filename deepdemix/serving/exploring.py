@@ -59,7 +59,7 @@ def masks_of(
     mixture:torch.Tensor|None=None,
     stft:Any=None, # an `STFT`; None: 2048/512
 ) -> torch.Tensor: # (sources, n_t, n_f), from 0 to 1
-    "What share of each bin of a mixture each stem holds, all channels together."
+    "The share of each bin of a mixture that each stem holds, all channels together."
     stft = stft or STFT(2048, 512)
     parts = stft(torch.as_tensor(stems).float()).abs().square().mean(-1).sqrt()
     whole = (parts.sum(0) if mixture is None
@@ -189,14 +189,14 @@ def loudness_notes(
     stems:torch.Tensor, # {stem: (channels, time)}
     sample_rate:float, # Hz
 ) -> dict: # {stem: "-20.0 LUFS"}
-    "What to write beside stems: how loud each is."
+    "Notes beside stems: how loud each is."
     values = Loudness(torch.stack(list(stems.values())), sample_rate)()
     return {name: f"{value:.1f} LUFS" if value > SILENCE else "silent" for name, value in zip(stems, values)}
 
 # %% ../../nbs/serving/exploring.ipynb #c0e7de4c
 @patch
 def sets(self: Explorer) -> tuple: # (sets, notes) for `desk_html`
-    """What lies on the desk: the mix and the song as it was, or what the separator makes of the mix and its
+    """Sets on the desk: the mix and the song as it was, or what the separator makes of the mix and its
     true stems."""
     mixed, before = (dict(zip(self.names, x)) for x in (self.mixed, self.sources))
     whole = {"mixture": self.mixed.sum(0)}

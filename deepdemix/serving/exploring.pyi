@@ -32,7 +32,7 @@ def remix(stems: torch.Tensor, sample_rate: float, levels: float=0.0, pitch: flo
     """
 
 def masks_of(stems: torch.Tensor, mixture: torch.Tensor | None=None, stft: Any=None) -> torch.Tensor:
-    """What share of each bin of a mixture each stem holds, all channels together.
+    """The share of each bin of a mixture that each stem holds, all channels together.
 
     Parameters:
         stems: (sources, channels, time)
@@ -99,7 +99,7 @@ mix and the desk anew."""
         """
 
     def sets(self) -> tuple:
-        """What lies on the desk: the mix and the song as it was, or what the separator makes of the mix and its
+        """Sets on the desk: the mix and the song as it was, or what the separator makes of the mix and its
         true stems.
 
         Returns: (sets, notes) for `desk_html`
@@ -115,7 +115,7 @@ mix and the desk anew."""
         """Set every field to what `Mixer` draws next, rounded to hundredths."""
 
 def loudness_notes(stems: torch.Tensor, sample_rate: float) -> dict:
-    """What to write beside stems: how loud each is.
+    """Notes beside stems: how loud each is.
 
     Parameters:
         stems: {stem: (channels, time)}

@@ -29,7 +29,7 @@ from .graphs import real_graph
 
 # %% ../../nbs/serving/export.ipynb #96a20c81
 class WithoutSTFT(nn.Module):
-    """What lies between a network's STFTs: its `mask` of a magnitude, or its `estimate` from a complex
+    """The part between a network's STFTs: its `mask` of a magnitude, or its `estimate` from a complex
     spectrogram."""
     names = "magnitude", "mask"
     def __init__(self, network:nn.Module):
@@ -86,7 +86,7 @@ class Whole(nn.Module):
 def licence_of(
     model:str, # a bundled model, a run folder, or "hf:owner/name"
 ) -> str: # one sentence
-    "What a model's card says of its licence."
+    "The licence as a model's card states it."
     card = find_model(model) / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     found = re.search(r"^## Licence.*?\n+(.+?)(?:\n\n|$)", text, re.M | re.S)
@@ -98,7 +98,7 @@ def describe(
     licence:str="not stated", # of the weights
     name:str="network", # of the model
 ) -> dict: # of text
-    "What the metadata of a file hold."
+    "Metadata of a file."
     plan = plan_chunks(network)
     about = dict(format=1, name=name, licence=licence, sources=",".join(network.sources))
     about |= dict(
@@ -152,7 +152,7 @@ def _check(exported, graph, path):
 def onnx_graph(
     network:nn.Module, # waveform -> stems
 ) -> nn.Module: # `Whole`, or `WithoutSTFT`
-    "What of a network goes into an ONNX file. `UserError` if nothing can."
+    "The part of a network that goes into an ONNX file. `UserError` if none can."
     try: return Whole(network).eval()
     except UserError as error:
         with contextlib.suppress(UserError):

@@ -52,7 +52,7 @@ class TFCTDFGraph(nn.Module):
         self.shape = (len(network.sources), network.channels)
 
     def drawn(self, spectrum:torch.Tensor) -> Any:
-        "What the network draws, `(b, s, c, 2, n_t, bins)`, from real and imaginary part."
+        "The network's output, `(b, s, c, 2, n_t, bins)`, from real and imaginary part."
         bins, gain = self.network.bins, self.network.gain
         x = torch.stack([part.permute(0, 2, 3, 1)[..., :bins] * gain for part in spectrum], 2)
         x = reshape(x, 0, 2 * self.shape[1], -1, self.network.bins)

@@ -33,7 +33,7 @@ from .desk import as_sets, desk_html
 # %% ../../nbs/serving/songs.ipynb #4995d893
 @dataclass
 class OpenedSong:
-    "What is known of a song: its sound, and its stems if there are any."
+    "A song that is open: its sound, and its stems if there are any."
     title: str
     mixture: torch.Tensor # (channels, time)
     sample_rate: int # Hz
@@ -226,7 +226,7 @@ def as_separators(
 def label_of(
     model:Separator, # a name, run folder or `Separator`
 ) -> str:
-    "What a model is called on the desk."
+    "The name of a model on the desk."
     return model.name if isinstance(model, Separator) else Path(str(model)).name or str(model)
 
 # %% ../../nbs/serving/songs.ipynb #886ea93c
@@ -264,7 +264,7 @@ def score_notes(
     references:Mapping, # {stem: (channels, time)}
     sample_rate:int, # Hz
 ) -> dict: # {stem: "SDR 5.1 dB"}
-    "What to write beside stems whose truth is known."
+    "Notes beside stems whose truth is known."
     def fits(name): return name in references and references[name].shape == estimates[name].shape
     shared = [name for name in estimates if fits(name)]
     if not shared or estimates[shared[0]].shape[-1] < sample_rate: return {}

@@ -93,7 +93,7 @@ def made_by(
     folder:str|Path, # for the recipes of what it is made of
     network_args:dict|None=None, # what `bundle` was given
 ) -> str: # Markdown
-    "How long it took, and the commands that make the weights again."
+    "The time that training took, and the commands that make the weights again."
     run, record, changed = (Path(run), read_record(run),
                             f", network_args={network_args}" if network_args else "")
     last = (

@@ -159,7 +159,7 @@ def contest_recipes(
 
 # %% ../../nbs/studies/contest.ipynb #6de55748
 def _over(run:Path) -> bool:
-    "Whether a run has come to its end."
+    "True if a run has come to its end."
     return (run / "recipe.json").exists() and read_record(run)["status"] == "finished"
 
 # %% ../../nbs/studies/contest.ipynb #4e044366
@@ -300,7 +300,7 @@ def footprint(
 
 # %% ../../nbs/studies/contest.ipynb #870b3630
 class Contest:
-    "What a contest's folder holds."
+    "The contents of a contest's folder."
     def __init__(self,
         out:str|Path, # the folder
     ):
@@ -332,7 +332,7 @@ class Contest:
 def verdicts(self:Contest,
     metric:str="SDR", # which
 ) -> list: # of `Verdict`
-    "What pretraining changes, network by network."
+    "Verdicts on pretraining, network by network."
     both = [e.name for e in self.entries if {e.name, e.name + " (pt)"} <= set(self.scores.models)]
     return [compare(self.scores, self.scores, metric, model_a=name, model_b=name + " (pt)") for name in both]
 

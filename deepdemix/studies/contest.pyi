@@ -152,7 +152,7 @@ def footprint(network: str, args: dict, seconds: float=30.0) -> dict:
     """
 
 class Contest:
-    """What a contest's folder holds."""
+    """The contents of a contest's folder."""
     out: Any
     scores: Any
     entries: Any
@@ -175,7 +175,7 @@ class Contest:
         """
 
     def verdicts(self, metric: str='SDR') -> list:
-        """What pretraining changes, network by network.
+        """Verdicts on pretraining, network by network.
 
         Parameters:
             metric: which

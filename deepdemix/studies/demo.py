@@ -113,7 +113,7 @@ def promises(
     experiment:Experiment, # finished, with a baseline and an encoder
     store:Store, # its songs
 ) -> list: # of `Promise`
-    "What the demo promises: a baseline that separates, an encoder that knows instruments."
+    "Check the demo's promises: a baseline that separates, an encoder that knows instruments."
     gain = experiment.scores.overall("SNR", "Baseline", "test") - experiment.scores.overall(
         "SNR", "mixture / 4", "test"
     )
@@ -132,7 +132,7 @@ def promises(
 def caution(
     scores:Scores, # of the demo's experiment
 ) -> str:
-    "What the demo's change says about real songs, which is nothing."
+    "A caution: the demo's change says nothing about real songs."
     quarter = scores.overall("SNR", "mixture / 4", "test")
     found = {name: scores.overall("SNR", name, "test") for name in ("DDM", "DDM (pt)")}
     below = [name for name, value in found.items() if value < quarter]

@@ -23,7 +23,7 @@ from .score_model import score_model
 def named(
     text:str, # NAME=PLACE, or a place alone
 ) -> tuple: # name or None, place
-    "What a row is called, and where it comes from."
+    "The name of a row, and where it comes from."
     name, equals, place = str(text).partition("=")
     if Path(text).exists() or not equals: return None, str(text)
     return name, place

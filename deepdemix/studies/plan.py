@@ -30,7 +30,7 @@ class Run:
 # %% ../../nbs/studies/plan.ipynb #1d49b1c0
 @dataclass(frozen=True)
 class Plan:
-    "What a study is about; JSON in and out."
+    "A study's question, arms and budget; JSON in and out."
     question:str # in words
     comparisons:tuple # pairs of labels
     seeds:tuple # of all runs

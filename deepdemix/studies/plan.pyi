@@ -20,7 +20,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study is about; JSON in and out."""
+    """A study's question, arms and budget; JSON in and out."""
     question: str
     comparisons: tuple
     seeds: tuple

@@ -18,7 +18,7 @@ from ..foundations.runs import INIT_FIELDS, file_digest, is_bundled
 # %% ../../nbs/studies/records.ipynb #e6110191
 def name_origins(
     recipe:dict, # of a run, is changed
-    root:str|Path|None=None, # what paths are told from; None: names alone
+    root:str|Path|None=None, # what paths are relative to; None: names alone
 ) -> None:
     "Name the runs that a run began with without the folders of this machine."
     for field in INIT_FIELDS:
@@ -33,9 +33,9 @@ def name_origins(
 def publish_run(
     run:str|Path, # a run folder
     there:str|Path, # where its recipe and its curves go
-    root:str|Path, # what paths are told from
+    root:str|Path, # what paths are relative to
 ) -> str|None: # SHA-256 of its weights, if they are there
-    "Copy a run without its weights. What it began with is told without the folders of this machine."
+    "Copy a run without its weights. What it began with is recorded without the folders of this machine."
     run, there, root = Path(run), Path(there), Path(root).resolve()
     there.mkdir(parents=True, exist_ok=True)
     record = read_record(run)
