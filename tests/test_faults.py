@@ -389,6 +389,16 @@ def damaged(data, rng):
     return bytes(data)
 
 
+def test_a_header_without_a_sample_rate(separator, tmp_path):
+    write(tmp_path / "x.flac", noise(2, 4000), RATE)
+    data = bytearray((tmp_path / "x.flac").read_bytes())
+    data[18:22] = b"\0\0\0\x80" # 0 Hz, one channel, 9 bits
+    (tmp_path / "x.flac").write_bytes(data)
+    with pytest.raises(UserError, match="x.flac is damaged: its header gives no sample rate"):
+        separator.separate_file(tmp_path / "x.flac", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_fuzzed_songs(separator, tmp_path):
     """For a few seconds: damaged containers are separated or refused in one line, and only whole songs are
     left."""

@@ -227,6 +227,7 @@ def _pick(self: Decoder, first):
             f"{self.path}: its audio streams have different sample rates ({found} Hz); read them one by one"
         )
     self.sample_rate, self.channels = rates.pop(), [channels for _, channels in found]
+    if self.sample_rate < 1: raise UserError(f"{self.path} is damaged: its header gives no sample rate")
     self.ticks = [float(s.time_base * self.sample_rate) if s else 1.0 for s in self.streams]
     none = lambda channels: _Piece(np.zeros((channels, 0)), self.sample_rate, None, "")
     self.bridges = [_Bridge(p or none(n)) for p, n in zip(first, self.channels)]
