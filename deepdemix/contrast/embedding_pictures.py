@@ -49,7 +49,7 @@ def confusion(
     store_test:Any, # other songs
     per_song:int=4, # places in each song
 ) -> Any: # a data frame: true instruments down, what the linear probe says across; rows sum to 1
-    "A picture of which instruments are taken for which."
+    "A table of which instruments are taken for which."
     import pandas as pd
     from sklearn.metrics import confusion_matrix
     known, asked = align_labels(

@@ -134,7 +134,9 @@ def _tied(self: AugmentationCache, share):
 
 # %% ../../nbs/foundations/augmentation_cache.ipynb #98e51aee
 @patch
-def parameters(self: AugmentationCache, song: int, variant: int, generation: int) -> tuple:
+def parameters(
+    self: AugmentationCache, song: int, variant: int, generation: int
+) -> tuple[float, float, int, int]:
     "The parameters of a copy: pitch, stretch, first sample of the song and number of samples."
     total = self.store.songs[song].frames
     if self.shift is None: return 0.0, 1.0, 0, total

@@ -77,7 +77,7 @@ most are kept, as far as `memory` goes."""
     def need(self) -> float:
         """GiB that one copy of every song takes, times `variants`."""
 
-    def parameters(self, song: int, variant: int, generation: int) -> tuple:
+    def parameters(self, song: int, variant: int, generation: int) -> tuple[float, float, int, int]:
         """The parameters of a copy: pitch, stretch, first sample of the song and number of samples."""
 
     def render(self, song: int, pitch: float, stretch: float, start: int, frames: int) -> Variant:

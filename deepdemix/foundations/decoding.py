@@ -315,7 +315,7 @@ def finish(self: Decoder) -> None:
 # %% ../../nbs/foundations/decoding.ipynb #b1c0a033
 @patch
 def _counts_bytes(self: Decoder):
-    "Say if the length of the file follows from the number of bytes it should have."
+    "True if the length of the file follows from the number of bytes it should have."
     return bool(self.formats & {"wav", "w64", "aiff"})
 
 # %% ../../nbs/foundations/decoding.ipynb #d12eb17f
