@@ -41,6 +41,11 @@ class Baseline(MaskNetwork):
         return self.embedding(self.recurrent_stack(x))
 
 # %% ../nbs/04_baseline.ipynb #b2f1ed8f
-def count_parameters(module:nn.Module) -> int:
+def count_parameters(
+    module:nn.Module, # what to count
+    norm:bool=True, # count layer norms too
+) -> int:
     "Number of trainable values in a module."
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    norms = [m for m in module.modules() if isinstance(m, nn.LayerNorm)]
+    skip = set() if norm else {id(p) for m in norms for p in m.parameters()}
+    return sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) not in skip)

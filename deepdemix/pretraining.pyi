@@ -15,7 +15,7 @@ from .audio import SOURCES as SOURCES, STFT as STFT, amplitude_to_db as amplitud
 from .augmentation import BalancedBatches as BalancedBatches, Triplets as Triplets
 from .contrast.folding import SameConv2d as SameConv2d
 from .contrast.losses import Contrast as Contrast, gather_all as gather_all, metric_loss as metric_loss
-from .contrast.positives import views_of as views_of
+from .contrast.positives import check_classes as check_classes, instruments_of as instruments_of, views_of as views_of
 from .contrast.probing import draw_excerpts as draw_excerpts, embed_excerpts as embed_excerpts, embedding_geometry as embedding_geometry, neighbour_accuracy as neighbour_accuracy
 from .contrast.settings import Settings as Settings, read_settings as read_settings
 from .contrast.stores import WeightedBatches as WeightedBatches, WeightedTriplets as WeightedTriplets, open_stores as open_stores
@@ -103,14 +103,6 @@ is an argument."""
         Returns: embeddings (batch, 3, latent)
         """
 
-def count_parameters(module: nn.Module, norm: bool=True) -> int:
-    """Number of trainable parameters.
-
-    Parameters:
-        module: what to count
-        norm: count the layer norms too
-    """
-
 class EncoderNetwork(nn.Module):
     """Front end and `DeepDeMixEncoder`: `embed` turns waveforms (batch, channels, time) into points (batch,
 latent)."""
@@ -161,25 +153,6 @@ latent)."""
 
         Returns: (batch, latent)
         """
-
-def instruments_of(store: Store) -> dict:
-    """The instruments of some songs; a stem that is silent does not count.
-
-    Parameters:
-        store: the songs of one split
-
-    Returns: instrument: number of songs in which it sounds
-    """
-
-def check_classes(store: Store, what: str='train') -> int:
-    """Raise a `UserError` unless there are two instruments, each in two songs.
-
-    Parameters:
-        store: the songs of one split
-        what: its name, for the error
-
-    Returns: songs of the rarest instrument
-    """
 
 def embedding_size(network: nn.Module, duration: float) -> int:
     """Dimensions of a network's embedding.

@@ -14,10 +14,11 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from deepdemix.audio import SOURCES
+from deepdemix.baseline import count_parameters
 from deepdemix.contrast.embedding_explorer import explore
 from deepdemix.contrast.embedding_pictures import confusion, show_maps
 from deepdemix.contrast.losses import Contrast, collapse_value, metric_loss, triplet_indices
-from deepdemix.contrast.positives import random_view
+from deepdemix.contrast.positives import check_classes, random_view
 from deepdemix.contrast.probing import (
     draw_excerpts,
     embedding_geometry,
@@ -36,14 +37,7 @@ from deepdemix.foundations.run_metrics import read_metrics
 from deepdemix.foundations.runs import load_encoder, load_network
 from deepdemix.foundations.state import read_state
 from deepdemix.foundations.weights import read_weights
-from deepdemix.pretraining import (
-    DeepDeMixEncoder,
-    EncoderNetwork,
-    PretrainingTask,
-    check_classes,
-    count_parameters,
-    pretrain,
-)
+from deepdemix.pretraining import DeepDeMixEncoder, EncoderNetwork, PretrainingTask, pretrain
 from deepdemix.tasks import build_task
 from deepdemix.training import fit
 
