@@ -129,7 +129,7 @@ def _fresh(self: Mixer, rng, song, place) -> Variant:
     reach = self._reach(total, stretch)
     return self.bank.render(song, pitch, stretch, int(place * (total - reach + 1)), reach)
 
-# %% ../nbs/02_augmentation.ipynb #df358bd4
+# %% ../nbs/02_augmentation.ipynb #b7aee80c
 TRIES = 8
 
 @patch

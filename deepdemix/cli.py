@@ -197,6 +197,7 @@ def _add_data_commands(
 # %% ../nbs/11_cli.ipynb #d593f1d6
 THREADS = "chunks in work at once, each on one core (default: as many as there are cores for this process)"
 
+# %% ../nbs/11_cli.ipynb #1932d682
 def _add_label_command(
     commands, # argparse's subparsers
 ):
@@ -227,6 +228,7 @@ PROFILE_HELP = (
     " workstation a night for it, author and paper want a GPU"
 )
 
+# %% ../nbs/11_cli.ipynb #898f5643
 def _study_options(
     p, # a command's parser
     seeds:int, # the default

@@ -47,6 +47,7 @@ _CLUTTER = {
     "system volume information"}
 _STEM_FILE = re.compile(r"\.stem\.(mp4|m4a)$", re.IGNORECASE)
 
+# %% ../nbs/01_data.ipynb #61f62a81
 def _contents(folder):
     """(files, folders) in a folder, but for hidden ones and those of systems. `UserError` if it cannot be
     read."""

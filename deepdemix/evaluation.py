@@ -56,6 +56,7 @@ def windowed(network: nn.Module, duration: float|None=None, **kwargs) -> Windowe
 # %% ../nbs/07_evaluation.ipynb #3a66cf86
 FOLDED = {"guitar": "other", "piano": "other"}
 
+# %% ../nbs/07_evaluation.ipynb #ce0ddb69
 def stems_by_name(
     estimates:dict|Tensor,  # (sources, channels, time) or {source: (channels, time)}
     order: tuple,  # names of the rows of a tensor; the data's own if not given

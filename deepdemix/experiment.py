@@ -64,6 +64,7 @@ CONTROL_STEPS = (
 # %% ../nbs/09_experiment.ipynb #1ee84585
 HANDOVER = ("freeze_encoder", "unfreeze_every", "encoder_lr_scale")
 
+# %% ../nbs/09_experiment.ipynb #6391da09
 def step_recipe(
     step:Step, # what to train
     profile:str, # "demo", "laptop", "author" or "paper"
@@ -117,6 +118,7 @@ def train_steps(
 # %% ../nbs/09_experiment.ipynb #c67462bb
 SPLITS = ("train", "valid", "test")
 
+# %% ../nbs/09_experiment.ipynb #9a746ee6
 def _known(
     scores, # `Scores` or None
     model:str, # a row's name
@@ -177,35 +179,42 @@ class Experiment:
         self.real = about["real"]
         self.splits = list(self.scores.rows.split.unique())
 
-    def runs(self) -> dict: # (seed, step name): run folder
-        "All runs, in order."
-        return {(seed, step.name): self.out / f"seed{seed}" / step.name for seed in self.seeds
-                for step in self.steps}
+# %% ../nbs/09_experiment.ipynb #accd1299
+@patch
+def runs(self:Experiment) -> dict: # (seed, step name): run folder
+    "All runs, in order."
+    return {(seed, step.name): self.out / f"seed{seed}" / step.name for seed in self.seeds
+            for step in self.steps}
 
-    def table(self,
-        split:str="test", # "train", "valid" or "test"
-        metrics:tuple=("SNR", "SI-SDR", "SDR"), # columns
-    ) -> Any: # a `Table`
-        "Table 1: the networks, the reference rows and, on MUSDB18, what the paper printed."
-        return self.scores.filter(split=split).table(
-            metrics, paper=self.real,
-            caption=f"Table 1, {split} songs, profile {self.profile}, {len(self.seeds)} seed(s)",
-        )
+# %% ../nbs/09_experiment.ipynb #5e8bdd74
+@patch
+def table(self:Experiment,
+    split:str="test", # "train", "valid" or "test"
+    metrics:tuple=("SNR", "SI-SDR", "SDR"), # columns
+) -> Any: # a `Table`
+    "Table 1: the networks, the reference rows and, on MUSDB18, what the paper printed."
+    return self.scores.filter(split=split).table(
+        metrics, paper=self.real,
+        caption=f"Table 1, {split} songs, profile {self.profile}, {len(self.seeds)} seed(s)",
+    )
 
-    def verdict(self,
-        metric:str="SDR", # which
-        a:str="DDM", # a row
-        b:str="DDM (pt)", # another
-        split:str="test", # songs
-    ) -> Any: # a `Verdict`
-        "The change from A to B, over songs and seeds."
-        return compare(self.scores, self.scores, metric, model_a=a, model_b=b, split=split,
-                       name="pretraining" if (a, b) == ("DDM", "DDM (pt)") else "")
+# %% ../nbs/09_experiment.ipynb #ad208134
+@patch
+def verdict(self:Experiment,
+    metric:str="SDR", # which
+    a:str="DDM", # a row
+    b:str="DDM (pt)", # another
+    split:str="test", # songs
+) -> Any: # a `Verdict`
+    "The change from A to B, over songs and seeds."
+    return compare(self.scores, self.scores, metric, model_a=a, model_b=b, split=split,
+                   name="pretraining" if (a, b) == ("DDM", "DDM (pt)") else "")
 
 # %% ../nbs/09_experiment.ipynb #2bdfd67a
 PAIRS = (("DDM", "DDM (pt)"), ("DDM, as long as both", "DDM (pt)"), ("DDM (pt, shuffled labels)", "DDM (pt)"),
          ("DDM skip", "DDM skip (pt)"))
 
+# %% ../nbs/09_experiment.ipynb #0668e8c8
 @patch
 def differences(self:Experiment,
     metric:str="SDR", # which

@@ -136,6 +136,7 @@ class DeskServer(ThreadingHTTPServer):
 TYPES = {"html": "text/html; charset=utf-8", "text": "text/plain; charset=utf-8", "json": "application/json",
          "flac": "audio/flac"}
 
+# %% ../nbs/10_listening.ipynb #df8af4cd
 class DeskHandler(BaseHTTPRequestHandler):
     "Answers for `DeskServer`."
     def log_message(self, *args) -> None: pass
@@ -145,18 +146,22 @@ class DeskHandler(BaseHTTPRequestHandler):
         ours = r"(127\.0\.0\.1|localhost|\[::1\])\.?(:\d+)?"
         return re.fullmatch(ours, self.headers.get("Host", ""), re.IGNORECASE) is not None
 
-    def answer(self, status:int, content:str, kind:str="html") -> None:
-        content = content.encode("utf-8", "replace") if isinstance(content, str) else content
-        self.send_response(status)
-        headers = {"Content-Type": TYPES[kind], "Content-Length": len(content), "Cache-Control": "no-store",
-                   "X-Content-Type-Options": "nosniff"}
-        for name, value in headers.items(): self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(content)
+# %% ../nbs/10_listening.ipynb #c3172ae0
+@patch
+def answer(self:DeskHandler, status:int, content:str, kind:str="html") -> None:
+    content = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    self.send_response(status)
+    headers = {"Content-Type": TYPES[kind], "Content-Length": len(content), "Cache-Control": "no-store",
+               "X-Content-Type-Options": "nosniff"}
+    for name, value in headers.items(): self.send_header(name, str(value))
+    self.end_headers()
+    self.wfile.write(content)
 
-    def refuse(self, status:int, text:str) -> None:
-        self.close_connection = True
-        self.answer(status, text, "text")
+# %% ../nbs/10_listening.ipynb #dadc0faf
+@patch
+def refuse(self:DeskHandler, status:int, text:str) -> None:
+    self.close_connection = True
+    self.answer(status, text, "text")
 
 # %% ../nbs/10_listening.ipynb #a8e29983
 @patch

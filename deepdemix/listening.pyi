@@ -89,7 +89,6 @@ TYPES: dict
 
 class DeskHandler(BaseHTTPRequestHandler):
     """Answers for `DeskServer`."""
-    close_connection: Any
 
     def log_message(self, *args) -> None:
         ...

@@ -23,6 +23,7 @@ from .foundations.waveforms import SAMPLE_RATE
 # %% ../nbs/02a_metrics.ipynb #50714834
 MANY = 64 # channels: where there are more of them than samples, they are samples
 
+# %% ../nbs/02a_metrics.ipynb #230cbadc
 def _tensor(x, name: str="references") -> Tensor:
     "Floats as a tensor that shares its memory, read-only arrays too; what runs backwards is copied."
     if not isinstance(x, Tensor):
@@ -399,7 +400,7 @@ def isr_sir_sar(
 # %% ../nbs/02a_metrics.ipynb #bd2c675c
 METRICS = {"SDR": sdr, "uSDR": usdr, "SNR": snr, "SD-SDR": sd_sdr, "SI-SDR": si_sdr}
 
-
+# %% ../nbs/02a_metrics.ipynb #2e37beb8
 def sdr_and_moments(
     references:Tensor|np.ndarray,  # true sources (…, sources, channels, time)
     estimates:Tensor|np.ndarray,  # estimated sources, same shape

@@ -34,6 +34,7 @@ def fill_addresses(
 # %% ../nbs/pages/writing_pages.ipynb #7dc6d018
 _INCLUDE = re.compile(r"\{\{<\s*include\s+(\S+)\s*>\}\}")
 
+# %% ../nbs/pages/writing_pages.ipynb #98049273
 def include_files(
     text:str, # Markdown
     folder:str|Path, # that the names of the files are relative to

@@ -303,6 +303,7 @@ def _report(progress, # False, True or a function (seconds done, seconds in all)
 # %% ../nbs/08_separation.ipynb #7ccae6dd
 GRAPHS = (".onnx", ".pt", ".ts")
 
+# %% ../nbs/08_separation.ipynb #a2c869fb
 def _outside_network(name, path, options):
     "The network of another project, by name or in a file; None for a run folder."
     from deepdemix.networks.model_file import FileNetwork

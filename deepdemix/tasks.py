@@ -129,6 +129,7 @@ def _check_data(
 # %% ../nbs/02b_tasks.ipynb #88e06a80
 VALID_SEED = 300
 
+# %% ../nbs/02b_tasks.ipynb #1658e957
 @register_task("separation")
 class SeparationTask(Task):
     "Mixes in, a loss of `LOSSES` out; validated on fixed mixes and, if the recipe says so, on whole songs."

@@ -91,6 +91,7 @@ class TrainingStep(nn.Module):
     ) -> tuple:
         return self.task.training_loss(batch())
 
+# %% ../nbs/03_training.ipynb #1ce768f6
 def take_step(
     loop:Loop, # changes
     batches:Iterator, # an iterator
@@ -130,6 +131,7 @@ def end_epoch(
     loop.rows.append(row)
     loop.figures, loop.pooled, loop.epoch_began = {}, {}, loop.spent
 
+# %% ../nbs/03_training.ipynb #2ca24553
 def validate(
     loop:Loop, # stays as it is
 ) -> dict:
@@ -160,6 +162,7 @@ def save_state(
     loop.ranks.run_on_rank_zero(write_state, loop.out/"resume.safetensors", state)
     loop.saved = time.monotonic()
 
+# %% ../nbs/03_training.ipynb #c3781088
 def load_counters(
     loop:Loop, # changes
     state:dict, # of `save_state`
@@ -172,6 +175,7 @@ def load_counters(
     load_into(loop.network, state["network"], "the saved state")
     if loop.task.heads: load_into(loop.task.heads, state["heads"], "the saved state")
 
+# %% ../nbs/03_training.ipynb #f3da908b
 def load_rest(
     loop:Loop, # its network is on its device
     state:dict|None, # of `save_state`
@@ -199,6 +203,7 @@ def train(
             if loop.stop or save: save_state(loop)
             loop.report(loop)
 
+# %% ../nbs/03_training.ipynb #98ef8c58
 def decide(
     loop:Loop,
 ) -> tuple: # why the run ends after this step, or None; whether it is time to save
@@ -214,6 +219,7 @@ def decide(
 # %% ../nbs/03_training.ipynb #1c68ac21
 NO_GRADIENT = "no weight has a part in the loss: all are frozen, or the network takes no gradient along"
 
+# %% ../nbs/03_training.ipynb #68f9b504
 def set_learning_rates(
     loop:Loop, # changes
 ) -> None:
@@ -223,6 +229,7 @@ def set_learning_rates(
     if loop.recipe.freeze_encoder or loop.recipe.unfreeze_every:
         unfreeze_last(loop.network.encoder, num_trainable_layers(loop.recipe, loop.epoch))
 
+# %% ../nbs/03_training.ipynb #b39d0939
 def check_loss(
     loop:Loop,
     loss:torch.Tensor, # of a batch
@@ -242,6 +249,7 @@ def not_finite(
         f" lr (now {loop.recipe.lr:g}) or grad_clip=1; {loop.out} keeps the last good state"
     ))
 
+# %% ../nbs/03_training.ipynb #bba19fe6
 def note(
     loop:Loop, # changes
     figures:dict, # of a batch
@@ -279,6 +287,7 @@ def start_random(
 # %% ../nbs/03_training.ipynb #4909a536
 BN_BATCHES = 20 # batches
 
+# %% ../nbs/03_training.ipynb #2316b4da
 def averaged(
     loop:Loop,
 ) -> Any: # a context

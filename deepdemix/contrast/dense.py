@@ -68,6 +68,7 @@ def owners(
 # %% ../../nbs/contrast/dense.ipynb #dbb78654
 LOOKED_AT, FEWEST = 8, 24
 
+# %% ../../nbs/contrast/dense.ipynb #88042992
 def draw_frames(
     rng:np.random.Generator, # a numpy generator
     examples:int, # of a batch
@@ -148,12 +149,14 @@ class CellHead(nn.Module):
             self.classify = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, stems))
         else: self.contrast = Contrast(loss, dim, temperature=settings.temperature, head=settings.head)
 
-    def forward(self, z:torch.Tensor, stems:torch.Tensor) -> torch.Tensor:
-        "A scalar, in single precision; 0 where there is nothing to learn from."
-        with torch.autocast(z.device.type, enabled=False):
-            if len(z) < 2: return z.float().sum() * 0
-            if self.classify is None: return self.contrast(z, stems)
-            return F.cross_entropy(self.classify(z.float()), stems)
+# %% ../../nbs/contrast/dense.ipynb #48ec4dc2
+@patch
+def forward(self:CellHead, z:torch.Tensor, stems:torch.Tensor) -> torch.Tensor:
+    "A scalar, in single precision; 0 where there is nothing to learn from."
+    with torch.autocast(z.device.type, enabled=False):
+        if len(z) < 2: return z.float().sum() * 0
+        if self.classify is None: return self.contrast(z, stems)
+        return F.cross_entropy(self.classify(z.float()), stems)
 
 # %% ../../nbs/contrast/dense.ipynb #7f7d1166
 def dense_size(
@@ -282,16 +285,20 @@ class EncoderTap:
         self.parts, self.kept = list(network.encoder) if self.several else [network.encoder], {}
         for k, part in enumerate(self.parts): part.register_forward_hook(self.keeper(k))
 
-    def keeper(self, k:int) -> Callable:
-        def keep(module, inputs, output):
-            if torch.is_grad_enabled(): self.kept[k] = output
-        return keep
+# %% ../../nbs/contrast/dense.ipynb #2d8162d1
+@patch
+def keeper(self:EncoderTap, k:int) -> Callable:
+    def keep(module, inputs, output):
+        if torch.is_grad_enabled(): self.kept[k] = output
+    return keep
 
-    def take(self) -> tuple|list|torch.Tensor|None:
-        "The output, or the list of outputs; None if there is none. It is forgotten then."
-        kept, self.kept = self.kept, {}
-        if len(kept) < len(self.parts): return None
-        return [kept[k] for k in range(len(self.parts))] if self.several else kept[0]
+# %% ../../nbs/contrast/dense.ipynb #d6d12c6a
+@patch
+def take(self:EncoderTap) -> tuple|list|torch.Tensor|None:
+    "The output, or the list of outputs; None if there is none. It is forgotten then."
+    kept, self.kept = self.kept, {}
+    if len(kept) < len(self.parts): return None
+    return [kept[k] for k in range(len(self.parts))] if self.several else kept[0]
 
 # %% ../../nbs/contrast/dense.ipynb #11ada2eb
 class DenseTerm(DenseContrast):

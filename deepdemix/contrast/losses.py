@@ -24,6 +24,7 @@ def euclidean() -> nn.Module:
 # %% ../../nbs/contrast/losses.ipynb #fdb36fd7
 TEMPERATURES = dict(supcon=0.1, ntxent=0.5)
 
+# %% ../../nbs/contrast/losses.ipynb #0a21ac47
 def metric_loss(
     name:str="triplet", # "triplet", "supcon", "ntxent" or "multi_similarity"
     margin:float=1., # of the triplet loss

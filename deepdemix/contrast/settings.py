@@ -31,6 +31,7 @@ class Settings:
 # %% ../../nbs/contrast/settings.ipynb #a5966b5d
 POSITIVES = ("other_song", "anywhere", "view", "mixture_stem")
 
+# %% ../../nbs/contrast/settings.ipynb #805c640a
 def read_settings(
     args:dict, # the recipe's `task_args`
 ) -> Settings:

@@ -20,6 +20,7 @@ import threading
 # %% ../../nbs/foundations/command_line.ipynb #c0de1a05
 STDIN = "standard input"
 
+# %% ../../nbs/foundations/command_line.ipynb #ab5fdfac
 @contextlib.contextmanager
 def _with_stdin(
     files:list, # `-` is standard input

@@ -100,6 +100,7 @@ def resident_memory() -> int: # bytes; 0 where the system doesn't say
 # %% ../../nbs/foundations/cores.ipynb #60e56f98
 _pools = threading.Lock()
 
+# %% ../../nbs/foundations/cores.ipynb #46e6431d
 @contextlib.contextmanager
 def single_threaded_pool(
     workers:int, # threads, 1 or more

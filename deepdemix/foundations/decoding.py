@@ -215,6 +215,7 @@ def _decoded(self: Decoder):
 # %% ../../nbs/foundations/decoding.ipynb #e45bf42a
 _SURE = {"wav", "w64", "aiff", "au", "caf", "flac", "ogg", "mov", "matroska"}
 
+# %% ../../nbs/foundations/decoding.ipynb #15c53454
 @patch
 def _pick(self: Decoder, first):
     "Set up the books: rate and channels are those of the first pieces, or of the header where there is none."

@@ -47,23 +47,29 @@ class Ranks:
                  group:Any=None): # of torch.distributed, one that carries what is in main memory
         self.rank, self.world, self.group = rank, world, group
 
-    def collect(self, x:dict) -> list:
-        "Gather what every process has, in their order."
-        everyones = [x] * self.world
-        if self.world > 1: torch.distributed.all_gather_object(everyones, x, group=self.group)
-        return everyones
+# %% ../../nbs/foundations/distributed.ipynb #e14e29aa
+@patch
+def collect(self:Ranks, x:dict) -> list:
+    "Gather what every process has, in their order."
+    everyones = [x] * self.world
+    if self.world > 1: torch.distributed.all_gather_object(everyones, x, group=self.group)
+    return everyones
 
-    def all_reduce_max(self, *wishes:int) -> list:
-        "The largest of all processes' numbers, one by one."
-        if self.world == 1: return list(wishes)
-        x = torch.tensor(wishes, dtype=torch.long)
-        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self.group)
-        return x.tolist()
+# %% ../../nbs/foundations/distributed.ipynb #0bd77fc1
+@patch
+def all_reduce_max(self:Ranks, *wishes:int) -> list:
+    "The largest of all processes' numbers, one by one."
+    if self.world == 1: return list(wishes)
+    x = torch.tensor(wishes, dtype=torch.long)
+    torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX, group=self.group)
+    return x.tolist()
 
-    def report_once(self, error:Exception) -> Exception:
-        "An error that all processes raise: `quiet` on all but the first, so that it is reported once."
-        error.quiet = self.rank > 0
-        return error
+# %% ../../nbs/foundations/distributed.ipynb #b4fce297
+@patch
+def report_once(self:Ranks, error:Exception) -> Exception:
+    "An error that all processes raise: `quiet` on all but the first, so that it is reported once."
+    error.quiet = self.rank > 0
+    return error
 
 # %% ../../nbs/foundations/distributed.ipynb #0250c86b
 @patch
@@ -160,6 +166,7 @@ def resolve_devices(
 # %% ../../nbs/foundations/distributed.ipynb #ed5620d5
 GIB, FEWEST = 2**30, 4 # FEWEST: examples of a process whose network has batch norm
 
+# %% ../../nbs/foundations/distributed.ipynb #7aae4542
 def processes_worth(
     recipe:Recipe, # `batch_size`, and the `memory` of its mixer in GiB
     network:torch.nn.Module, # to be trained

@@ -26,6 +26,7 @@ _SUBTYPES = {
     "pcm32": "PCM_32", "16": "PCM_16", "24": "PCM_24",
 }
 
+# %% ../../nbs/foundations/encoding.ipynb #d545484c
 def _format(path, sample_rate, channels, subtype):
     "The (format, subtype) of soundfile for a file name, or a `UserError` that says what to choose instead."
     import soundfile
@@ -72,6 +73,7 @@ class Writer:
 # %% ../../nbs/foundations/encoding.ipynb #db21a00e
 _ADD_PEAK_CHUNK = 0x1050
 
+# %% ../../nbs/foundations/encoding.ipynb #c9835256
 @patch
 def _start(self: Writer, path):
     """Open a sound file for writing; float wav without the optional chunk that holds the time of day, so
@@ -102,6 +104,7 @@ def _integers(x, bits):
 # %% ../../nbs/foundations/encoding.ipynb #9bb816f3
 _BITS, _BYTES = {"PCM_16": 16, "PCM_24": 24}, {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "DOUBLE": 8}
 
+# %% ../../nbs/foundations/encoding.ipynb #07315884
 @patch
 def write(self: Writer,
     waveform:Any, # (channels, time), float; beyond [-1, 1] the integer formats clip

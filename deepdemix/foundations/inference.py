@@ -111,6 +111,7 @@ def device_of(
 # %% ../../nbs/foundations/inference.ipynb #75858758
 CAUTION = 64 # times the size of a chunk's stems: more than a network takes
 
+# %% ../../nbs/foundations/inference.ipynb #cfe55ce1
 class ChunkPool:
     "An executor that keeps as many chunks in work as there are threads, or as fit into memory."
     def __init__(self,

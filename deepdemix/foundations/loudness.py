@@ -30,6 +30,7 @@ def k_weighting(
 # %% ../../nbs/foundations/loudness.ipynb #58df0ee3
 SILENCE = -70.0
 
+# %% ../../nbs/foundations/loudness.ipynb #5af4b769
 class Loudness:
     "Integrated loudness of any window of a set of stems, from K-weighted energy added up every 5 ms."
     def __init__(self,

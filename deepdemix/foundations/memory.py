@@ -20,6 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 SETTLED, ALLOWED, LEAST = 3, 1.25, 2**28
 _memory = dict(lock=threading.Lock(), keepers=0)
 
+# %% ../../nbs/foundations/memory.ipynb #b91784b8
 def _glibc():
     "The C library, if it is glibc and nobody has set its memory by hand."
     if any(k.startswith("MALLOC_") or k == "GLIBC_TUNABLES" for k in os.environ): return None

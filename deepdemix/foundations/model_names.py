@@ -34,6 +34,7 @@ def _sentences(card):
 # %% ../../nbs/foundations/model_names.ipynb #b2f91ea3
 MODEL_FILES = ["recipe.json", "model.safetensors", "README.md"]
 
+# %% ../../nbs/foundations/model_names.ipynb #9c1890a6
 def find_model(name:str|Path, # a bundled model, a run folder or a file in it, "hf:owner/name", or a file
                peers:bool=False, # also a name of another project's model, as a path that isn't there
 ) -> Path:

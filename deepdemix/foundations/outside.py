@@ -23,6 +23,7 @@ from .files import UserError
 IMPORTED = {}
 VARIABLE = "DEEPDEMIX_IMPORT"
 
+# %% ../../nbs/foundations/outside.ipynb #45fcda57
 def _why(
     error:BaseException, # raised by the code
     path, # of the file
@@ -93,6 +94,7 @@ def missing_line(
 # %% ../../nbs/foundations/outside.ipynb #04c72291
 GROUP = "deepdemix.networks"
 
+# %% ../../nbs/foundations/outside.ipynb #41b26a34
 def packaged_networks(
     report:Any=print, # called with a line about a package that fails
 ) -> dict: # {name: factory}

@@ -20,6 +20,7 @@ from .randomness import random_state, set_random_state
 # %% ../../nbs/foundations/precision.ipynb #b1650002
 TRIAL, WORTH = 2, 1.25 # examples; how many times the time of single precision another one may take
 
+# %% ../../nbs/foundations/precision.ipynb #bb60880f
 def pass_seconds(
     output:Callable, # a function of the inputs, such as a network
     inputs:torch.Tensor, # (n, channels, time)

@@ -31,6 +31,7 @@ from .weights import PICKLES, Budget, load_into, read_weights, write_weights
 # %% ../../nbs/foundations/runs.ipynb #adee55c8
 _loading = threading.RLock()
 
+# %% ../../nbs/foundations/runs.ipynb #bd568877
 def _stored_network(
     record:dict, # of a recipe.json, maybe a stranger's
     run, # its folder, for the error

@@ -32,7 +32,7 @@ AUDIO = {f".{x}" for x in """
 SYSTEM = {"__MACOSX", "lost+found", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN",
           "System Volume Information"}
 
-
+# %% ../../nbs/foundations/song_files.ipynb #6d48c619
 def _files(folder, out):
     "The files of a folder but for hidden ones, those of the system, and those in `out`, if that lies inside."
     whole = out in (folder.absolute(), *folder.absolute().parents)

@@ -65,7 +65,7 @@ def variance_of_runs(
 # %% ../../nbs/foundations/statistics.ipynb #9534959f
 SHARED = 0.1
 
-
+# %% ../../nbs/foundations/statistics.ipynb #60cd7bf2
 def half_width(
     songs: float,        # variance of the statistic over resampled songs
     count: int,          # songs

@@ -73,7 +73,7 @@ SUBTYPES = {"16": "PCM_16", "pcm16": "PCM_16", "24": "PCM_24", "pcm24": "PCM_24"
             "64": "DOUBLE", "double": "DOUBLE", "float64": "DOUBLE"}
 DEPTHS = {"wav": ("PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"), "flac": ("PCM_16", "PCM_24")}
 
-
+# %% ../../nbs/foundations/stem_folders.ipynb #9084e95f
 def _depth(format, subtype):
     "The subtype as soundfile calls it, or None for the format's own. `UserError` for what can't be held."
     if subtype is None: return None

@@ -27,6 +27,7 @@ from .files import UserError, abandoned, atomic_path
 # %% ../../nbs/foundations/store.ipynb #af532d09
 FORMAT = 1
 
+# %% ../../nbs/foundations/store.ipynb #02635db2
 @dataclass(frozen=True)
 class Song:
     "One song as the index of a store knows it."

@@ -69,6 +69,7 @@ class _Array:
 # %% ../../nbs/foundations/store_songs.ipynb #fbf4d708
 _LOSSLESS = {".wav", ".wave", ".flac", ".aif", ".aiff", ".w64"}
 
+# %% ../../nbs/foundations/store_songs.ipynb #58272b82
 @dataclass(frozen=True)
 class TrackSource:
     "A song before it is decoded."
@@ -230,6 +231,7 @@ def _write_stems(take, path, settings, dtype, exact, frames, channels, read):
 # %% ../../nbs/foundations/store_songs.ipynb #ff727f0b
 _MIXTURE_SNR = 15.0
 
+# %% ../../nbs/foundations/store_songs.ipynb #2c135084
 def _sum_snr(mixture, stems, scales, block=2**18):
     "dB of the mixture over its difference from the sum of stems, block by block; at most 120."
     signal = error = 0.0

@@ -15,7 +15,7 @@ TAGS = {
     "copyright": "copyright", "isrc": "isrc",
 }
 
-
+# %% ../../nbs/foundations/tags.ipynb #ebc5774c
 def write_tags(path:str|Path, # a wav, flac, ogg or mp3 file
                tags:dict, # as `probe` gives them
 ) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .waveforms import SAMPLE_RATE
 
@@ -25,6 +26,7 @@ _CHORDS = {"major": ((0, 4, 5, 3), (0, 5, 3, 4), (0, 3, 4, 3), (5, 3, 0, 4), (1,
            "mixolydian": ((0, 6, 3, 0), (0, 3, 6, 3), (0, 4, 6, 3))}
 _STEPS = 16
 
+# %% ../../nbs/foundations/toy_band.ipynb #d1b4662b
 def _form(bars):
     """A section name for every bar: one verse up to eight bars; above, verses and choruses between intro and
     outro, and a bridge if there is room."""
@@ -53,9 +55,12 @@ class Score:
     def rng(self, part:str) -> np.random.Generator: return np.random.default_rng([self.seed, *part.encode()])
     def pitch(self, degree:int) -> int: return self.root + 12 * (degree // 7) + _SCALES[self.mode][degree % 7]
     def chord(self, bar:int) -> list: return [self.chords[bar] + k for k in (0, 2, 4)]
-    def time(
-        self, bar:int, step:int,
-    ) -> float: return bar * self.bar + (step + self.swing * (step % 2)) * self.bar / _STEPS
+
+# %% ../../nbs/foundations/toy_band.ipynb #d76c4f46
+@patch
+def time(self:Score, bar:int, step:int) -> float:
+    "Seconds from the start to a step of a bar."
+    return bar * self.bar + (step + self.swing * (step % 2)) * self.bar / _STEPS
 
 # %% ../../nbs/foundations/toy_band.ipynb #7395654d
 def compose(
@@ -246,6 +251,7 @@ def _bass_timbre(rng):
 _BASS_STEPS = ((0, 4), (0, 6), (0, 8), (0, 3, 6, 8), (0, 2, 4, 6, 8, 10, 12, 14), (0, 4, 8, 12),
                (0, 6, 8, 14), (0, 3, 8, 11))
 
+# %% ../../nbs/foundations/toy_band.ipynb #95129725
 def _bass_notes(score, rng):
     """Yield the bass: roots with fifths, octaves and approach notes between 41 and 147 Hz, in a rhythm that
     the song keeps."""
@@ -263,6 +269,7 @@ def _bass_notes(score, rng):
 _FAMILIES = ("organ", "pluck", "strings", "piano", "pad")
 _DRAWBARS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
 
+# %% ../../nbs/foundations/toy_band.ipynb #43469fa8
 def _harmony_timbre(rng, kind):
     "An organ, plucked strings, bowed strings, an electric piano or a synthesiser pad."
     (body, k), u = _body(rng), rng.uniform
@@ -285,6 +292,7 @@ def _harmony_timbre(rng, kind):
 _HARMONY_STEPS = dict(hold=((0,),), push=((2, 6, 10, 14), (0, 3, 6, 10), (4, 12), (0, 6, 12)),
                       arpeggio=(tuple(range(0, 16, 2)),), strum=((0, 4, 6, 10, 12),))
 
+# %% ../../nbs/foundations/toy_band.ipynb #7ae1e4b7
 def _harmony_notes(score, rng, kind):
     "Yield the chords: held, off-beat, broken or strummed, above the bass."
     style = str(
@@ -309,6 +317,7 @@ _VOWELS = {
 _PHRASES = ((0, 2, 4, 8), (0, 4, 6, 8, 10), (0, 3, 6, 8, 12), (2, 4, 6, 8, 12), (0, 4, 8),
             (0, 2, 4, 6, 8, 10))
 
+# %% ../../nbs/foundations/toy_band.ipynb #b06796bf
 def _melody(score, rng):
     """Yield (seconds, length, pitch, velocity, vowel): phrases that breathe, a chord tone at the start of
     each bar, mostly steps after it."""

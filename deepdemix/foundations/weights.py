@@ -20,6 +20,7 @@ from .files import UserError, atomic_path
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".th")
 HEADER_LIMIT = 100_000_000
 
+# %% ../../nbs/foundations/weights.ipynb #645edf2d
 def _check_header(
     path, # a file that should be safetensors
 ):
@@ -92,6 +93,7 @@ def load_into(
 # %% ../../nbs/foundations/weights.ipynb #b8000002
 SHAPED = "empty", "zeros", "ones", "full", "rand", "randn"
 
+# %% ../../nbs/foundations/weights.ipynb #5c5fc538
 def numbers_asked(
     name:str, # of a function of torch
     args:tuple, # its arguments
@@ -109,6 +111,7 @@ def numbers_asked(
 # %% ../../nbs/foundations/weights.ipynb #b8000001
 ROOM, WEIGHT, LAYER = 2**25, 16, 2**10 # bytes: for tables, for each weight, for a layer as such
 
+# %% ../../nbs/foundations/weights.ipynb #e13c125a
 class Budget(TorchFunctionMode):
     "Refuses tensors that are too large for a network of so many weights."
     def __init__(self,

@@ -147,12 +147,14 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        joint = self.project(self.norm(x)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = joint.permute(3, 0, 4, 1, 2, 5).flatten(-2)
-        found = F.scaled_dot_product_attention(query, key, value)
-        found = found.unflatten(-1, (x.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(-2)
-        return x + self.dropout(self.out(found))
+# %% ../../nbs/networks/compact.ipynb #3b22078c
+@patch
+def forward(self:Attention, x:torch.Tensor) -> torch.Tensor:
+    joint = self.project(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+    query, key, value = joint.permute(3, 0, 4, 1, 2, 5).flatten(-2)
+    found = F.scaled_dot_product_attention(query, key, value)
+    found = found.unflatten(-1, (x.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(-2)
+    return x + self.dropout(self.out(found))
 
 # %% ../../nbs/networks/compact.ipynb #c62c3d6f
 class BandEncoder(nn.Module):
@@ -189,6 +191,7 @@ class BandEncoder(nn.Module):
 # %% ../../nbs/networks/compact.ipynb #1d2a26bb
 FRAMES = 128 # vectors that the maskers take at a time when they don't train, which saves memory
 
+# %% ../../nbs/networks/compact.ipynb #78c53c50
 class Maskers(nn.Module):
     """One masker a stem: vectors of bands `(b, n_t, bands, width)` -> complex matrices `(b, s, c, c, stack *
     n_t, cells)` that add up to one over the stems."""

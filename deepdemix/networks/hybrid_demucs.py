@@ -160,6 +160,7 @@ DEMUCS_NAMES = {
     "encoder.": "encoder.spectral.", "tencoder.": "encoder.temporal.", "freq_emb.": "encoder.frequencies.",
 }
 
+# %% ../../nbs/networks/hybrid_demucs.ipynb #1eebf044
 @patch
 def load_demucs_weights(self:HybridDemucs,
     state:dict, # `state_dict()` of an `HDemucs` of the same sizes

@@ -140,6 +140,7 @@ BANDS = [dict(to=4100., first=32, growth=14, layers=[5] * 7, units=[0, 0, 0, 128
 FULL = dict(first=8, growth=7, layers=[3, 3, 4, 5, 5, 5, 4, 3, 3], units=[0, 0, 0, 0, 128, 0, 0, 128, 0])
 FINAL = dict(growth=12, layers=3)
 
+# %% ../../nbs/networks/mm_dense_lstm.ipynb #ecc5a613
 class MultiBandEncoder(nn.Module):
     """Levels (batch, channels, n_t, n_f) -> the maps of each band's encoder, and of the one that sees all
     bands."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -116,18 +117,21 @@ class OnnxGraph(nn.Module):
         self.names = [x.name for x in self.session.get_inputs()]
         self.one = self.session.get_inputs()[0].shape[:1] == [1]
 
-    def forward(self, *inputs) -> torch.Tensor:
-        if self.one and len(inputs[0]) > 1:
-            each = [self(*(x[k:k + 1] for x in inputs)) for k in range(len(inputs[0]))]
-            return tuple(map(torch.cat, zip(*each))) if isinstance(each[0], tuple) else torch.cat(each)
-        arrays = {name: x.detach().float().cpu().contiguous().numpy() for name, x in zip(self.names, inputs)}
-        found = tuple(torch.from_numpy(x).to(inputs[0].device) for x in self.session.run(None, arrays))
-        return found if len(found) > 1 else found[0]
+# %% ../../nbs/networks/model_file.ipynb #495390c8
+@patch
+def forward(self:OnnxGraph, *inputs) -> torch.Tensor:
+    if self.one and len(inputs[0]) > 1:
+        each = [self(*(x[k:k + 1] for x in inputs)) for k in range(len(inputs[0]))]
+        return tuple(map(torch.cat, zip(*each))) if isinstance(each[0], tuple) else torch.cat(each)
+    arrays = {name: x.detach().float().cpu().contiguous().numpy() for name, x in zip(self.names, inputs)}
+    found = tuple(torch.from_numpy(x).to(inputs[0].device) for x in self.session.run(None, arrays))
+    return found if len(found) > 1 else found[0]
 
 # %% ../../nbs/networks/model_file.ipynb #fb32001e
 N_FFT, HOP = 4096, 1024
 EDGE = HOP // 2 * 3
 
+# %% ../../nbs/networks/model_file.ipynb #bcc51632
 def hybrid_spectrum(
     x:torch.Tensor, # (b, c, time)
 ) -> torch.Tensor: # (b, c, 2048, hops) complex

@@ -17,6 +17,7 @@ from ..foundations.files import UserError
 # %% ../../nbs/networks/onnx_file.ipynb #7c3e1006
 ABOUT = ("sources", "sample_rate", "channels", "hop")
 
+# %% ../../nbs/networks/onnx_file.ipynb #957ecffb
 def read_about(
     session:Any, # of onnxruntime
     path:str|Path, # for messages

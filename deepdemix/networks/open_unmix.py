@@ -35,10 +35,12 @@ class Standardise(nn.Module):
         self.mean, self.scale = nn.Parameter(torch.zeros(bins)), nn.Parameter(torch.ones(bins))
         self.register_buffer("measured", torch.tensor(False))
 
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        if self.training and not self.measured and (not _several() or _in_common_step()):
-            self.measure(x.detach())
-        return (x + self.mean) * self.scale
+# %% ../../nbs/networks/open_unmix.ipynb #a884bff6
+@patch
+def forward(self:Standardise, x:torch.Tensor) -> torch.Tensor:
+    if self.training and not self.measured and (not _several() or _in_common_step()):
+        self.measure(x.detach())
+    return (x + self.mean) * self.scale
 
 # %% ../../nbs/networks/open_unmix.ipynb #3107963a
 @patch

@@ -42,6 +42,7 @@ PEERS = {
     "mdx_extra_q": Peer("mdx_extra, quantised", "MUSDB18-HQ, its test songs too, and more", True),
 }
 
+# %% ../../nbs/networks/peers.ipynb #0df8752f
 def peer_notes(
     name:str, # of `PEERS`
 ) -> list: # of lines
@@ -55,6 +56,7 @@ def peer_notes(
 # %% ../../nbs/networks/peers.ipynb #2119e89a
 CLASSES = ("demucs.htdemucs.HTDemucs", "demucs.hdemucs.HDemucs", "demucs.demucs.Demucs")
 
+# %% ../../nbs/networks/peers.ipynb #3e9b19cb
 def _demucs():
     "Demucs' package. `UserError` if it isn't installed."
     try:

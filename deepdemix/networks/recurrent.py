@@ -80,6 +80,7 @@ class FrameEncoder(nn.Module):
 # %% ../../nbs/networks/recurrent.ipynb #e48f70e2
 FLOOR = 1e-5
 
+# %% ../../nbs/networks/recurrent.ipynb #0fce2044
 @register_network("recurrent")
 class Recurrent(MaskNetwork):
     "A stereo mask network: log magnitudes in bands, bidirectional LSTMs, a softmax over the sources."

@@ -11,6 +11,7 @@ import torch
 # %% ../../nbs/networks/wiener.ipynb #92c498ce
 BLOCK = 32
 
+# %% ../../nbs/networks/wiener.ipynb #ecc322ac
 def wiener_filter(
     stems:torch.Tensor, # complex (b, s, c, n_t, n_f), estimates
     mixture:torch.Tensor, # complex (b, c, n_t, n_f), one channel or two

@@ -37,6 +37,7 @@ def plain_title(
 SUMS = ("accompaniment", "no_vocals", "mixture")
 STEMS = (*SOURCES, "guitar", "piano", *SUMS)
 
+# %% ../../nbs/scoring/estimates.ipynb #44bd11cc
 def find_stems(
     folder:str|Path, # to be searched
     depth:int=4, # levels below it
@@ -66,6 +67,7 @@ def folder_titles(
 # %% ../../nbs/scoring/estimates.ipynb #f9df4230
 TOLERANCE = 0.1
 
+# %% ../../nbs/scoring/estimates.ipynb #e35149e4
 class Estimates:
     """The stems in a folder as a separator: mixture `(channels, time)` and its title in, {stem: `(channels,
     time)`} out."""

@@ -87,7 +87,7 @@ GRIDS = {"oracle 12x12": "nearest", "oracle 12x12, bilinear": "linear"}
 TRIVIAL_ROWS = ("silence", "mixture", "mixture / 4")
 REFERENCES = TRIVIAL_ROWS + tuple(GRIDS) + tuple(MASKS)
 
-
+# %% ../../nbs/scoring/oracles.ipynb #aff353ae
 def _masked(
     stems: Tensor, mixture: Tensor, stft: STFT, masks: list[Callable], chunk: int, **kwargs
 ) -> Tensor:

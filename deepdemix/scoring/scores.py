@@ -27,6 +27,7 @@ from .tables import OVERALL, PAPER_TABLE, Table
 # %% ../../nbs/scoring/scores.ipynb #ae499574
 COLUMNS = ["model", "seed", "split", "song", "source", "metric", "value"]
 
+# %% ../../nbs/scoring/scores.ipynb #5ad7cf60
 @dataclass(repr=False)
 class Scores:
     "Scores of one or more models: tidy rows, how they were made, and what failed."

@@ -224,6 +224,7 @@ def _record(self:SongWorker, job, before, song):
 # %% ../../nbs/serving/catalogue.ipynb #1a8ab03d
 GIVE_UP = 3
 
+# %% ../../nbs/serving/catalogue.ipynb #13a15bbb
 class CrashGuard:
     """Calls a function for one job at a time and never raises: an error is the result. A job that has ended
     its process three times is given up."""
@@ -266,6 +267,7 @@ COLUMNS = dict(input="string", status="string", reason="string", skipped="bool",
                outputs="list", duration="float", sample_rate="int", channels="int", seconds="float",
                model="string", worker="string")
 
+# %% ../../nbs/serving/catalogue.ipynb #9b2a1b32
 class Manifest:
     "A table that is written row by row; `close` gives it its name."
     def __init__(self,
@@ -279,16 +281,25 @@ class Manifest:
         self.columns = COLUMNS | {f"level_{name}": "float" for name in levels}
         self.path = Path(folder) / ("manifest.parquet" if pyarrow else "manifest.csv")
         self.part = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
-    def add(self, row:dict) -> None:
-        self.rows.append({name: row.get(name) for name in self.columns})
-        if len(self.rows) >= self.group: self.flush()
-    def close(self) -> None:
-        self.flush()
-        if self.arrow: self.writer.close()
-        os.replace(self.part, self.path)
-    def discard(self) -> None:
-        if self.arrow and self.writer: self.writer.close()
-        self.part.unlink(missing_ok=True)
+
+# %% ../../nbs/serving/catalogue.ipynb #8fe2c39d
+@patch
+def add(self:Manifest, row:dict) -> None:
+    self.rows.append({name: row.get(name) for name in self.columns})
+    if len(self.rows) >= self.group: self.flush()
+
+# %% ../../nbs/serving/catalogue.ipynb #2e7a5b45
+@patch
+def close(self:Manifest) -> None:
+    self.flush()
+    if self.arrow: self.writer.close()
+    os.replace(self.part, self.path)
+
+# %% ../../nbs/serving/catalogue.ipynb #4c10231a
+@patch
+def discard(self:Manifest) -> None:
+    if self.arrow and self.writer: self.writer.close()
+    self.part.unlink(missing_ok=True)
 
 # %% ../../nbs/serving/catalogue.ipynb #729c8907
 @patch
@@ -335,22 +346,26 @@ class Progress:
         self.counts = dict(done=0, skipped=0, failed=0)
         self.start = None
 
-    def __call__(self, what:str, now:float|None=None) -> None: # done, skipped or failed; seconds
-        now = time.monotonic() if now is None else now
-        if self.start is None: self.start = self.last = now
-        self.counts[what] += 1
-        if self.show and (now - self.last >= self.every or sum(self.counts.values()) == self.total):
-            self.last = now
-            say(self.line(now - self.start))
+# %% ../../nbs/serving/catalogue.ipynb #6e9b83a9
+@patch
+def __call__(self:Progress, what:str, now:float|None=None) -> None: # done, skipped or failed; seconds
+    now = time.monotonic() if now is None else now
+    if self.start is None: self.start = self.last = now
+    self.counts[what] += 1
+    if self.show and (now - self.last >= self.every or sum(self.counts.values()) == self.total):
+        self.last = now
+        say(self.line(now - self.start))
 
-    def line(self, elapsed:float) -> str: # seconds
-        "Songs that were finished before took no time, and say nothing about the rest."
-        seen, worked = sum(self.counts.values()), self.counts["done"] + self.counts["failed"]
-        left = elapsed * (self.total - seen) / max(worked - 1, 1)
-        words = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
-        return f"{seen} of {self.total} songs ({words})" + (
-            f", {_time(left)} left" if worked > 1 and seen < self.total else ""
-        )
+# %% ../../nbs/serving/catalogue.ipynb #1e1d8ee7
+@patch
+def line(self:Progress, elapsed:float) -> str: # seconds
+    "Songs that were finished before took no time, and say nothing about the rest."
+    seen, worked = sum(self.counts.values()), self.counts["done"] + self.counts["failed"]
+    left = elapsed * (self.total - seen) / max(worked - 1, 1)
+    words = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
+    return f"{seen} of {self.total} songs ({words})" + (
+        f", {_time(left)} left" if worked > 1 and seen < self.total else ""
+    )
 
 # %% ../../nbs/serving/catalogue.ipynb #47bf2cc8
 def _time(seconds):

@@ -215,7 +215,6 @@ on standard error."""
     every: float
     counts: Any
     start: Any
-    last: float | None
 
     def __init__(self, total: int, show: bool=True, every: float=10.0):
         ...

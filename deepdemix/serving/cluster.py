@@ -84,6 +84,7 @@ def _speaks_http2(connection):
 # %% ../../nbs/serving/cluster.ipynb #b9000001
 SEVERAL = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" # Ray's word for machines that form clusters
 
+# %% ../../nbs/serving/cluster.ipynb #65e40264
 @contextlib.contextmanager
 def keep_private(ray:Any) -> Iterator:
     "A block in which a cluster that is started listens on this machine only and wants a token of its own."

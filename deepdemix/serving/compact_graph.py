@@ -248,6 +248,7 @@ def turns(self:CompactGraph,
 # %% ../../nbs/serving/compact_graph.ipynb #9a4f002b
 PART = 768 # bins
 
+# %% ../../nbs/serving/compact_graph.ipynb #d68a13d9
 @patch
 def estimate(self:CompactGraph,
     real:torch.Tensor, # (b, n_f, c, t), the mixture

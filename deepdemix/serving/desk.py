@@ -81,6 +81,7 @@ ENCODINGS = {
     "mp3": dict(format="MP3", subtype="MPEG_LAYER_III", bitrate_mode="VARIABLE", compression_level=0.3),
 }
 
+# %% ../../nbs/serving/desk.ipynb #f79542e0
 def encode(
     waveform:Any, # (channels, time), at most two channels
     sample_rate:int, # Hz
@@ -148,6 +149,7 @@ FLAC_LIMIT = 60 * 44100 * 8
 LONG = ("The song is long, so its sound lies in this page as MP3, and is saved so. "
         "The command `deepdemix listen` plays and saves it without loss.")
 
+# %% ../../nbs/serving/desk.ipynb #29fa389c
 def desk_html(
     # {set: {stem: waveform (channels, time)}}; the first is heard first; a bare waveform is an untouched song
     sets:Mapping,

@@ -58,6 +58,7 @@ class Upload:
 # %% ../../nbs/serving/desk_queue.ipynb #1c1788e0
 STATES = ("waiting", "working", "ready", "failed")
 
+# %% ../../nbs/serving/desk_queue.ipynb #0ee3021b
 @dataclass(eq=False)
 class DeskSong:
     "A song on the desk: what to call it, how far it is, what went wrong, and its page when it is there."
@@ -221,6 +222,7 @@ SONG_KEYS = """<div><dt><kbd>O</kbd></dt><dd>add songs</dd></div>
 <div><dt><kbd>N</kbd> <kbd>P</kbd></dt><dd>next song, previous song</dd></div>
 """
 
+# %% ../../nbs/serving/desk_queue.ipynb #147b5d2f
 @patch
 def _song_list(self:SongQueue, open):
     "The list of songs, and what to separate new ones with."

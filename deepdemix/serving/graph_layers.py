@@ -97,9 +97,11 @@ class CentredNorm(nn.Module):
             "shift", torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().clone()
         )
 
-    def forward(self, x:torch.Tensor) -> torch.Tensor:
-        mean, scale, shift = (v.view(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.scale, self.shift))
-        return (x - mean) * scale + shift
+# %% ../../nbs/serving/graph_layers.ipynb #5037fdd3
+@patch
+def forward(self:CentredNorm, x:torch.Tensor) -> torch.Tensor:
+    mean, scale, shift = (v.view(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.scale, self.shift))
+    return (x - mean) * scale + shift
 
 # %% ../../nbs/serving/graph_layers.ipynb #8cbf9bc2
 def centred(network:nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,14 +33,16 @@ class MaskGraph(nn.Module):
         self.network, self.stft = centred(network), RealSTFT(network.stft, network.channels)
         self.shape = (len(network.sources), network.channels)
 
-    def forward(self, waveform:torch.Tensor) -> torch.Tensor:
-        real, imaginary = self.stft(waveform)
-        mask = self.network.predict((real * real + imaginary * imaginary).sqrt().permute(0, 3, 1, 2))
-        mask = mask.permute(0, 2, 4, 3, 1)
-        stems = torch.cat([mask * part.unsqueeze(2) for part in (real, imaginary)], 1)
-        return self.stft.inverse(
-            reshape(stems, 0, 0, math.prod(self.shape), -1), waveform.shape[2], self.shape
-        )
+# %% ../../nbs/serving/graphs.ipynb #8fd54357
+@patch
+def forward(self:MaskGraph, waveform:torch.Tensor) -> torch.Tensor:
+    real, imaginary = self.stft(waveform)
+    mask = self.network.predict((real * real + imaginary * imaginary).sqrt().permute(0, 3, 1, 2))
+    mask = mask.permute(0, 2, 4, 3, 1)
+    stems = torch.cat([mask * part.unsqueeze(2) for part in (real, imaginary)], 1)
+    return self.stft.inverse(
+        reshape(stems, 0, 0, math.prod(self.shape), -1), waveform.shape[2], self.shape
+    )
 
 # %% ../../nbs/serving/graphs.ipynb #9a4f001b
 class TFCTDFGraph(nn.Module):

@@ -50,6 +50,7 @@ def _sort_words(
 # %% ../../nbs/serving/model_commands.ipynb #36b2e391
 STEM_OPTIONS = ("two_stems", "stems", "format", "subtype", "clip", "residual_to")
 
+# %% ../../nbs/serving/model_commands.ipynb #6615582e
 def separate(
     args:argparse.Namespace, # files, out and the options of separation
 ) -> int:

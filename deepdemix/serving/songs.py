@@ -160,6 +160,7 @@ def _read_together(path, found):
 # %% ../../nbs/serving/songs.ipynb #ffaefd5d
 ARCHIVE_LIMIT = 2 ** 33
 
+# %% ../../nbs/serving/songs.ipynb #b30bed8e
 def _from_archive(path, references=False):
     "The stems of a ZIP archive."
     with tempfile.TemporaryDirectory(prefix="deepdemix-") as folder:

@@ -134,6 +134,7 @@ CARD = """# {name}
 The weights were trained on the 7-second previews of MUSDB18 (academic use only, in part CC BY-NC-SA), so they are for **non-commercial research**. They know nine minutes of mostly Western popular music: expect worse on anything else.
 """
 
+# %% ../../nbs/studies/bundling.ipynb #b9f2e773
 def card(
     run:str|Path, # a finished run
     name:str, # of the bundled weights

@@ -73,6 +73,7 @@ CONTRAST = dict(epochs=5, kind="pretraining", loss="supcon", lr=3e-4, task_args=
                 mixer=dict(duration=3.0))
 SHARE = 0.2
 
+# %% ../../nbs/studies/contest.ipynb #409a7767
 def part_recipes(
     entry:Entry, # the network
     seed:int, # of weights and mixes
@@ -87,6 +88,7 @@ def part_recipes(
 # %% ../../nbs/studies/contest.ipynb #75f80ba8
 FIRST, STEPS, TURNS = 2, 8, 2
 
+# %% ../../nbs/studies/contest.ipynb #1b0b71ca
 def step_seconds(
     recipe:Recipe, # what is trained
     store:Store, # on what
@@ -283,6 +285,7 @@ with torch.inference_mode():
 print(json.dumps(dict(parameters=sum(p.numel() for p in network.parameters()), real_time_factor=taken / seconds, memory_gib=peak() - before)))
 """
 
+# %% ../../nbs/studies/contest.ipynb #92cecb37
 def footprint(
     network:str, # a registered name
     args:dict, # its size

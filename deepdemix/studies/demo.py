@@ -109,6 +109,7 @@ class Promise:
 # %% ../../nbs/studies/demo.ipynb #3eeaeb74
 RANDOM_TWINS = 5
 
+# %% ../../nbs/studies/demo.ipynb #53e9acf0
 def promises(
     experiment:Experiment, # finished, with a baseline and an encoder
     store:Store, # its songs
@@ -146,6 +147,7 @@ def caution(
 # %% ../../nbs/studies/demo.ipynb #d38da4e6
 DEMO_SONGS = 40
 
+# %% ../../nbs/studies/demo.ipynb #955e773c
 def run_demo(
     out:str="demo", # a folder, made if it isn't there
     seed:int=0, # of songs and runs

@@ -62,6 +62,7 @@ def label_efficiency(
 # %% ../../nbs/studies/label_efficiency.ipynb #38bef6d4
 STARTS = {"scratch": ("DDM", None), "same songs": ("DDM (pt)", "few"), "all songs": ("DDM (pt)", "all")}
 
+# %% ../../nbs/studies/label_efficiency.ipynb #376c6a55
 def _label_point(
     store:Store, # all songs
     out:str|Path, # folder of the curve

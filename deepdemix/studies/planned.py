@@ -348,6 +348,7 @@ def _timed(cls, into):
 # %% ../../nbs/studies/planned.ipynb #065fdcd3
 FEW = 2
 
+# %% ../../nbs/studies/planned.ipynb #33179ef8
 def few_songs(
     store:Store, # all songs
     train:int, # training songs to keep

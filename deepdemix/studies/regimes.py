@@ -25,6 +25,7 @@ RECIPES = dict(
     stems=dict(SHARED, kind="pretraining", loss="supcon", lr=3e-4, epochs=4, valid_examples=16, batch_size=16,
                mixer=dict(duration=3.0), task_args=dict(per_class=4)))
 
+# %% ../../nbs/studies/regimes.ipynb #ba36ac76
 def examples(
     count:float, # wanted
     recipe:str, # a name of `RECIPES`
@@ -57,6 +58,7 @@ WAYS = {"supcon": ("dense SupCon", "supcon", {}),
         "shuffled": ("shuffled", "supcon", dict(shuffle_labels=True))}
 LENGTH, CELLS = 4480, 1376
 
+# %% ../../nbs/studies/regimes.ipynb #22c6c2eb
 def beside_runs(
     songs:int, # training songs
 ) -> list: # of `Run`
@@ -102,6 +104,7 @@ def dense_plan() -> Plan:
 # %% ../../nbs/studies/regimes.ipynb #ed372f9c
 SPAN, BACKGROUND = 7680, dict(duration=3.0, background=[-5.0, 10.0])
 
+# %% ../../nbs/studies/regimes.ipynb #cebf68b2
 def budget_plan() -> Plan:
     "Is pretraining on stems useless, or not worth its minutes?"
     short = examples(0.8 * SPAN, "separator")

@@ -31,6 +31,7 @@ STUDY = {
     ),
 }
 
+# %% ../../nbs/studies/ways.ipynb #8c7d52d5
 def study(
     store:Store, # a `Store` with a train and a valid split
     out:str|Path, # folder of the runs; what is finished there is not trained again
