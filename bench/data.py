@@ -145,7 +145,8 @@ def large(folder, gigabytes=30):
 
     import psutil
 
-    from deepdemix.foundations.store import FORMAT
+    from deepdemix.audio import SOURCES
+    from deepdemix.foundations.store import STORE_FORMAT
     frames, songs = 4 * 60 * 44100, []
     (Path(folder) / "songs").mkdir(parents=True)
     for k in range(round(gigabytes * 2**30 / (frames * 2 * 4 * 4))):
@@ -161,7 +162,7 @@ def large(folder, gigabytes=30):
         )
     (Path(folder) / "store.json").write_text(
         json.dumps(
-            dict(format=FORMAT, sample_rate=44100, sources=["drums", "bass", "other", "vocals"], songs=songs)
+            dict(format=STORE_FORMAT, sample_rate=44100, sources=list(SOURCES), songs=songs)
         )
     )
     store, process, rng = Store.open(folder), psutil.Process(), np.random.default_rng(0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from report import report, row, seconds
 
-from deepdemix.contrast.probing import probe
+from deepdemix.contrast.probing import probe_embedding
 from deepdemix.data import prepare_toy
 from deepdemix.foundations.runs import load_network
 from deepdemix.pretraining import pretrain
@@ -18,7 +18,7 @@ def everything(folder):
     for loss in ("triplet", "supcon"):
         taken = seconds(lambda: pretrain(store, folder / loss, loss=loss, profile="demo", progress=False))
         yield row(f"{loss}, demo pretraining", taken, "s")
-        table = probe(load_network(folder / loss), store.split("train"), store.split("test"))
+        table = probe_embedding(load_network(folder / loss), store.split("train"), store.split("test"))
         yield row(f"{loss}, nearest neighbours on test songs", float(table.knn["encoder"]), "",
                   "random encoder", float(table.knn["random encoder"]), True)
 

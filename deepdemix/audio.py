@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .foundations.codecs import read, read_blocks, read_streams
-from .foundations.decoding import AudioInfo, Decoder, probe
+from .foundations.decoding import AudioDecoder, AudioInfo, probe
 from .foundations.encoding import Writer, write
 from .foundations.files import UserError
 from deepdemix.foundations.waveforms import (

@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch as patch
 from torch import nn as nn
 from .foundations.codecs import read as read, read_blocks as read_blocks, read_streams as read_streams
-from .foundations.decoding import AudioInfo as AudioInfo, Decoder as Decoder, probe as probe
+from .foundations.decoding import AudioDecoder as AudioDecoder, AudioInfo as AudioInfo, probe as probe
 from .foundations.encoding import Writer as Writer, write as write
 from .foundations.files import UserError as UserError
 from deepdemix.foundations.waveforms import SAMPLE_RATE as SAMPLE_RATE, as_waveform as as_waveform, resample as resample, resample_blocks as resample_blocks, to_channels as to_channels, to_mono as to_mono

@@ -7,11 +7,12 @@ import torch
 from fastcore.basics import patch as patch
 from fastcore.meta import delegates as delegates
 from torch import Tensor as Tensor
-from .foundations.augmentation_cache import AugmentationCache as AugmentationCache, Variant as Variant
+from .foundations.augmentation_cache import AugmentationCache as AugmentationCache, Variant as Variant, draw_between as draw_between
+from .foundations.blocks import empty_block as empty_block
 from .foundations.effects import fit_length as fit_length, shelf as shelf
 from .foundations.files import UserError as UserError
 from .foundations.loudness import SILENCE as SILENCE
-from .foundations.pieces import LEVELS as LEVELS, Excerpt as Excerpt, Mix as Mix, level_gain as level_gain
+from .foundations.pieces import LEVELS as LEVELS, Excerpt as Excerpt, Mix as Mix, is_level as is_level, level_gain as level_gain
 from .foundations.randomness import BALANCED as BALANCED, COLOUR as COLOUR, MIX as MIX, PLACE as PLACE, TRIPLET as TRIPLET, generator as generator
 from .foundations.store import Store as Store
 
@@ -84,7 +85,7 @@ class Mixer:
         """A mixer with these settings."""
 TRIES: int
 
-class Excerpts:
+class ExcerptSampler:
     """Common ground of triplets and balanced batches: audible excerpts of one stem of one song."""
     store: Store
     duration: float
@@ -123,7 +124,7 @@ class Excerpts:
         Returns: out and result (channels, time)
         """
 
-class Triplets(Excerpts):
+class Triplets(ExcerptSampler):
     """Anchor and positive: one instrument in two songs; negative: another in any song (paper, section 4.3)."""
 
     def __init__(self, store: Store, duration: float=5.0, channels: int | None=1, seed: int=0, size: int=6000, instruments: tuple | None=None, gate: float=-50.0, level: tuple | None=None, pitch: tuple | None=None, stretch: tuple | None=None, **kwargs):
@@ -166,7 +167,7 @@ class Triplets(Excerpts):
         Returns: waveforms (n, 3, channels, time), labels (n, 3), numbers of the songs (n, 3)
         """
 
-class BalancedBatches(Excerpts):
+class BalancedBatches(ExcerptSampler):
     """`per_class` excerpts of every instrument, each from another song."""
     per_class: int
     background: tuple | None

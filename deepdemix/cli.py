@@ -13,29 +13,21 @@ import sys
 
 from deepdemix.foundations.command_line import (
     Terminated,
-    _all_taken,
-    _at_home,
-    _data_option,
-    _import_option,
-    _marked,
-    _polite,
-    _port,
-    _positive,
-    _reason,
-    _seed,
-    _stopped,
+    add_data_option,
+    add_import_option,
+    error_line,
+    expand_home,
+    interrupt_status,
+    mark_files,
+    output_taken,
+    port_number,
+    positive_number,
+    seed_number,
+    sigterm_raises,
 )
 from .foundations.console import say, streams
-from .serving.model_commands import _on_ray, export, join, label, listen, models, separate
-from .serving.training_commands import LOGGER_NAMES, PROFILE_NAMES, _add_training_commands
-
-# %% ../nbs/11_cli.ipynb #d5f814a4
-def _open(
-    args:argparse.Namespace, # with `data`
-):
-    "The store that `--data` names, or the one of MUSDB_PATH."
-    from deepdemix.data import find_musdb, open_data
-    return open_data(args.data or find_musdb())
+from .serving.model_commands import export, join, label, listen, models, ray_executor, separate
+from .serving.training_commands import LOGGER_NAMES, PROFILE_NAMES, add_training_commands
 
 # %% ../nbs/11_cli.ipynb #28c2e54b
 def _ray_options(parser):
@@ -46,7 +38,7 @@ def _ray_options(parser):
     parser.add_argument("--address", metavar="HOST:PORT",
                         help="with --ray: join this cluster (default: one of our own, on this machine)")
     parser.add_argument(
-        "--workers", metavar="N", type=_positive, help="with --ray: processes (default: as many as fit)"
+        "--workers", metavar="N", type=positive_number, help="with --ray: processes (default: as many as fit)"
     )
 
 # %% ../nbs/11_cli.ipynb #1b974bd9
@@ -66,11 +58,80 @@ def prepare(
     options = {
         name: getattr(args, name)
         for name in ("allow_missing", "trim", "skip_bad", "repair", "dtype", "parts")
-    } | {"executor": _on_ray(args)}
+    } | {"executor": ray_executor(args)}
     if args.musdb: store = data.prepare_musdb(args.musdb, args.out, **options)
     elif args.stems: store = data.prepare_stems(args.stems, args.out, **options)
     else: store = data.prepare_toy(args.toy, args.out, seed=args.seed, **options)
     print(f"{args.out}: {len(store)} songs")
+
+# %% ../nbs/11_cli.ipynb #e996707b
+def _add_data_commands(
+    commands, # argparse's subparsers
+):
+    "download and prepare"
+    p = commands.add_parser("download", help="download the 7-second previews of MUSDB18")
+    p.add_argument("--musdb7", action="store_true", required=True,
+                   help="the 7-second previews, 161 MB; the only ones that may be fetched without asking")
+    p.add_argument("-o", "--out", required=True, metavar="DIR", help="the folder to make")
+    p.set_defaults(run=download)
+    p = commands.add_parser("prepare", help="decode songs once into a store")
+    kind = p.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--musdb", metavar="DIR", help="MUSDB18: 7-second previews, full, or HQ")
+    kind.add_argument("--stems", metavar="DIR", help="a folder of song/{drums,bass,other,vocals}.*")
+    kind.add_argument("--toy", metavar="N", type=int, help="N songs of the toy band")
+    p.add_argument("-o", "--out", required=True, metavar="STORE", help="the folder of the store")
+    p.add_argument("--seed", type=seed_number, default=0, help="the toy band's seed (default: 0)")
+    p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32",
+                   help="int16: half the size; auto: only where nothing is lost (default: float32)")
+    p.add_argument("--allow-missing", action="store_true", help="a song may lack stems: they become silence")
+    p.add_argument(
+        "--trim", action="store_true", help="cut stems of unequal length to the shortest one of their song"
+    )
+    p.add_argument("--skip-bad", action="store_true", help="leave out songs that can't be prepared")
+    p.add_argument(
+        "--repair", action="store_true", help="check every digest, and decode anew what no longer fits"
+    )
+    p.add_argument("--parts", type=positive_number, metavar="N",
+                   help="keep the store in N folders, for stores that are copied or fetched in pieces")
+    _ray_options(p)
+    p.set_defaults(run=prepare)
+    _add_label_command(commands)
+
+# %% ../nbs/11_cli.ipynb #d593f1d6
+THREADS = "chunks in work at once, each on one core (default: as many as there are cores for this process)"
+
+# %% ../nbs/11_cli.ipynb #1932d682
+def _add_label_command(
+    commands, # argparse's subparsers
+):
+    "label"
+    p = commands.add_parser("label", help="make a store of pseudo-stems from songs without stems")
+    p.add_argument("songs", nargs="+", metavar="SONGS", help="songs, and folders of songs, in any format")
+    p.add_argument("--model", default="default", metavar="RUN|NAME|FILE",
+                   help="the teacher: a model as `separate` takes it (default: default)")
+    p.add_argument("-o", "--out", required=True, metavar="STORE",
+                   help="the folder of the store; begun before, it goes on there")
+    p.add_argument(
+        "--gate", type=float, default=-40.0, metavar="DB",
+        help="a stem whose loudest second lies further below the song's counts as missing (default: -40)",
+    )
+    p.add_argument("--dtype", choices=("float32", "int16"), default="float32",
+                   help="int16: half the size (default: float32)")
+    p.add_argument(
+        "--repair", action="store_true", help="check every digest, and label anew what no longer fits"
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                   help="where to compute (default: a GPU if there is one)")
+    p.add_argument("--threads", type=positive_number, metavar="N", help=THREADS)
+    p.set_defaults(run=label)
+
+# %% ../nbs/11_cli.ipynb #d5f814a4
+def _open(
+    args:argparse.Namespace, # with `data`
+):
+    "The store that `--data` names, or the one of MUSDB_PATH."
+    from deepdemix.data import find_musdb, open_data
+    return open_data(args.data or find_musdb())
 
 # %% ../nbs/11_cli.ipynb #09c9baf2
 def evaluate(
@@ -85,6 +146,31 @@ def evaluate(
     for verdict in verdicts(scores): print(verdict.sentence)
     print(f"saved: {args.out}")
     return int(bool(scores.failed))
+
+# %% ../nbs/11_cli.ipynb #5332f0d6
+def _add_evaluate_command(
+    commands, # argparse's subparsers
+):
+    "evaluate"
+    p = commands.add_parser(
+        "evaluate", help="score models and the stems of other tools, beside the reference rows"
+    )
+    p.add_argument("--model", action="append", default=[], metavar="[NAME=]RUN|NAME",
+                   help="a run folder or a bundled model; may be repeated")
+    p.add_argument("--estimates", action="append", default=[], metavar="[NAME=]DIR",
+                   help="stems that another tool has written, as DIR/song/stem.*; may be repeated")
+    p.add_argument("--museval", action="append", default=[], metavar="[NAME=]DIR",
+                   help="results in museval's files, as DIR/song.json; may be repeated")
+    add_data_option(p)
+    p.add_argument(
+        "--split", default="test", choices=("train", "valid", "test"), help="which songs (default: test)"
+    )
+    p.add_argument("-o", "--out", required=True, metavar="scores.json", help="where the scores go")
+    p.add_argument("--channels", choices=("mono", "stereo"),
+                   help="the protocol (default: stereo where a row is stereo, else mono)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                   help="where to compute (default: a GPU if there is one)")
+    p.set_defaults(run=evaluate)
 
 # %% ../nbs/11_cli.ipynb #8831f18c
 def compare(
@@ -111,6 +197,22 @@ def _check_two(
     rest = ", ".join(repr(x) for x in [*scores.models, *scores.references] if x != name)
     other = f", or with --model-b one of {rest}" if rest else ""
     raise UserError(f"{name} would be compared with itself: name a second file{other}")
+
+# %% ../nbs/11_cli.ipynb #a737d2fc
+def _add_compare_command(
+    commands, # argparse's subparsers
+):
+    "compare"
+    p = commands.add_parser("compare", help="the paired verdict on two models")
+    p.add_argument("a", metavar="SCORES_A", help="a scores.json")
+    p.add_argument(
+        "b", metavar="SCORES_B", nargs="?", help="another; without it both models stand in the first"
+    )
+    p.add_argument("--model-a", metavar="NAME", help="which, where a file holds several")
+    p.add_argument("--model-b", metavar="NAME", help="likewise, of the second")
+    p.add_argument("--split", choices=("train", "valid", "test"), help="the songs (default: test)")
+    p.add_argument("--metric", default="SDR", metavar="NAME", help="such as SDR, uSDR, SI-SDR (default: SDR)")
+    p.set_defaults(run=compare)
 
 # %% ../nbs/11_cli.ipynb #85e66100
 def _fields(
@@ -161,67 +263,6 @@ def demo(
     from deepdemix.studies.demo import run_demo
     return run_demo(args.out, seed=args.seed)
 
-# %% ../nbs/11_cli.ipynb #e996707b
-def _add_data_commands(
-    commands, # argparse's subparsers
-):
-    "download and prepare"
-    p = commands.add_parser("download", help="download the 7-second previews of MUSDB18")
-    p.add_argument("--musdb7", action="store_true", required=True,
-                   help="the 7-second previews, 161 MB; the only ones that may be fetched without asking")
-    p.add_argument("-o", "--out", required=True, metavar="DIR", help="the folder to make")
-    p.set_defaults(run=download)
-    p = commands.add_parser("prepare", help="decode songs once into a store")
-    kind = p.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--musdb", metavar="DIR", help="MUSDB18: 7-second previews, full, or HQ")
-    kind.add_argument("--stems", metavar="DIR", help="a folder of song/{drums,bass,other,vocals}.*")
-    kind.add_argument("--toy", metavar="N", type=int, help="N songs of the toy band")
-    p.add_argument("-o", "--out", required=True, metavar="STORE", help="the folder of the store")
-    p.add_argument("--seed", type=_seed, default=0, help="the toy band's seed (default: 0)")
-    p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32",
-                   help="int16: half the size; auto: only where nothing is lost (default: float32)")
-    p.add_argument("--allow-missing", action="store_true", help="a song may lack stems: they become silence")
-    p.add_argument(
-        "--trim", action="store_true", help="cut stems of unequal length to the shortest one of their song"
-    )
-    p.add_argument("--skip-bad", action="store_true", help="leave out songs that can't be prepared")
-    p.add_argument(
-        "--repair", action="store_true", help="check every digest, and decode anew what no longer fits"
-    )
-    p.add_argument("--parts", type=_positive, metavar="N",
-                   help="keep the store in N folders, for stores that are copied or fetched in pieces")
-    _ray_options(p)
-    p.set_defaults(run=prepare)
-    _add_label_command(commands)
-
-# %% ../nbs/11_cli.ipynb #d593f1d6
-THREADS = "chunks in work at once, each on one core (default: as many as there are cores for this process)"
-
-# %% ../nbs/11_cli.ipynb #1932d682
-def _add_label_command(
-    commands, # argparse's subparsers
-):
-    "label"
-    p = commands.add_parser("label", help="make a store of pseudo-stems from songs without stems")
-    p.add_argument("songs", nargs="+", metavar="SONGS", help="songs, and folders of songs, in any format")
-    p.add_argument("--model", default="default", metavar="RUN|NAME|FILE",
-                   help="the teacher: a model as `separate` takes it (default: default)")
-    p.add_argument("-o", "--out", required=True, metavar="STORE",
-                   help="the folder of the store; begun before, it goes on there")
-    p.add_argument(
-        "--gate", type=float, default=-40.0, metavar="DB",
-        help="a stem whose loudest second lies further below the song's counts as missing (default: -40)",
-    )
-    p.add_argument("--dtype", choices=("float32", "int16"), default="float32",
-                   help="int16: half the size (default: float32)")
-    p.add_argument(
-        "--repair", action="store_true", help="check every digest, and label anew what no longer fits"
-    )
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                   help="where to compute (default: a GPU if there is one)")
-    p.add_argument("--threads", type=_positive, metavar="N", help=THREADS)
-    p.set_defaults(run=label)
-
 # %% ../nbs/11_cli.ipynb #14f9763e
 PROFILE_HELP = (
     "sizes and counts: demo takes under a minute a model, laptop about an hour for the whole experiment,"
@@ -253,59 +294,18 @@ def _study_options(
         help="where the curves go besides metrics.csv (default: nowhere); pip install 'deepdemix[loggers]'",
     )
 
-# %% ../nbs/11_cli.ipynb #5332f0d6
-def _add_evaluate_command(
-    commands, # argparse's subparsers
-):
-    "evaluate"
-    p = commands.add_parser(
-        "evaluate", help="score models and the stems of other tools, beside the reference rows"
-    )
-    p.add_argument("--model", action="append", default=[], metavar="[NAME=]RUN|NAME",
-                   help="a run folder or a bundled model; may be repeated")
-    p.add_argument("--estimates", action="append", default=[], metavar="[NAME=]DIR",
-                   help="stems that another tool has written, as DIR/song/stem.*; may be repeated")
-    p.add_argument("--museval", action="append", default=[], metavar="[NAME=]DIR",
-                   help="results in museval's files, as DIR/song.json; may be repeated")
-    _data_option(p)
-    p.add_argument(
-        "--split", default="test", choices=("train", "valid", "test"), help="which songs (default: test)"
-    )
-    p.add_argument("-o", "--out", required=True, metavar="scores.json", help="where the scores go")
-    p.add_argument("--channels", choices=("mono", "stereo"),
-                   help="the protocol (default: stereo where a row is stereo, else mono)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                   help="where to compute (default: a GPU if there is one)")
-    p.set_defaults(run=evaluate)
-
-# %% ../nbs/11_cli.ipynb #a737d2fc
-def _add_compare_command(
-    commands, # argparse's subparsers
-):
-    "compare"
-    p = commands.add_parser("compare", help="the paired verdict on two models")
-    p.add_argument("a", metavar="SCORES_A", help="a scores.json")
-    p.add_argument(
-        "b", metavar="SCORES_B", nargs="?", help="another; without it both models stand in the first"
-    )
-    p.add_argument("--model-a", metavar="NAME", help="which, where a file holds several")
-    p.add_argument("--model-b", metavar="NAME", help="likewise, of the second")
-    p.add_argument("--split", choices=("train", "valid", "test"), help="the songs (default: test)")
-    p.add_argument("--metric", default="SDR", metavar="NAME", help="such as SDR, uSDR, SI-SDR (default: SDR)")
-    p.set_defaults(run=compare)
-
 # %% ../nbs/11_cli.ipynb #01297e4e
 def _add_study_commands(
     commands, # argparse's subparsers
 ):
     "experiment, label-efficiency, contest and demo"
     p = commands.add_parser("experiment", help="the paper's experiment: Table 1")
-    _data_option(p)
+    add_data_option(p)
     _study_options(p, 1, "laptop")
     p.add_argument("--controls", action="store_true", help="train the control rows too")
     p.set_defaults(run=experiment)
     p = commands.add_parser("label-efficiency", help="how many songs pretraining is worth")
-    _data_option(p)
+    add_data_option(p)
     _study_options(p, 3, "demo")
     p.add_argument("--songs", type=int, nargs="+", default=[4, 8, 20, 40, 80], metavar="N",
                    help="training songs of each point (default: 4 8 20 40 80)")
@@ -313,7 +313,7 @@ def _add_study_commands(
     p = commands.add_parser(
         "contest", help="four networks, the same songs and the same time, with and without pretraining"
     )
-    _data_option(p)
+    add_data_option(p)
     _study_options(p, 2)
     p.add_argument("--minutes", type=float, default=30.0, metavar="M",
                    help="for each run, pretraining included (default: 30)")
@@ -323,7 +323,7 @@ def _add_study_commands(
     p.set_defaults(run=contest)
     p = commands.add_parser("demo", help="the first run: nothing is downloaded, on any CPU, in minutes")
     p.add_argument("-o", "--out", default="demo", metavar="DIR", help="what it leaves behind (default: demo)")
-    p.add_argument("--seed", type=_seed, default=0, help="of songs, weights and mixes (default: 0)")
+    p.add_argument("--seed", type=seed_number, default=0, help="of songs, weights and mixes (default: 0)")
     p.set_defaults(run=demo)
 
 # %% ../nbs/11_cli.ipynb #57d52f50
@@ -332,7 +332,7 @@ def _desk_options(
     when:str="", # before each sentence
 ):
     "Add `--port` and `--no-browser`, of commands that open the listening desk."
-    parser.add_argument("--port", type=_port, default=0, metavar="N",
+    parser.add_argument("--port", type=port_number, default=0, metavar="N",
                         help=f"{when}where the page is served (default: any free port)")
     parser.add_argument("--no-browser", action="store_true", help=f"{when}print the address and open nothing")
 
@@ -363,7 +363,7 @@ def _add_model_commands(
                    help="a run folder or a bundled model (default: default)")
     p.add_argument("--references", action="store_true",
                    help="the stems of folders are the true ones: separate the song too, and score it")
-    p.add_argument("--track", type=_positive, default=1, metavar="N",
+    p.add_argument("--track", type=positive_number, default=1, metavar="N",
                    help="the sound track to take, where a video has several (default: 1)")
     p.add_argument("--voila", action="store_true",
                    help="the notebook's widgets as a page, through Voila, which must be installed")
@@ -384,7 +384,7 @@ def _stem_options(
                    help="what to do where a stem passes full scale")
     p.add_argument("--residual-to", metavar="STEM",
                    help="give what is left over to this stem, so that stems sum to the mixture")
-    p.add_argument("--track", type=_positive, metavar="N",
+    p.add_argument("--track", type=positive_number, metavar="N",
                    help="the sound track to take, where a video has several (default: 1)")
 
 # %% ../nbs/11_cli.ipynb #0a783775
@@ -415,7 +415,7 @@ def _add_separate_command(
                    help="where to compute (default: a GPU if there is one)")
     p.add_argument("--overlap", type=float, help="part of a chunk that the next one shares, 0 to 0.9")
     p.add_argument("--batch-size", type=int, help="chunks that go through the network together")
-    p.add_argument("--threads", type=_positive, metavar="N", help=THREADS)
+    p.add_argument("--threads", type=positive_number, metavar="N", help=THREADS)
     p.add_argument(
         "--listen", action="store_true", help="open the listening desk with the stems when they are there"
     )
@@ -433,11 +433,11 @@ def make_parser() -> argparse.ArgumentParser: # the parser of the whole command
     parser.add_argument("--version", action="version", version=f"deepdemix {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
-        _add_separate_command, _add_data_commands, _add_training_commands, _add_evaluate_command,
+        _add_separate_command, _add_data_commands, add_training_commands, _add_evaluate_command,
         _add_compare_command, _add_study_commands, _add_model_commands,
     ):
         add(commands)
-    for command in commands.choices.values(): _import_option(command)
+    for command in commands.choices.values(): add_import_option(command)
     return parser
 
 # %% ../nbs/11_cli.ipynb #c0de1a17
@@ -463,9 +463,9 @@ def _failed(
     from deepdemix.foundations.files import UserError
     if not isinstance(error, (UserError, OSError)): raise error
     if getattr(error, "quiet", False): return 0
-    if not _all_taken() and isinstance(error, BrokenPipeError): return 141
-    say(f"deepdemix: {_reason(error)}")
-    return _stopped(error) or 2
+    if not output_taken() and isinstance(error, BrokenPipeError): return 141
+    say(f"deepdemix: {error_line(error)}")
+    return interrupt_status(error) or 2
 
 # %% ../nbs/11_cli.ipynb #66214c43
 def main(
@@ -474,10 +474,10 @@ def main(
     "Run one command; returns its exit status."
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if os.environ.get("DEEPDEMIX_KEEP_MEMORY") == "1": os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    with streams(), _polite():
+    with streams(), sigterm_raises():
         parser = make_parser()
-        args = parser.parse_args(_marked(sys.argv[1:] if argv is None else list(argv), parser))
-        for name, value in vars(args).items(): setattr(args, name, _at_home(value))
+        args = parser.parse_args(mark_files(sys.argv[1:] if argv is None else list(argv), parser))
+        for name, value in vars(args).items(): setattr(args, name, expand_home(value))
         try: return _run_command(args)
         except KeyboardInterrupt as stop:
             say("deepdemix: stopped; what is finished is kept")

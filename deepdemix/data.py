@@ -18,16 +18,16 @@ from pathlib import Path
 from .audio import SOURCES
 from .foundations.files import UserError
 from deepdemix.foundations.store import (
-    _HOW_TO_SPLIT,
-    _SPLITS,
-    FORMAT,
+    HOW_TO_SPLIT,
+    SPLIT_NAMES,
+    STORE_FORMAT,
     Song,
     Store,
-    _new_folder,
-    _plain,
     cache_folder,
+    folder_part,
+    make_folder,
 )
-from .foundations.store_preparing import _list, _note, _plural, prepare
+from .foundations.store_preparing import count_of, list_names, note_data, prepare
 from .foundations.store_songs import TrackSource
 from .foundations.toy_band import toy_song
 from .foundations.waveforms import SAMPLE_RATE
@@ -138,13 +138,13 @@ class _Survey:
         reasons = {}
         for path, why in self.left.items():
             reasons.setdefault(why, []).append(str(path.relative_to(self.root)))
-        said = "; ".join(f"{_list(paths)} ({why})" for why, paths in reasons.items())
-        if said: yield f"{_plural(len(self.left), 'folder')} not taken: {said}"
+        said = "; ".join(f"{list_names(paths)} ({why})" for why, paths in reasons.items())
+        if said: yield f"{count_of(len(self.left), 'folder')} not taken: {said}"
         where = f"beside the folders {', '.join(sorted(self.splits))} taken for training"
         if self.beside:
-            yield f"{_plural(len(self.beside), 'song')} {where}: {_list(t.title for t in self.beside)}"
+            yield f"{count_of(len(self.beside), 'song')} {where}: {list_names(t.title for t in self.beside)}"
         extra = Counter(name for t in self.takes if t.stems for name in t.extra)
-        said = _list(f"{name} in {_plural(count, 'song')}" for name, count in extra.most_common())
+        said = list_names(f"{name} in {count_of(count, 'song')}" for name, count in extra.most_common())
         if extra: yield f"sound files not used, for they are not called {', '.join(sources)}: {said}"
 
 # %% ../nbs/01_data.ipynb #d1c0a003
@@ -152,10 +152,10 @@ def _split_folders(folder, sources, skip=()):
     """(folder, {a folder in it: its split}): those called train, valid or test, or those of the only folder
     in it."""
     folders = [p for p in _contents(folder)[1] if not _is_store(p, skip)]
-    found = {p: _SPLITS[p.name.lower()] for p in folders if p.name.lower() in _SPLITS}
+    found = {p: SPLIT_NAMES[p.name.lower()] for p in folders if p.name.lower() in SPLIT_NAMES}
     found = {p: split for p, split in found.items() if not _song_folder(p, split, sources).stems}
     if found or len(folders) != 1: return folder, found
-    inner = any(p.name.lower() in _SPLITS for p in _contents(folders[0])[1])
+    inner = any(p.name.lower() in SPLIT_NAMES for p in _contents(folders[0])[1])
     return _split_folders(folders[0], sources, skip) if inner else (folder, {})
 
 # %% ../nbs/01_data.ipynb #500292f4
@@ -213,9 +213,9 @@ def prepare_stems(
         drawn = assign_splits([t.title for t in takes if t.split == "train"], valid, test, seed)
         takes = [replace(t, split=drawn[t.title]) if t.split == "train" else t for t in takes]
         if valid and "valid" not in drawn.values():
-            few = f"{_plural(len(drawn), 'song')} cannot be split: no song is for validation"
-            _note(folder, few + _HOW_TO_SPLIT)
-    for line in found.notes(sources): _note(folder, line)
+            few = f"{count_of(len(drawn), 'song')} cannot be split: no song is for validation"
+            note_data(folder, few + HOW_TO_SPLIT)
+    for line in found.notes(sources): note_data(folder, line)
     return prepare(takes, out, sources=sources, **settings)
 
 # %% ../nbs/01_data.ipynb #79af6a6b
@@ -270,7 +270,7 @@ def prepare_musdb(
     valid = lambda t: t.split == "train" and t.title in validation_titles()
     takes = sorted(found.takes, key=lambda t: t.split != "train")
     takes = [replace(t, split="valid") if valid(t) else t for t in takes]
-    for line in found.notes(SOURCES): _note(root, line)
+    for line in found.notes(SOURCES): note_data(root, line)
     return prepare(takes, out, **settings)
 
 # %% ../nbs/01_data.ipynb #5e7a3de2
@@ -297,7 +297,7 @@ def download_musdb7(
             " install ffmpeg), then try again"
         )
     out = Path(out).expanduser()
-    _new_folder(out)
+    make_folder(out)
     import musdb
     try: musdb.DB(root=str(out), download=True)
     except OSError as e:
@@ -357,7 +357,7 @@ def open_data(
     path = find_musdb() if path is None else _folder(path, "a store, of MUSDB18 or of stems")
     if (path / "store.json").is_file(): return Store.open(path)
     prepare_them = prepare_musdb if is_musdb(path) else prepare_stems
-    out = cache_folder() / f"{_plain(path.resolve().name)}-{_state(path, settings)[:12]}"
+    out = cache_folder() / f"{folder_part(path.resolve().name)}-{_state(path, settings)[:12]}"
     if (out / "store.json").is_file(): return Store.open(out)
     return prepare_them(path, out, progress=progress, **settings)
 
@@ -377,5 +377,5 @@ def _state(path, settings):
     nothing else."""
     takes = _survey(path, settings.get("sources", SOURCES)).takes
     songs = sorted((t.title, t.split, t.fingerprint()) for t in takes)
-    state = str(path.resolve()), songs, sorted(settings.items()), FORMAT
+    state = str(path.resolve()), songs, sorted(settings.items()), STORE_FORMAT
     return hashlib.sha256(repr(state).encode()).hexdigest()

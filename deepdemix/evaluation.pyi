@@ -13,7 +13,7 @@ from .foundations.store import Store as Store
 from .foundations.waveforms import SAMPLE_RATE as SAMPLE_RATE
 from .metrics import METRICS as METRICS, score_song as score_song
 from .scoring.oracles import REFERENCES as REFERENCES, TRIVIAL_ROWS as TRIVIAL_ROWS, reference_estimates as reference_estimates
-from .scoring.scores import Scores as Scores
+from .scoring.scores import Scores as Scores, scores_from_records as scores_from_records, song_record as song_record
 from .tasks import scored_song as scored_song
 
 class Windowed:
@@ -69,6 +69,11 @@ def reference_rows(store: Store, channels: str | None=None, mixture: str | None=
         rows: which of `REFERENCES`; all but the complex mask by default
         metrics: which of `METRICS`
         progress: show a progress bar
+    """
+
+def song_estimator(separate: Callable, store: Store, name: str, seed: int) -> tuple[Callable, list]:
+    """A function that gives a song's estimates in the order of the data, and a list that gets an entry for
+    each stem that was expected and isn't there.
     """
 
 def evaluate(separate: nn.Module | Callable, store: Store, channels: str | None=None, mixture: str | None=None, metrics: tuple=tuple(METRICS), name: str='model', seed: int=0, references: bool | tuple | Scores=TRIVIAL_ROWS, window: float | None=None, bss: bool=False, progress: bool=False, info: dict | None=None) -> Scores:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_STEPS', 'CONTROL_STEPS', 'HANDOVER', 'SPLITS', 'PAIRS', 'Step', 'step_recipe', 'find_step', 'finished',
-           'train_steps', 'score_steps', 'Experiment', 'detectable', 'seeds_needed', 'run_experiment', 'save_report']
+           'train_steps', 'score_steps', 'Experiment', 'detectable_effect', 'seeds_needed', 'run_experiment',
+           'save_report']
 
 # %% ../nbs/09_experiment.ipynb #ec5339a2
 import json
@@ -244,7 +245,7 @@ def verdicts(self:Experiment,
     return pd.DataFrame(rows).T.rename_axis(["comparison", "metric"])
 
 # %% ../nbs/09_experiment.ipynb #f348a183
-def detectable(
+def detectable_effect(
     differences:Any, # dB, one for each seed
     seeds:int|None=None, # of the design in question; None: as many as there are differences
     power:float=0.8, # probability of finding it
@@ -263,10 +264,10 @@ def seeds_needed(
     differences:Any, # dB, one for each seed
     effect:float, # dB
     most:int=1000, # seeds at which the search ends
-    **kwargs, # power and level, as in `detectable`
+    **kwargs, # power and level, as in `detectable_effect`
 ) -> int: # seeds; `most` if even these are too few
     "The number of seeds that would find an effect of this size."
-    return next((n for n in range(2, most) if detectable(differences, n, **kwargs) <= effect), most)
+    return next((n for n in range(2, most) if detectable_effect(differences, n, **kwargs) <= effect), most)
 
 # %% ../nbs/09_experiment.ipynb #e762079d
 @patch

@@ -240,7 +240,7 @@ class Experiment:
         """
 PAIRS: tuple
 
-def detectable(differences: Any, seeds: int | None=None, power: float=0.8, level: float=0.95) -> float:
+def detectable_effect(differences: Any, seeds: int | None=None, power: float=0.8, level: float=0.95) -> float:
     """The smallest true effect that a paired t-test over `seeds` finds with probability `power`.
 
     Parameters:

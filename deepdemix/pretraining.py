@@ -26,7 +26,7 @@ from .contrast.folding import SameConv2d
 from .contrast.losses import Contrast, gather_all, metric_loss
 from .contrast.positives import check_classes, instruments_of, views_of
 from .contrast.probing import draw_excerpts, embed_excerpts, embedding_geometry, neighbour_accuracy
-from .contrast.settings import Settings, read_settings
+from .contrast.settings import Settings, contrast_settings
 from .contrast.stores import WeightedBatches, WeightedTriplets, open_stores
 from .foundations.distributed import shard_rows
 from .foundations.files import UserError
@@ -226,7 +226,7 @@ class ContrastTask(Task):
                 f"the network '{recipe.network}' has no embed, so there is nothing to contrast; a network"
                 " that can be pretrained has embed(waveform) -> (batch, dim)"
             )
-        self.settings = s = read_settings(recipe.task_args)
+        self.settings = s = contrast_settings(recipe.task_args)
         self.duration = getattr(network, "duration", recipe.mixer.get("duration", 5.))
         self.heads = Contrast(recipe.loss, embedding_size(network, self.duration), s.margin, s.temperature,
                               s.head, s.miner, s.memory)

@@ -17,7 +17,7 @@ from .contrast.folding import SameConv2d as SameConv2d
 from .contrast.losses import Contrast as Contrast, gather_all as gather_all, metric_loss as metric_loss
 from .contrast.positives import check_classes as check_classes, instruments_of as instruments_of, views_of as views_of
 from .contrast.probing import draw_excerpts as draw_excerpts, embed_excerpts as embed_excerpts, embedding_geometry as embedding_geometry, neighbour_accuracy as neighbour_accuracy
-from .contrast.settings import Settings as Settings, read_settings as read_settings
+from .contrast.settings import Settings as Settings, contrast_settings as contrast_settings
 from .contrast.stores import WeightedBatches as WeightedBatches, WeightedTriplets as WeightedTriplets, open_stores as open_stores
 from .foundations.distributed import shard_rows as shard_rows
 from .foundations.files import UserError as UserError

@@ -34,7 +34,7 @@ from .foundations.model_names import find_model, peer_names, pretrained_names
 from .foundations.recipe import read_record
 from .foundations.runs import load_network
 from .foundations.song_files import find_songs, folder_name
-from .foundations.stem_folders import _checked, _hidden_folder, _publish, normalise_peaks
+from .foundations.stem_folders import check_format, hidden_folder, normalise_peaks, publish_folder
 from .foundations.tags import fix_serial, write_tags
 from .foundations.waveforms import as_waveform, check_rate, resample_blocks
 
@@ -404,16 +404,16 @@ def separate_file(self:Separator,
 ) -> dict:
     """Separate a song into files of its rate and length. Returns a summary that JSON can hold; warns with
     `DamagedAudio` for a cut-off file. `UserError`: nothing was written."""
-    format, subtype, clip = _checked(format, subtype, clip)
+    format, subtype, clip = check_format(format, subtype, clip)
     weights, stream = output_weights(self.sources, two_stems, stems, residual_to), stream_of(path, track)
     info, start, out, found = probe(path, stream), time.perf_counter(), Path(out), []
     home, kind = out / folder_name(path), (info.sample_rate, info.channels, subtype)
     for name in weights: Writer(home / f"{name}.{format}", *kind)
-    with _hidden_folder(out) as hidden, _report(progress, str(path), info.duration) as seconds_done:
+    with hidden_folder(out) as hidden, _report(progress, str(path), info.duration) as seconds_done:
         blocks = read_blocks(path, 10 * info.sample_rate, stream=stream, strict=False, report=found.append)
         gain, frames = self._write_stems(blocks, info, hidden, weights, format, subtype, clip, seconds_done)
         notes = _finish(hidden, format, info.tags if tags else {})
-        folder = _publish(hidden, home, overwrite, taken)
+        folder = publish_folder(hidden, home, overwrite, taken)
     for warning in found: report(warning) if report else warnings.warn(warning, stacklevel=2)
     damage = [str(x) for x in found if isinstance(x, DamagedAudio)]
     notes = [*(str(x) for x in found if not isinstance(x, DamagedAudio)), *notes]
@@ -445,7 +445,7 @@ def separate_files(self:Separator,
 ) -> dict:
     "Separate many songs: summaries of all `songs`, and lines on what has `failed` and was `passed_over`."
     weights = output_weights(self.sources, *(options.get(x) for x in ("two_stems", "stems", "residual_to")))
-    format = _checked(options.get("format", "wav"), options.get("subtype"), options.get("clip"))[0]
+    format = check_format(options.get("format", "wav"), options.get("subtype"), options.get("clip"))[0]
     if skip_existing and options.get("overwrite"): raise UserError("skip_existing and overwrite: choose one")
     songs, passed, start = [], [], time.perf_counter()
     found = find_songs(paths, out, {*self.sources, *SOURCES}, passed.append)

@@ -25,7 +25,7 @@ from .foundations.model_names import find_model as find_model, peer_names as pee
 from .foundations.recipe import read_record as read_record
 from .foundations.runs import load_network as load_network
 from .foundations.song_files import find_songs as find_songs, folder_name as folder_name
-from .foundations.stem_folders import normalise_peaks as normalise_peaks
+from .foundations.stem_folders import check_format as check_format, hidden_folder as hidden_folder, normalise_peaks as normalise_peaks, publish_folder as publish_folder
 from .foundations.tags import fix_serial as fix_serial, write_tags as write_tags
 from .foundations.waveforms import as_waveform as as_waveform, check_rate as check_rate, resample_blocks as resample_blocks
 

@@ -18,7 +18,7 @@ from torch import nn
 from .foundations.distributed import shard_rows
 from .foundations.files import UserError, check_finite
 from .foundations.inference import stems_of_song
-from .foundations.recipe import Recipe, _fits
+from .foundations.recipe import Recipe, fits_default
 from .foundations.registry import Registry, build_network, check_settings
 from .foundations.separation_losses import LOSSES
 from .foundations.store import Store
@@ -104,7 +104,7 @@ def build_terms(
         term = TERMS[name]
         settings = dict(settings) if isinstance(settings, dict) else {"weight": settings}
         weight = settings.pop("weight", 0)
-        if not _fits(weight, 0.) or not 0 <= weight < math.inf:
+        if not fits_default(weight, 0.) or not 0 <= weight < math.inf:
             raise UserError(f"the weight of the term '{name}' can't be {weight!r}: it is a number, 0 or more")
         if weight: terms[name] = weight, term(task, settings)
     return terms

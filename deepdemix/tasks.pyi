@@ -9,7 +9,7 @@ from torch import nn as nn
 from .foundations.distributed import shard_rows as shard_rows
 from .foundations.files import UserError as UserError, check_finite as check_finite
 from .foundations.inference import stems_of_song as stems_of_song
-from .foundations.recipe import Recipe as Recipe
+from .foundations.recipe import Recipe as Recipe, fits_default as fits_default
 from .foundations.registry import Registry as Registry, build_network as build_network, check_settings as check_settings
 from .foundations.separation_losses import LOSSES as LOSSES
 from .foundations.store import Store as Store

@@ -25,7 +25,7 @@ from torch import nn
 
 from .foundations.distributed import Ranks, check_same_environment, describe_disconnect, environment
 from .foundations.fabric import batches_left, make_fabric, quiet, set_up
-from .foundations.files import UserError, _write_json
+from .foundations.files import UserError, write_json
 from .foundations.memory import keep_memory
 from deepdemix.foundations.optimisation import (
     Average,
@@ -36,10 +36,10 @@ from deepdemix.foundations.optimisation import (
 )
 from .foundations.precision import settle_precision
 from .foundations.randomness import random_state, seeded, set_random_state
-from .foundations.recipe import FORMAT, Recipe
+from .foundations.recipe import RECIPE_FORMAT, Recipe
 from .foundations.reporting import Reporter
 from .foundations.run_metrics import write_metrics
-from .foundations.run_opening import _open_run, best_cost, sole_writer, store_places
+from .foundations.run_opening import best_cost, open_run, sole_writer, store_places
 from .foundations.runs import load_encoder, load_start, new_record, run_folder
 from .foundations.state import write_state
 from .foundations.store import Store
@@ -152,7 +152,7 @@ def save_state(
     pool_figures(loop)
     own, *others = loop.ranks.collect(random_state())
     state = dict(
-        format=FORMAT, step=loop.step, rows=loop.rows, data=store_places(loop.task.store),
+        format=RECIPE_FORMAT, step=loop.step, rows=loop.rows, data=store_places(loop.task.store),
         network=loop.network.state_dict(), heads=loop.task.heads.state_dict() if loop.task.heads else {},
         optimizer=loop.optimizer.state_dict(), average=loop.average.mean if loop.average else [],
         precision=loop.fabric.strategy.precision.state_dict(), used=loop.precision, random=own, others=others,
@@ -346,7 +346,7 @@ def write_record(
     loop.record |= dict(status=status, finished=status == "finished", step=loop.step, epoch=loop.epoch,
                         examples=loop.step * loop.recipe.examples_per_step, processes=loop.ranks.world,
                         precision=loop.precision, hours=round(loop.spent / 3600, 5))
-    _write_json(loop.out/"recipe.json", loop.record)
+    write_json(loop.out/"recipe.json", loop.record)
 
 # %% ../nbs/03_training.ipynb #bfeee898
 def is_over(
@@ -427,7 +427,7 @@ def fit(
         check_monitor(task, recipe.monitor)
         fabric = make_fabric(recipe, devices, nodes, strategy, task.network)
         with sole_writer(out, fabric.is_global_zero):
-            record, state = _open_run(recipe, store, out, resume)
+            record, state = open_run(recipe, store, out, resume)
             return _run(recipe, store, out, task, record, state, logger, progress, fabric)
 
 # %% ../nbs/03_training.ipynb #3900bbde

@@ -14,15 +14,15 @@ import torch
 from torch import nn as nn
 from .foundations.distributed import Ranks as Ranks, check_same_environment as check_same_environment, describe_disconnect as describe_disconnect, environment as environment
 from .foundations.fabric import batches_left as batches_left, make_fabric as make_fabric, quiet as quiet, set_up as set_up
-from .foundations.files import UserError as UserError
+from .foundations.files import UserError as UserError, write_json as write_json
 from .foundations.memory import keep_memory as keep_memory
 from deepdemix.foundations.optimisation import Average as Average, build_optimizer as build_optimizer, lr_factor as lr_factor, num_trainable_layers as num_trainable_layers, unfreeze_last as unfreeze_last
 from .foundations.precision import settle_precision as settle_precision
 from .foundations.randomness import random_state as random_state, seeded as seeded, set_random_state as set_random_state
-from .foundations.recipe import FORMAT as FORMAT, Recipe as Recipe
+from .foundations.recipe import RECIPE_FORMAT as RECIPE_FORMAT, Recipe as Recipe
 from .foundations.reporting import Reporter as Reporter
 from .foundations.run_metrics import write_metrics as write_metrics
-from .foundations.run_opening import best_cost as best_cost, sole_writer as sole_writer, store_places as store_places
+from .foundations.run_opening import best_cost as best_cost, open_run as open_run, sole_writer as sole_writer, store_places as store_places
 from .foundations.runs import load_encoder as load_encoder, load_start as load_start, new_record as new_record, run_folder as run_folder
 from .foundations.state import write_state as write_state
 from .foundations.store import Store as Store

@@ -24,7 +24,7 @@ from deepdemix.foundations.encoding import write
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.recipe import Recipe
 from deepdemix.foundations.runs import save_network
-from deepdemix.foundations.store import FORMAT
+from deepdemix.foundations.store import STORE_FORMAT
 from deepdemix.networks.recurrent import Recurrent
 from deepdemix.serving.catalogue import SongWorker, read_manifest, separate_catalogue, serial_executor
 from deepdemix.serving.cluster import OnRay, cluster
@@ -356,7 +356,7 @@ def giant_store(out, gigabytes=30, minutes=3):
         )
     (out / "store.json").write_text(
         json.dumps(
-            dict(format=FORMAT, sample_rate=44100, sources=SOURCES, digest="", skipped=[], songs=songs)
+            dict(format=STORE_FORMAT, sample_rate=44100, sources=SOURCES, digest="", skipped=[], songs=songs)
         )
     )
     return sum(p.stat().st_size for p in out.rglob("*.npy"))

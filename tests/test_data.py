@@ -31,7 +31,7 @@ from deepdemix.data import (
 )
 from deepdemix.foundations.encoding import write
 from deepdemix.foundations.files import UserError
-from deepdemix.foundations.store import FORMAT, Store
+from deepdemix.foundations.store import STORE_FORMAT, Store
 from deepdemix.foundations.store_preparing import DataNote, prepare
 from deepdemix.foundations.store_songs import TrackSource
 from deepdemix.foundations.toy_band import compose, toy_song
@@ -261,7 +261,9 @@ def sparse_store(path, songs, frames):
         entries.append(entry)
     (path / "store.json").write_text(
         json.dumps(
-            dict(format=FORMAT, sample_rate=44100, sources=SOURCES, digest="", skipped=[], songs=entries)
+            dict(
+                format=STORE_FORMAT, sample_rate=44100, sources=SOURCES, digest="", skipped=[], songs=entries
+            )
         )
     )
 
@@ -784,7 +786,7 @@ def song_with(**fields): return lambda index: dict(index, songs=[dict(s, **field
     "change",
     [song_with(file="../../x"), song_with(file="/etc/x"), song_with(part=".."),
      song_with(part="../../elsewhere"), song_with(file=".."), song_with(file=""), song_with(file="a/b"),
-     song_with(file="a\\b"), song_with(file=7), lambda index: [index], lambda index: {"format": FORMAT},
+     song_with(file="a\\b"), song_with(file=7), lambda index: [index], lambda index: {"format": STORE_FORMAT},
      lambda index: dict(index, songs=[{"title": "x"}]), lambda index: dict(index, songs=7),
      lambda index: dict(index, sources=None)],
 )

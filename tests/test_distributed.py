@@ -354,7 +354,7 @@ def told_once(status, told, text):
 
 def test_processes_that_differ_do_not_begin(tmp_path):
     def versions(rank):
-        if rank: distributed._versions = lambda: {"torch": "1.0"}
+        if rank: distributed.library_versions = lambda: {"torch": "1.0"}
         fit(plain(), STORE, tmp_path/"run", progress=False)
     assert told_once(*together(tmp_path, versions), "differ in their versions: torch is 2") == 1
     class Other(type(STORE)): digest = "other songs"

@@ -9,8 +9,9 @@ from deepdemix.cli import main
 from deepdemix.data import prepare_toy
 from deepdemix.evaluation import evaluate
 from deepdemix.foundations.encoding import write
+from deepdemix.foundations.song_files import plain_title
 from deepdemix.foundations.waveforms import resample
-from deepdemix.scoring.estimates import Estimates, plain_title
+from deepdemix.scoring.estimates import Estimates
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 
 from deepdemix.audio import SOURCES
 from deepdemix.baseline import count_parameters
-from deepdemix.contrast.probing import probe, random_twin
+from deepdemix.contrast.probing import probe_embedding, random_twin
 from deepdemix.data import prepare_toy
 from deepdemix.foundations.files import UserError
 from deepdemix.foundations.profiles import recipe_for
@@ -304,7 +304,7 @@ def test_pretraining_probe_and_transfer(twin, loss, store, tmp_path):
     fresh = load_encoder(build(twin, seed=1), first)
     assert all(torch.equal(v, trained.encoder.state_dict()[k]) for k, v in fresh.encoder.state_dict().items())
     trained.duration = seconds(twin)
-    table = probe(trained, store.split("train"), store.split("test"), per_song=2, k=1, randoms=1)
+    table = probe_embedding(trained, store.split("train"), store.split("test"), per_song=2, k=1, randoms=1)
     assert list(table.index) == ["encoder", "random encoder", "mel statistics"] and table.notna().all(
         axis=None
     )

@@ -23,11 +23,11 @@ from deepdemix.contrast.probing import (
     draw_excerpts,
     embedding_geometry,
     neighbour_accuracy,
-    probe,
+    probe_embedding,
     random_twin,
     retrieval,
 )
-from deepdemix.contrast.stores import WeightedBatches, WeightedTriplets, join_stores, open_stores, plain_title
+from deepdemix.contrast.stores import WeightedBatches, WeightedTriplets, join_stores, open_stores
 from deepdemix.data import prepare_stems, prepare_toy
 from deepdemix.foundations.encoding import write
 from deepdemix.foundations.files import UserError
@@ -35,6 +35,7 @@ from deepdemix.foundations.recipe import Recipe, read_record
 from deepdemix.foundations.registry import build_network, register_network
 from deepdemix.foundations.run_metrics import read_metrics
 from deepdemix.foundations.runs import load_encoder, load_network
+from deepdemix.foundations.song_files import plain_title
 from deepdemix.foundations.state import read_state
 from deepdemix.foundations.weights import read_weights
 from deepdemix.pretraining import DeepDeMixEncoder, EncoderNetwork, PretrainingTask, pretrain
@@ -227,12 +228,13 @@ def test_probe_and_confusion_go_by_the_names_of_instruments(store, tmp_path):
     )
     rest = store.select(list(range(2, len(store))))
     network = EncoderNetwork(**TINY).eval()
-    table = probe(network, rest, turned, per_song=2, randoms=1)
+    table = probe_embedding(network, rest, turned, per_song=2, randoms=1)
     matrix = confusion(network, rest, turned, per_song=2)
     swapped = prepare_stems(
         tmp_path / "songs", tmp_path / "swapped", sources=("drums", "vocals"), valid=0, test=0, progress=False
     )
-    pd.testing.assert_frame_equal(table, probe(network, rest, swapped, per_song=2, randoms=1), atol=1e-3)
+    again = probe_embedding(network, rest, swapped, per_song=2, randoms=1)
+    pd.testing.assert_frame_equal(table, again, atol=1e-3)
     pd.testing.assert_frame_equal(matrix, confusion(network, rest, swapped, per_song=2), atol=1e-3)
     assert table.knn["mel statistics"] > 0.5
     assert list(matrix.columns) == list(SOURCES) and matrix.loc[["bass", "other"]].sum().sum() == 0
@@ -345,10 +347,10 @@ def test_a_probe_knows_signal_from_noise(store):
     class Told(torch.nn.Module):
         duration = 0.5
         def embed(self, x): return x.flatten(1).std(1, keepdim=True) * 0
-    constant = probe(Told(), store.split("train"), store.split("test"), per_song=2)
+    constant = probe_embedding(Told(), store.split("train"), store.split("test"), per_song=2)
     assert constant.knn["encoder"] < 0.5 < constant.knn["mel statistics"]
     with pytest.raises(UserError, match="both sides"):
-        probe(Told(), store.split("train"), store.split("train"))
+        probe_embedding(Told(), store.split("train"), store.split("train"))
 
 
 def test_maps_show_every_network_in_a_row(store):
@@ -739,7 +741,8 @@ def test_real_songs_train_an_encoder(previews, tmp_path):
     assert previews.splits["valid"] == 3 and previews.splits["train"] == 3
     run = pretrain(previews, tmp_path / "run", network_args=TINY, batch_size=4, examples_per_epoch=32,
                    epochs=2, valid_examples=8, places=2, lr=3e-3, progress=False)
-    table = probe(load_network(run), previews.split("train"), previews.split("valid"), per_song=3, randoms=2)
+    songs = previews.split("train"), previews.split("valid")
+    table = probe_embedding(load_network(run), *songs, per_song=3, randoms=2)
     assert {"encoder", "random encoder", "mel statistics"} == set(table.index)
     assert np.isfinite(table.values).all() and table.knn["mel statistics"] > 0.4
 

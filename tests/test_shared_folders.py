@@ -20,8 +20,8 @@ HOLD = """
 import fcntl, sys
 from pathlib import Path
 fcntl.flock = lambda *_: None
-from deepdemix.foundations.stem_folders import _hidden_folder
-with _hidden_folder(Path(sys.argv[1])) as hidden:
+from deepdemix.foundations.stem_folders import hidden_folder
+with hidden_folder(Path(sys.argv[1])) as hidden:
     (hidden / "drums.wav").touch()
     print(hidden.name, flush=True)
     sys.stdin.readline()

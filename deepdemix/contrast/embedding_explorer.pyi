@@ -9,7 +9,7 @@ from .embedding_pictures import project as project, show_embedding as show_embed
 from .probing import draw_excerpts as draw_excerpts, embed_excerpts as embed_excerpts
 from ..foundations.store import Store as Store
 
-class Explorer:
+class EmbeddingExplorer:
     """Excerpts on a map: the chosen one is ringed, named and can be played. `box` holds the widgets."""
     excerpts: Any
     points: Any
@@ -38,7 +38,7 @@ class Explorer:
             event: of matplotlib, with xdata and ydata
         """
 
-def explore(network: Any, store: Store, per_song: int=4, seed: int=0) -> Explorer:
+def explore(network: Any, store: Store, per_song: int=4, seed: int=0) -> EmbeddingExplorer:
     """A map of excerpts to walk and listen through. The sound travels to the page: clear the output before
     sharing songs that may not be shared.
 

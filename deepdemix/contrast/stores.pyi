@@ -8,6 +8,8 @@ import numpy as np
 from fastcore.basics import patch as patch
 from ..augmentation import BalancedBatches as BalancedBatches, Triplets as Triplets
 from ..foundations.files import UserError as UserError
+from ..foundations.recipe import fits_default as fits_default
+from ..foundations.song_files import plain_title as plain_title
 from ..foundations.store import stem_minutes as stem_minutes
 
 class Stores:
@@ -63,15 +65,6 @@ test."""
 
         Returns: (sources, channels, frames)
         """
-
-def plain_title(title: str) -> str:
-    """The part that two spellings of a title have in common.
-
-    Parameters:
-        title: of a song
-
-    Returns: its letters and digits, in lower case
-    """
 
 def join_stores(stores: list, weights: list | None=None) -> Stores:
     """Several stores as one; a `UserError` for rates that differ, for weights that are not one number above

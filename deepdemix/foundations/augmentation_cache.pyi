@@ -96,3 +96,6 @@ most are kept, as far as `memory` goes."""
             variant: which of its copies, below `variants`
             index: the example that asks
         """
+
+def draw_between(rng: np.random.Generator, bounds: tuple | None, neutral: float) -> float:
+    """A number drawn evenly from between two bounds; the neutral one where there are none."""

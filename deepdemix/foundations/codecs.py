@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .decoding import Decoder
+from .decoding import AudioDecoder
 from .files import UserError
 from .waveforms import SAMPLE_RATE, check_rate, resample, resample_blocks, to_channels
 
@@ -57,7 +57,7 @@ def read(
         if x is not None and not (0 <= x < math.inf):
             raise UserError(f"{name} is in seconds from 0 on, not {x!r}")
     new = None if sample_rate is None else check_rate(sample_rate)
-    with Decoder(path, (stream,), strict, report) as decoder:
+    with AudioDecoder(path, (stream,), strict, report) as decoder:
         rate = decoder.sample_rate
         x = _cut(decoder, round(start * rate), None if duration is None else round(duration * rate))
     return resample(to_channels(x, channels), rate, new or rate), new or rate
@@ -69,7 +69,7 @@ def read_streams(
 ) -> tuple:
     """Decode every audio stream in one pass: (list of float32 tensors (channels, time), sample rate in Hz).
     `UserError` for unreadable files."""
-    with Decoder(path, None, strict) as decoder:
+    with AudioDecoder(path, None, strict) as decoder:
         parts = [[] for _ in decoder.streams]
         for i, x in decoder: parts[i].append(x)
         return [_join(p, n) for p, n in zip(parts, decoder.channels)], decoder.sample_rate
@@ -102,7 +102,7 @@ def read_blocks(
     `UserError` for unreadable files."""
     if sample_rate is not None: check_rate(sample_rate)
     if block < 1: raise UserError(f"a block has at least one sample, not {block}")
-    with Decoder(path, (stream,), strict, report) as decoder:
+    with AudioDecoder(path, (stream,), strict, report) as decoder:
         parts = (torch.from_numpy(x) for _, x in decoder)
         if sample_rate not in (None, decoder.sample_rate):
             parts = resample_blocks(parts, decoder.sample_rate, sample_rate)

@@ -5,7 +5,7 @@ from collections.abc import Callable as Callable, Iterator as Iterator
 from pathlib import Path as Path
 import numpy as np
 import torch
-from .decoding import Decoder as Decoder
+from .decoding import AudioDecoder as AudioDecoder
 from .files import UserError as UserError
 from .waveforms import SAMPLE_RATE as SAMPLE_RATE, check_rate as check_rate, resample as resample, resample_blocks as resample_blocks, to_channels as to_channels
 

@@ -9,6 +9,8 @@ from pathlib import Path as Path
 from typing import NamedTuple as NamedTuple
 import numpy as np
 from fastcore.basics import patch as patch
+from deepdemix.foundations.containers import Unreadable as Unreadable, check_frame as check_frame, counts_frames as counts_frames, declared_length as declared_length, ends_open as ends_open, find_stream as find_stream, frame_samples as frame_samples, missing_bytes as missing_bytes, open_container as open_container, skip_tags as skip_tags, system_reason as system_reason
+from .encoding import soundfile_reason as soundfile_reason
 from .files import ChangedAudio as ChangedAudio, DamagedAudio as DamagedAudio, UserError as UserError
 
 class _Piece(NamedTuple):
@@ -35,7 +37,7 @@ class _Bridge:
     def flush(self):
         """Return what resampling has held back."""
 
-class Decoder:
+class AudioDecoder:
     """An open audio file: iterate over it for (position in `streams`, float32 array (channels, time));
 `problems` says what was wrong with it."""
     path: Any
@@ -57,7 +59,7 @@ class Decoder:
     def close(self) -> None:
         ...
 
-    def __enter__(self) -> 'Decoder':
+    def __enter__(self) -> 'AudioDecoder':
         ...
 
     def __exit__(self, *_) -> None:

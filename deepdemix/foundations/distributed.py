@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIB', 'FEWEST', 'shard_rows', 'Ranks', 'is_first', 'environment', 'check_same_environment', 'launched_world',
-           'resolve_devices', 'processes_worth', 'describe_disconnect']
+           'resolve_devices', 'processes_worth', 'describe_disconnect', 'LostRankWatch']
 
 # %% ../../nbs/foundations/distributed.ipynb #1326df01
 import logging
@@ -21,7 +21,7 @@ from .console import say
 from .cores import available_cores, available_memory
 from .files import UserError
 from .recipe import MAY_CHANGE, Recipe
-from .runs import _versions
+from .runs import library_versions
 
 # %% ../../nbs/foundations/distributed.ipynb #6f826599
 def shard_rows(
@@ -96,7 +96,7 @@ def is_first() -> bool:
 def environment(recipe:Recipe, store:Any) -> dict:
     "Everything that all processes must have in common, and where this one is."
     settings = {k: v for k, v in recipe.to_dict().items() if k not in MAY_CHANGE}
-    return dict(where=f"process on {platform.node()}", versions=_versions(), recipe=settings,
+    return dict(where=f"process on {platform.node()}", versions=library_versions(), recipe=settings,
                 data={"digest": getattr(store, "digest", None)})
 
 # %% ../../nbs/foundations/distributed.ipynb #de00fec3
@@ -204,9 +204,9 @@ def describe_disconnect(
     return "another process of this training has ended or can't be reached" if known else None
 
 # %% ../../nbs/foundations/distributed.ipynb #8054eec3
-class _Watch(logging.Handler):
+class LostRankWatch(logging.Handler):
     "Lightning's note that a process has died, as one line."
-    def emit(self, record):
+    def emit(self, record:logging.LogRecord) -> None:
         if "terminated with code" in record.getMessage():
             how = record.getMessage().split(" terminated with ")[1].split(".")[0]
             ended = f"another process of this training has ended ({how}), so all are ended"

@@ -12,6 +12,7 @@ from .console import say as say
 from .cores import available_cores as available_cores, available_memory as available_memory
 from .files import UserError as UserError
 from .recipe import MAY_CHANGE as MAY_CHANGE, Recipe as Recipe
+from .runs import library_versions as library_versions
 
 def shard_rows(n: int, rank: int, world_size: int) -> range:
     """The rows of a batch that one of several processes computes. Raises a `UserError` where they can't all
@@ -104,8 +105,8 @@ def describe_disconnect(error: Exception) -> str | None:
     Returns: what to say; None: it has nothing to do with the others
     """
 
-class _Watch(logging.Handler):
+class LostRankWatch(logging.Handler):
     """Lightning's note that a process has died, as one line."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         ...

@@ -43,6 +43,9 @@ written."""
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         ...
 
+def soundfile_reason(error: Exception) -> str:
+    """The reason that libsndfile gives."""
+
 def write(path: str | Path, waveform: Any, sample_rate: int, subtype: str | None=None) -> None:
     """Write a file in the format of its suffix, whole or not at all. `UserError` for what it cannot hold,
     and integers.

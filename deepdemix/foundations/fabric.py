@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .distributed import _Watch, processes_worth, resolve_devices
+from .distributed import LostRankWatch, processes_worth, resolve_devices
 from .files import UserError
 from .recipe import Recipe
 from .registry import no_such
@@ -59,7 +59,8 @@ def quiet() -> Iterator:
     levels = [l.level for l in loggers]
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     for l in loggers: l.setLevel(logging.ERROR)
-    watch, launcher = _Watch(), logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    watch = LostRankWatch()
+    launcher = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
     launcher.addHandler(watch)
     launcher.setLevel(logging.INFO)
     launcher.propagate = False

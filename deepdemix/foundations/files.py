@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'DamagedAudio', 'ChangedAudio', 'check_finite', 'hidden_name', 'abandoned', 'atomic_path',
-           'check_writable']
+           'check_writable', 'read_json', 'write_json']
 
 # %% ../../nbs/foundations/files.ipynb #ec39c784
 import hashlib
@@ -129,8 +129,8 @@ def check_writable(
         raise UserError(f"{found}: cannot write in this folder (permission denied)")
 
 # %% ../../nbs/foundations/files.ipynb #7574e356
-def _read_json(
-    path, # a JSON file
+def read_json(
+    path:str|Path, # a JSON file
 ) -> dict:
     "Read a JSON object; a missing or damaged file raises a `UserError`."
     try: d = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -140,9 +140,9 @@ def _read_json(
     return d
 
 # %% ../../nbs/foundations/files.ipynb #2cb6c719
-def _write_json(
-    path, # where to
+def write_json(
+    path:str|Path, # where to
     d:dict, # what JSON can hold
-):
+) -> None:
     "Write JSON atomically."
     with atomic_path(path) as p: Path(p).write_text(json.dumps(d, indent=1) + "\n", encoding="utf-8")

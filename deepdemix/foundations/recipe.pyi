@@ -4,10 +4,11 @@ import json
 import math
 from dataclasses import MISSING as MISSING, asdict as asdict, dataclass as dataclass, field as field, fields as fields
 from pathlib import Path as Path
+from typing import Any as Any
 import yaml
 from fastcore.basics import patch as patch
 from fastcore.docments import docments as docments
-from .files import UserError as UserError
+from .files import UserError as UserError, read_json as read_json, write_json as write_json
 from .registry import no_such as no_such
 
 @dataclass
@@ -101,7 +102,7 @@ class Recipe:
     @property
     def steps(self) -> int:
         """Steps of the optimiser in the whole run."""
-FORMAT: int
+RECIPE_FORMAT: int
 
 def read_record(run: str | Path) -> dict:
     """Read a run's recipe.json. A file from another format version raises a `UserError`.
@@ -110,6 +111,14 @@ def read_record(run: str | Path) -> dict:
         run: a run folder, or its recipe.json
 
     Returns: "recipe", "versions", "data", "parameters", "status", …
+    """
+
+def fits_default(value: Any, default: Any) -> bool:
+    """True if `value` is of the kind that a field with this default takes.
+
+    Parameters:
+        value: a new value
+        default: the field's default
     """
 CHOICES: Any
 POSITIVE: tuple

@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections import OrderedDict as OrderedDict
-from collections.abc import Iterator as Iterator
+from collections.abc import Iterable as Iterable, Iterator as Iterator
 from contextlib import contextmanager as contextmanager
 from dataclasses import dataclass as dataclass
 from pathlib import Path as Path
@@ -14,8 +14,8 @@ from typing import Any as Any
 import numpy as np
 import torch
 from fastcore.basics import patch as patch
-from .files import UserError as UserError, abandoned as abandoned, atomic_path as atomic_path
-FORMAT: int
+from .files import UserError as UserError, abandoned as abandoned, atomic_path as atomic_path, write_json as write_json
+STORE_FORMAT: int
 
 @dataclass(frozen=True)
 class Song:
@@ -42,6 +42,12 @@ class Song:
     @property
     def duration(self) -> float:
         ...
+
+def song_from_json(entry: dict) -> Song:
+    """A `Song` from its JSON."""
+
+def songs_digest(songs: Iterable) -> str:
+    """One digest for a list of songs, whatever their order."""
 
 def stem_minutes(songs: list) -> dict:
     """Minutes of music with true stems, minutes with pseudo-stems, and the models that made those.
@@ -165,6 +171,26 @@ stores too."""
         """Titles of songs whose arrays are gone or no longer fit their digests: reads everything. `prepare` with
         `repair=True` decodes those anew.
         """
+SPLIT_NAMES: dict
+HOW_TO_SPLIT: str
+
+def is_intact(path: str | Path, dtype: str, digest: str | None=None) -> bool:
+    """True if a .npy file is there in full and, if a digest is given, still has it."""
+
+def folder_part(name: str) -> str:
+    """The part of a folder's name that stands for a title: letters, digits and hyphens."""
+
+@contextmanager
+def lock_folder(out: Path) -> Iterator:
+    """Keep other processes from preparing the same folder, where the disk has locks. What killed ones left is
+    removed.
+    """
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that can be written in, or say why not."""
+
+def array_files(store: str | Path, song: Song) -> list:
+    """The files of a song with their digests."""
 
 def cache_folder() -> Path:
     """The folder of decoded data sets."""

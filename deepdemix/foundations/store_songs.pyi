@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch as patch
 from ..audio import SOURCES as SOURCES
-from .decoding import Decoder as Decoder, probe as probe
-from .files import UserError as UserError, atomic_path as atomic_path, check_finite as check_finite
-from .store import FORMAT as FORMAT
+from .decoding import AudioDecoder as AudioDecoder, probe as probe
+from .files import UserError as UserError, atomic_path as atomic_path, check_finite as check_finite, write_json as write_json
+from .store import STORE_FORMAT as STORE_FORMAT, folder_part as folder_part
 from .waveforms import SAMPLE_RATE as SAMPLE_RATE, as_waveform as as_waveform, resample as resample
 
 class _RestartSong(Exception):
@@ -79,8 +79,8 @@ class TrackSource:
         """
 
 @dataclass(frozen=True)
-class _Settings:
-    """How songs are decoded; part of what makes a cache entry valid."""
+class DecodeSettings:
+    """The way songs are decoded; part of what makes a cache entry valid."""
     sources: tuple = SOURCES
     sample_rate: int = SAMPLE_RATE
     channels: int | None = None
@@ -88,5 +88,8 @@ class _Settings:
     allow_missing: bool = False
     trim: bool = False
 
-    def cache_entry(self, take):
-        ...
+    def cache_entry(self, take: TrackSource) -> dict:
+        """A cache entry without its song."""
+
+def write_song(take: TrackSource, out: str | Path, settings: DecodeSettings) -> dict:
+    """Prepare one song: its arrays, then its cache entry. Returns the index entry."""

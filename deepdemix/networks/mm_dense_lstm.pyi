@@ -60,7 +60,7 @@ n_f)."""
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ...
 
-class BandEncoder(nn.Module):
+class DenseEncoder(nn.Module):
     """The way down: (batch, n_in, n_t, n_f) -> maps of every size, the largest first; the last are the
 bottleneck's."""
     depth: Any
@@ -82,13 +82,13 @@ bottleneck's."""
     def forward(self, x: torch.Tensor) -> list:
         ...
 
-class BandDecoder(nn.Module):
+class DenseDecoder(nn.Module):
     """The way up: the encoder's maps -> (batch, n_out, n_t, n_f), of the encoder's padded size."""
     ups: Any
     blocks: Any
     n_out: Any
 
-    def __init__(self, encoder: BandEncoder, growth: int, layers: list, units: list):
+    def __init__(self, encoder: DenseEncoder, growth: int, layers: list, units: list):
         """Parameters:
             encoder: whose maps will come in
             growth: maps of each dense block

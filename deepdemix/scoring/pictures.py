@@ -14,10 +14,10 @@ import numpy as np
 from torch import nn
 
 from ..audio import SOURCE_COLORS, STFT, show_spectrogram
-from ..evaluation import Windowed, _estimator
+from ..evaluation import Windowed, song_estimator
 from ..foundations.store import Store
-from .scores import Scores, _one_split
-from .verdicts import _pick
+from .scores import Scores, common_split
+from .verdicts import pick_model
 from ..tasks import scored_song
 
 # %% ../../nbs/scoring/pictures.ipynb #1bc0d77b
@@ -45,7 +45,7 @@ def plot_scores(
     import seaborn as sns
     ax = ax or plt.subplots(figsize=(4.9, 3.8), dpi=75, layout="constrained")[1]
     rows = scores.rows[
-        (scores.rows.metric == metric) & (scores.rows.split == (split or _one_split(scores, scores)))
+        (scores.rows.metric == metric) & (scores.rows.split == (split or common_split(scores, scores)))
     ]
     own = (rows[rows.model.isin(scores.models)] .groupby(["model", "source", "song"], sort=False)
            .value.mean() .reset_index())
@@ -74,8 +74,8 @@ def plot_songs(
 ) -> Any:
     "Scatter of songs, model B against model A, in the colours of the sources."
     import matplotlib.pyplot as plt
-    (a, model_a), (b, model_b) = _pick(a, model_a), _pick(b, model_b)
-    split = split or _one_split(a, b)
+    (a, model_a), (b, model_b) = pick_model(a, model_a), pick_model(b, model_b)
+    split = split or common_split(a, b)
     x, y = a.by_song(metric, model_a, split), b.by_song(metric, model_b, split)
     songs = x.index.intersection(y.index)
     ax = ax or plt.subplots(figsize=(4, 3.6), dpi=75, layout="constrained")[1]
@@ -93,7 +93,7 @@ def _spectrograms(separate, store, i: int, source: str, info: dict, axes) -> Non
     "One song: mixture, truth and estimate of one source, side by side."
     stems, mix = scored_song(store, i, info.get("channels", "mono"), info.get("mixture", "sum"))
     k = list(store.sources).index(source)
-    estimate = _estimator(separate, store, "", 0)[0](stems, mix, store.songs[i].title)[""]
+    estimate = song_estimator(separate, store, "", 0)[0](stems, mix, store.songs[i].title)[""]
     estimate = estimate[0][estimate[1].index(k)]
     stft = STFT(2048, 1024)
     for ax, x in zip(axes, (mix, stems[k], estimate)):

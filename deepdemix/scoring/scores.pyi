@@ -116,9 +116,18 @@ class Scores:
     def from_museval(cls, folder: str | Path, name: str | None=None, split: str='test', sources: tuple=SOURCES) -> Scores:
         """Scores from the files that museval wrote, with SDR, ISR, SIR and SAR; stereo, as museval scores MUSDB18."""
 
+def song_record(key: tuple, names: tuple, values: dict, frames: dict) -> dict:
+    """One song's entry of scores.json: numbers, None where there is none."""
+
+def scores_from_records(records: list, info: dict, failed: list) -> Scores:
+    """Scores from the entries of scores.json."""
+
+def common_split(a: Scores, b: Scores) -> str:
+    """The split that both have; test if there are several."""
+
 def with_interval(x: float, low: float, high: float) -> str:
     """A score and its interval, as tables show them: `3.00 [2.50, 3.25]`."""
-FORMAT: str
+SCORES_FORMAT: str
 
 def museval_song(frames: dict, window: float=1.0, hop: float=1.0) -> dict:
     """One song in the format of museval's `TrackStore`; what was not computed is NaN.

@@ -3,11 +3,12 @@ from typing import Any as Any
 import html
 import math
 from dataclasses import dataclass as dataclass, field as field
+from typing import Any as Any
 import numpy as np
 from fastcore.basics import patch as patch
 from ..foundations.files import UserError as UserError
 from ..foundations.statistics import MARGIN as MARGIN, average_songs as average_songs, detectable as detectable, nan_average as nan_average, paired as paired
-from .scores import Scores as Scores
+from .scores import Scores as Scores, common_split as common_split
 from .tables import OVERALL as OVERALL
 
 @dataclass(repr=False)
@@ -52,6 +53,9 @@ class Verdict:
 
     def __str__(self) -> str:
         """The sentence, the table behind it, and what to keep in mind."""
+
+def pick_model(scores: Any, model: str | None) -> tuple[Scores, str]:
+    """One `Scores` from one or several, and the model's name."""
 REMEDIES: dict
 
 def compare(a: Scores | list, b: Scores | list, metric: str='SDR', model_a: str | None=None, model_b: str | None=None, split: str | None=None, average: str='median', name: str='', seed: int=0) -> Verdict:

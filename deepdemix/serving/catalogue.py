@@ -34,7 +34,7 @@ from ..foundations.files import UserError, atomic_path
 from ..foundations.model_names import find_model, pretrained_names
 from ..foundations.runs import file_digest
 from ..foundations.song_files import find_songs, folder_name
-from ..foundations.stem_folders import _checked, sweep
+from ..foundations.stem_folders import check_format, sweep
 from ..separation import Separator, output_weights
 
 # %% ../../nbs/serving/catalogue.ipynb #bbf9c5a7
@@ -408,7 +408,7 @@ def separate_catalogue(
 # %% ../../nbs/serving/catalogue.ipynb #208a4228
 def _stem_names(model, loading, options):
     "Names of the stems that come out; `UserError` for a model, stem or format that there isn't."
-    _checked(options.get("format", "wav"), options.get("subtype"), options.get("clip"))
+    check_format(options.get("format", "wav"), options.get("subtype"), options.get("clip"))
     sources = Separator.from_pretrained(model, **{**(loading or {}), "device": "cpu"}).sources
     return list(output_weights(sources, *(options.get(x) for x in ("two_stems", "stems", "residual_to"))))
 

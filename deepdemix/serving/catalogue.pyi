@@ -24,7 +24,7 @@ from ..foundations.files import UserError as UserError, atomic_path as atomic_pa
 from ..foundations.model_names import find_model as find_model, pretrained_names as pretrained_names
 from ..foundations.runs import file_digest as file_digest
 from ..foundations.song_files import find_songs as find_songs, folder_name as folder_name
-from ..foundations.stem_folders import sweep as sweep
+from ..foundations.stem_folders import check_format as check_format, sweep as sweep
 from ..separation import Separator as Separator, output_weights as output_weights
 LISTS: set
 

@@ -14,16 +14,16 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..networks.compact import FLOOR, Compact
-from .graph_layers import LSTM, CentredNorm, RealSTFT, reshape, reshape_as
+from .graph_layers import CentredNorm, GraphLSTM, RealSTFT, reshape, reshape_as
 
 # %% ../../nbs/serving/compact_graph.ipynb #9a4f001e
 class PathGraph(nn.Module):
-    "A `Path`: an LSTM along the first axis of `(steps, …, width)`, beside a shortcut."
+    "A `ResidualLSTM`: an LSTM along the first axis of `(steps, …, width)`, beside a shortcut."
     def __init__(self,
         path:nn.Module,
     ):
         super().__init__()
-        self.norm, self.rnn, self.out = path.norm, LSTM(path.rnn.rnn), path.out
+        self.norm, self.rnn, self.out = path.norm, GraphLSTM(path.rnn.rnn), path.out
         self.width = path.rnn.rnn.input_size
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,10 @@ import torch
 from fastcore.basics import patch as patch
 from torch import nn as nn
 from ..networks.compact import FLOOR as FLOOR, Compact as Compact
-from .graph_layers import LSTM as LSTM, CentredNorm as CentredNorm, RealSTFT as RealSTFT, reshape as reshape, reshape_as as reshape_as
+from .graph_layers import CentredNorm as CentredNorm, GraphLSTM as GraphLSTM, RealSTFT as RealSTFT, reshape as reshape, reshape_as as reshape_as
 
 class PathGraph(nn.Module):
-    """A `Path`: an LSTM along the first axis of `(steps, …, width)`, beside a shortcut."""
+    """A `ResidualLSTM`: an LSTM along the first axis of `(steps, …, width)`, beside a shortcut."""
     norm: Any
     rnn: Any
     out: Any

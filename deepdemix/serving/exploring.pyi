@@ -62,7 +62,7 @@ def excerpts(data: Any, sample_rate: float | None=None) -> Any:
         sample_rate: Hz, of a waveform or stems
     """
 
-class Explorer:
+class StemExplorer:
     """The widgets of `explore_mix` and `explore_masks`: `box` shows them; a change of any field makes the
 mix and the desk anew."""
     names: Any

@@ -49,7 +49,7 @@ class _LSTM(torch.autograd.Function):
     def symbolic(g, x, weights, recurrence, bias, hidden):
         ...
 
-class LSTM(nn.Module):
+class GraphLSTM(nn.Module):
     """A bidirectional LSTM of one layer: `(steps, n, width)` -> `(steps, n, 2 * hidden)`."""
     hidden: Any
 

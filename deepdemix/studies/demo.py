@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..audio import SOURCES
-from ..contrast.probing import probe
+from ..contrast.probing import probe_embedding
 from ..data import prepare_toy
 from ..experiment import Experiment, run_experiment
 from ..foundations.codecs import read, read_streams
@@ -119,7 +119,7 @@ def promises(
         "SNR", "mixture / 4", "test"
     )
     encoder = load_network(experiment.runs()[experiment.seeds[0], "encoder"])
-    knn = probe(encoder, store.split("train"), store.split("test"), randoms=RANDOM_TWINS).knn
+    knn = probe_embedding(encoder, store.split("train"), store.split("test"), randoms=RANDOM_TWINS).knn
     learnt, random = knn["encoder"], knn["random encoder"]
     return [
         Promise("SNR of the baseline above mixture / 4", gain, 1.0, "dB"),

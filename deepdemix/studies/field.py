@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..evaluation import evaluate, reference_rows
 from ..foundations.files import UserError
+from ..foundations.song_files import plain_title
 from ..foundations.store import Store
-from ..scoring.estimates import Estimates, plain_title
+from ..scoring.estimates import Estimates
 from ..scoring.scores import Scores
 from ..scoring.verdicts import compare
 from ..separation import Separator

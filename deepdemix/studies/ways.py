@@ -9,7 +9,7 @@ __all__ = ['SMALL_BATCHES', 'STUDY', 'study']
 from pathlib import Path
 from typing import Any
 
-from ..contrast.probing import probe
+from ..contrast.probing import probe_embedding
 from ..contrast.stores import open_stores
 from ..foundations.files import atomic_path
 from ..foundations.recipe import Recipe, read_record
@@ -47,8 +47,8 @@ def study(
     ways = {name: {"store": store, **way, **settings} for name, way in ways.items()}
     runs = {name: pretrain(out=Path(out) / name, profile=profile, resume=True, progress=progress, **way)
             for name, way in ways.items()}
-    table = probe({name: load_network(run, last=True) for name, run in runs.items()}, store.split("train"),
-                  store.split("valid"), per_song)
+    networks = {name: load_network(run, last=True) for name, run in runs.items()}
+    table = probe_embedding(networks, store.split("train"), store.split("valid"), per_song)
     for name, run in runs.items():
         steps, task = read_record(run)["step"], build_task(Recipe.load(run), open_stores(ways[name]["store"]))
         table.loc[name, ["steps", "excerpts"]] = steps, steps * len(task.train_batch(0)[1])
