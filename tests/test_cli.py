@@ -555,7 +555,7 @@ import os, sys
 import deepdemix.cli as cli
 def work(args):
     with open(sys.argv[1], "w") as file: print(file.fileno(), file=file); os.write(2, b"a library complains")
-cli.models = work
+cli.models_command = work
 os.environ["TORCH_CPP_LOG_LEVEL"] = "x"
 sys.exit(cli.main(["models"]))
 """
@@ -668,7 +668,7 @@ def test_a_file_where_a_folder_shall_be(command, tmp_path, monkeypatch, capsys):
     from deepdemix.serving import training_commands
     name = command.split()[0].replace("-", "_")
     room = training_commands if name in ("train", "pretrain") else cli
-    monkeypatch.setattr(room, name, lambda args: pytest.fail("the work was begun"))
+    monkeypatch.setattr(room, f"{name}_command", lambda args: pytest.fail("the work was begun"))
     (tmp_path / "file").write_text("mine")
     assert main([*command.split(), "--out", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
