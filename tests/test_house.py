@@ -137,3 +137,28 @@ def test_public_docstrings_begin_with_a_verb_or_a_noun(room):
              if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
              and (ast.get_docstring(node) or " - ").split()[0] in QUESTIONS]
     assert asked == []
+
+
+def public_names(room):
+    "The functions and classes at the top of a room that others may import; methods do not count."
+    for node in ast.parse(ROOMS[room].read_text(encoding="utf-8")).body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"): continue
+        if not any("patch" in ast.unparse(d) for d in node.decorator_list): yield node.name
+
+
+def test_one_name_means_one_thing():
+    found = {}
+    for room in ROOMS:
+        for name in public_names(room): found.setdefault(name, []).append(room)
+    twice = {name: rooms for name, rooms in found.items() if len(rooms) > 1}
+    # two commands: deepdemix, and python -m deepdemix.studies.planned
+    assert set(twice) == {"main", "make_parser"}, twice
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_private_names_stay_in_their_room(room):
+    tree = ast.parse(ROOMS[room].read_text(encoding="utf-8"))
+    ours = [n for n in ast.walk(tree)
+            if isinstance(n, ast.ImportFrom) and (n.level or "deepdemix" in n.module)]
+    taken = [a.name for n in ours for a in n.names if a.name.startswith("_") and not a.name.startswith("__")]
+    assert taken == []
