@@ -34,7 +34,7 @@ from deepdemix.pages import fill_cell, page_addresses
 
 site = root / "nbs/_site"
 source = site / "build/source"
-FRESH = ("pretraining_helps", "comparison")
+FRESH = ("pretraining_helps", "contrast_pays", "comparison")
 # to results/, to bench/, to settings.ini, to sounds/; to the packages demucs, ray, onnx and onnxscript
 TIED = ("09_experiment", "contest", "planned", "regimes", "cost", "writing_pages", "gallery",
         "hybrid_demucs", "peers", "model_file", "catalogue", "cluster", "export", "onnx_file")
