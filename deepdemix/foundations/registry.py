@@ -24,7 +24,7 @@ def own_rooms() -> tuple: # modules
     """The rooms of this package that register networks, losses and tasks; they are imported when a name asks
     for them."""
     from deepdemix import baseline, deepdemix, pretraining
-    from deepdemix.contrast import dense
+    from deepdemix.contrast import dense, mixtures
     from deepdemix.networks import (
         compact,
         conv_tasnet,
@@ -36,7 +36,7 @@ def own_rooms() -> tuple: # modules
         tfc_tdf,
     )
     return (baseline, pretraining, deepdemix, recurrent, open_unmix, conv_tasnet, mm_dense_lstm, tfc_tdf,
-            hybrid_demucs, compact, ensemble, dense)
+            hybrid_demucs, compact, ensemble, dense, mixtures)
 
 # %% ../../nbs/foundations/registry.ipynb #9ce1281b
 def import_rooms() -> None:
