@@ -106,7 +106,8 @@ class MixtureTask(Task):
     def __init__(self, network:nn.Module, recipe:Recipe, store:Store):
         "Raises `UserError` for settings that don't fit and for batches below three songs."
         super().__init__(network, recipe, store)
-        if recipe.batch_size < 3: raise UserError("songs are played under others: batch_size is 3 or more")
+        if min(recipe.batch_size, recipe.valid_examples) < 3:
+            raise UserError("songs are played under others: batch_size and valid_examples are 3 or more")
         self.settings = mixture_settings(recipe.task_args)
         self.mixer = self.mixtures("train", recipe.seed, recipe.examples_per_epoch)
         plain = dict(pitch=None, stretch=None)
