@@ -24,7 +24,7 @@ from .contrast.embedding_pictures import project, show_embedding
 from .contrast.probing import draw_excerpts, embed_excerpts, neighbour_accuracy, random_twin
 from .evaluation import evaluate, reference_rows, windowed
 from .foundations.console import say
-from .foundations.files import UserError, atomic_path
+from .foundations.files import UserError, atomic_path, write_json
 from .foundations.profiles import recipe_for
 from .foundations.recipe import kept_settings, read_record
 from .foundations.run_metrics import show_metrics
@@ -451,7 +451,7 @@ def _same_experiment(
             raise UserError(
                 f"{out} holds an experiment with another {key} ({old[key]}): choose another folder"
             )
-    with atomic_path(path) as part: Path(part).write_text(json.dumps(about, indent=1))
+    write_json(path, about)
 
 # %% ../nbs/09_experiment.ipynb #386755d5
 def save_report(
@@ -465,7 +465,7 @@ def save_report(
     with atomic_path(out / "table.txt") as part: Path(part).write_text(experiment.text() + "\n")
     numbers = {" ".join(row): {" ".join(column): None if x != x else x for column, x in cells.items()}
                for row, cells in experiment.scores.summary().T.to_dict().items()}
-    with atomic_path(out / "table.json") as part: Path(part).write_text(json.dumps(numbers, indent=1))
+    write_json(out / "table.json", numbers)
     figures = {"table.png": experiment.plot_table(),
                "loss_curve.png": plt.subplots(2, 1, figsize=(4.9, 6), dpi=90, layout="constrained")[0]}
     experiment.plot_pretraining(figures["loss_curve.png"].axes[0])

@@ -14,7 +14,7 @@ from .contrast.embedding_pictures import project as project, show_embedding as s
 from .contrast.probing import draw_excerpts as draw_excerpts, embed_excerpts as embed_excerpts, neighbour_accuracy as neighbour_accuracy, random_twin as random_twin
 from .evaluation import evaluate as evaluate, reference_rows as reference_rows, windowed as windowed
 from .foundations.console import say as say
-from .foundations.files import UserError as UserError, atomic_path as atomic_path
+from .foundations.files import UserError as UserError, atomic_path as atomic_path, write_json as write_json
 from .foundations.profiles import recipe_for as recipe_for
 from .foundations.recipe import kept_settings as kept_settings, read_record as read_record
 from .foundations.run_metrics import show_metrics as show_metrics

@@ -14,7 +14,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastcore.basics import patch
+from filelock import FileLock
 
 from .files import UserError, abandoned, atomic_path, write_json
 
@@ -286,14 +287,13 @@ def lock_folder(out:Path) -> Iterator:
     """Keep other processes from preparing the same folder, where the disk has locks. What killed ones left is
     removed."""
     make_folder(out / "songs")
-    with (out / ".lock").open("w") as lock:
-        try:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except (ImportError, OSError): pass
+    lock = FileLock(out / ".lock")
+    with suppress(OSError, NotImplementedError): lock.acquire()
+    try:
         for part in (*out.glob("songs/.*.part*"), *out.glob("part-*/songs/.*.part*")):
             if abandoned(part): part.unlink(missing_ok=True)
         yield
+    finally: lock.release()
 
 # %% ../../nbs/foundations/store.ipynb #f5b57440
 def make_folder(folder:Path) -> None:

@@ -7,13 +7,14 @@ import re
 import threading
 from collections import OrderedDict as OrderedDict
 from collections.abc import Iterable as Iterable, Iterator as Iterator
-from contextlib import contextmanager as contextmanager
+from contextlib import contextmanager as contextmanager, suppress as suppress
 from dataclasses import dataclass as dataclass
 from pathlib import Path as Path
 from typing import Any as Any
 import numpy as np
 import torch
 from fastcore.basics import patch as patch
+from filelock import FileLock as FileLock
 from .files import UserError as UserError, abandoned as abandoned, atomic_path as atomic_path, write_json as write_json
 STORE_FORMAT: int
 

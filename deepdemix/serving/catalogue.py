@@ -30,7 +30,7 @@ from fastcore.basics import patch
 import deepdemix
 from ..foundations.codecs import read_blocks
 from ..foundations.console import say
-from ..foundations.files import UserError, atomic_path
+from ..foundations.files import UserError, write_json
 from ..foundations.model_names import find_model, pretrained_names
 from ..foundations.runs import file_digest
 from ..foundations.song_files import find_songs, folder_name
@@ -214,11 +214,8 @@ def _record(self:SongWorker, job, before, song):
                sample_rate=song["sample_rate"], channels=song["channels"], seconds=round(song["seconds"], 3),
                model=self.digest, run=self.run, worker=f"{socket.gethostname()}:{os.getpid()}")
     row |= {f"level_{name}": level(path) for name, path in song["outputs"].items()}
-    with atomic_path(state_file(self.state, key_of(job.path))) as part:
-        part.write_text(
-            json.dumps({"input": job.path, "from": before, "settings": self.settings, "row": row}, indent=1),
-            encoding="utf-8",
-        )
+    record = {"input": job.path, "from": before, "settings": self.settings, "row": row}
+    write_json(state_file(self.state, key_of(job.path)), record)
     return row
 
 # %% ../../nbs/serving/catalogue.ipynb #1a8ab03d

@@ -20,7 +20,7 @@ from fastcore.basics import patch as patch
 import deepdemix
 from ..foundations.codecs import read_blocks as read_blocks
 from ..foundations.console import say as say
-from ..foundations.files import UserError as UserError, atomic_path as atomic_path
+from ..foundations.files import UserError as UserError, write_json as write_json
 from ..foundations.model_names import find_model as find_model, pretrained_names as pretrained_names
 from ..foundations.runs import file_digest as file_digest
 from ..foundations.song_files import find_songs as find_songs, folder_name as folder_name

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from ..evaluation import evaluate, reference_rows
-from ..foundations.files import UserError, atomic_path
+from ..foundations.files import UserError, write_json
 from ..foundations.profiles import recipe_for
 from ..foundations.recipe import Recipe, kept_settings, read_record
 from ..foundations.registry import build_network
@@ -132,7 +132,7 @@ def paces(
         found = {
             name: {part: float(np.median(t)) for part, t in both.items()} for name, both in taken.items()
         }
-        with atomic_path(path) as part: Path(part).write_text(json.dumps(found, indent=1) + "\n")
+        write_json(path, found)
     return json.loads(path.read_text())
 
 # %% ../../nbs/studies/contest.ipynb #93c3eebb
@@ -228,7 +228,7 @@ def _same_contest(path:Path, about:dict):
             raise UserError(
                 f"{path.parent} holds another contest (other {', '.join(other)}): choose another folder"
             )
-    with atomic_path(path) as part: Path(part).write_text(json.dumps(about, indent=1))
+    write_json(path, about)
 
 # %% ../../nbs/studies/contest.ipynb #861b345a
 def run_contest(
@@ -347,7 +347,7 @@ def costs(self:Contest) -> Any: # a data frame: a row for each network
     path = self.out / "costs.json"
     if not path.exists():
         found = {e.name: footprint(e.network, e.args) for e in self.entries}
-        with atomic_path(path) as part: Path(part).write_text(json.dumps(found, indent=1))
+        write_json(path, found)
     return pd.DataFrame(json.loads(path.read_text())).T
 
 # %% ../../nbs/studies/contest.ipynb #78097ce8
@@ -436,6 +436,5 @@ def publish(self:Contest,
         else: digests[name] = publish_run(run, results / name, self.out)
     for file in ("contest.json", "paces.json", "scores.json", "costs.json"):
         if (self.out / file).exists(): shutil.copy(self.out / file, results / file)
-    with atomic_path(results / "digests.json") as part:
-        Path(part).write_text(json.dumps(digests, indent=1) + "\n")
+    write_json(results / "digests.json", digests)
     return results

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch as patch
 from filelock import FileLock as FileLock, Timeout as Timeout
 from ..evaluation import evaluate as evaluate, reference_rows as reference_rows
-from ..foundations.files import UserError as UserError, atomic_path as atomic_path
+from ..foundations.files import UserError as UserError, write_json as write_json
 from ..foundations.profiles import recipe_for as recipe_for
 from ..foundations.recipe import Recipe as Recipe, kept_settings as kept_settings, read_record as read_record
 from ..foundations.registry import build_network as build_network

@@ -8,7 +8,6 @@ __all__ = ['RANDOM_TWINS', 'DEMO_SONGS', 'excerpt_path', 'separate_and_score', '
 
 # %% ../../nbs/studies/demo.ipynb #9bcd0cbb
 import importlib.util
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ..data import prepare_toy
 from ..experiment import Experiment, run_experiment
 from ..foundations.codecs import read, read_streams
 from ..foundations.encoding import write
-from ..foundations.files import UserError, atomic_path
+from ..foundations.files import UserError, write_json
 from ..foundations.runs import load_network
 from ..foundations.store import Store
 from ..foundations.toy_band import toy_song
@@ -165,7 +164,7 @@ def run_demo(
     print(
         "", experiment.text(), "", songs_text(songs), "", *kept, "", caution(experiment.scores), "", sep="\n"
     )
-    with atomic_path(out / "songs.json") as part: Path(part).write_text(json.dumps(songs, indent=1))
+    write_json(out / "songs.json", songs)
     for name in ("table.txt", "table.json", "table.png", "loss_curve.png"):
         shutil.copyfile(experiment.out / name, out / name)
     say(f"stems, table (txt, json, png) and loss curve (png) are in {out.resolve()}")

@@ -6,14 +6,13 @@
 __all__ = ['STARTS', 'song_subset', 'label_efficiency', 'plot_efficiency']
 
 # %% ../../nbs/studies/label_efficiency.ipynb #252d9f9a
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..experiment import Step, find_step, score_steps, train_steps
-from ..foundations.files import UserError, atomic_path
+from ..foundations.files import UserError, write_json
 from ..foundations.recipe import read_record
 from ..foundations.runs import file_digest
 from ..foundations.store import Store
@@ -125,7 +124,7 @@ def _write_about(
         hours=round(sum(read_record(run)["hours"] for run in runs), 3),
         digests={run.relative_to(out).as_posix(): file_digest(run / "model.safetensors") for run in runs},
     )
-    with atomic_path(out / "about.json") as part: Path(part).write_text(json.dumps(about, indent=1) + "\n")
+    write_json(out / "about.json", about)
 
 # %% ../../nbs/studies/label_efficiency.ipynb #bf668dbd
 def _save_curve(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..foundations.files import UserError, atomic_path
+from ..foundations.files import UserError, write_json
 from ..foundations.recipe import Recipe
 
 # %% ../../nbs/studies/plan.ipynb #529ca237
@@ -93,8 +93,7 @@ def save(self:Plan,
     path:str|Path, # where to
 ) -> Plan: # itself
     "Write the plan as JSON."
-    text = json.dumps(asdict(self), indent=1) + "\n"
-    with atomic_path(path) as part: Path(part).write_text(text, encoding="utf-8")
+    write_json(path, asdict(self))
     return self
 
 # %% ../../nbs/studies/plan.ipynb #4012622d

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict as asdict, dataclass as dataclass, field as field, replace as replace
 from pathlib import Path as Path
 from fastcore.basics import patch as patch
-from ..foundations.files import UserError as UserError, atomic_path as atomic_path
+from ..foundations.files import UserError as UserError, write_json as write_json
 from ..foundations.recipe import Recipe as Recipe
 
 @dataclass(frozen=True)

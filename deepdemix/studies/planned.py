@@ -27,7 +27,7 @@ from ..data import find_musdb, open_data
 from ..evaluation import evaluate, reference_rows
 from ..experiment import finished
 from ..foundations.console import say, streams
-from ..foundations.files import UserError, atomic_path
+from ..foundations.files import UserError, atomic_path, write_json
 from ..foundations.recipe import read_record
 from ..foundations.runs import file_digest, load_network
 from ..foundations.state import read_state
@@ -109,7 +109,7 @@ def _update(
 ):
     "Add to a JSON file."
     found = json.loads(path.read_text()) if path.exists() else {}
-    with atomic_path(path) as part: Path(part).write_text(json.dumps(found | more, indent=1) + "\n")
+    write_json(path, found | more)
 
 # %% ../../nbs/studies/planned.ipynb #f8f931e2
 def publish_study_run(

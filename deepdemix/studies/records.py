@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from ..experiment import Experiment
-from ..foundations.files import atomic_path
+from ..foundations.files import write_json
 from ..foundations.recipe import read_record
 from ..foundations.runs import INIT_FIELDS, file_digest, is_bundled
 
@@ -40,8 +40,7 @@ def publish_run(
     there.mkdir(parents=True, exist_ok=True)
     record = read_record(run)
     name_origins(record["recipe"], root)
-    with atomic_path(there / "recipe.json") as part:
-        Path(part).write_text(json.dumps(record, indent=1) + "\n")
+    write_json(there / "recipe.json", record)
     if (run / "metrics.csv").exists(): shutil.copy(run / "metrics.csv", there / "metrics.csv")
     return file_digest(run / "model.safetensors") if (run / "model.safetensors").exists() else None
 
@@ -61,6 +60,5 @@ def publish(
     for file in ("experiment.json", "table.txt", "table.json", "embedding.png", "songs.jpg"):
         if (experiment.out / file).exists(): shutil.copy(experiment.out / file, results / file)
     experiment.scores.save(results / "scores.json", digits=4)
-    with atomic_path(results / "digests.json") as part:
-        Path(part).write_text(json.dumps(digests, indent=1) + "\n")
+    write_json(results / "digests.json", digests)
     return results
