@@ -125,3 +125,15 @@ def test_a_resumed_run_is_the_same_run(store, tmp_path, kind):
     states = [read_state(run / "resume.safetensors")["network"] for run in (whole, part)]
     assert all(states[0][name].equal(states[1][name]) for name in states[0])
     assert read_metrics(whole).valid_loss.tolist() == read_metrics(part).valid_loss.tolist()
+
+
+@pytest.mark.parametrize("kind, loss", [("invariance", "supcon"), ("mixit", "l1_waveform")])
+def test_a_mixture_is_the_song_as_it_is(store, kind, loss):
+    mixer = dict(duration=2.0, coherent=0.3, level=["gain", [-6, 6]], pitch=None, stretch=None, swap=0.5,
+                 flip=0.5, gate=-60.0)
+    task = build_task(recipe(kind, loss, mixer=mixer), store)
+    songs = store.split("train")
+    whole = torch.stack([songs.stems(k).sum(0) for k in range(len(songs))])
+    for song in torch.cat([task.train_batch(step)[0] for step in range(4)]):
+        away = (whole - song)[..., 4000:-4000] # from the ends, which are faded
+        assert away.abs().amax((1, 2)).min() < 1e-5

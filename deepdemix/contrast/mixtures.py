@@ -125,7 +125,8 @@ def mixtures(self:MixtureTask,
     songs = self.store.split(split)
     if not len(songs): raise UserError(f"the data has no songs in its '{split}' split")
     settings = {"channels": self.network.channels, **self.recipe.mixer, **settings}
-    return Mixer.from_dict(songs, settings | dict(coherent=1., level=None, seed=seed, size=size))
+    whole = dict(coherent=1., level=None, swap=0., flip=0., gate=None, eq=None, mixup=0., detune=0.)
+    return Mixer.from_dict(songs, settings | whole | dict(seed=seed, size=size))
 
 # %% ../../nbs/contrast/mixtures.ipynb #de9a6ed0
 @patch
