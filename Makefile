@@ -10,7 +10,7 @@ OUT   ?= demo
 PART  ?= patch
 BENCH ?= data evaluation separation
 
-.PHONY: help demo lint test test-all check bench soak docs test-browser notebooks readme bump setup clean
+.PHONY: help demo lint test test-all check bench soak docs test-browser notebooks readme bump setup everything clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,7 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.13 is needed: install it, or say where it is with PYTHON=…" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "Python 3.11 to 3.13 is needed, and $(PYTHON) is another: say which with PYTHON=…" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq 'pip>=25' || true # an older one takes twice as long to install all this
 
 $(VENV)/.package: $(BIN)/python settings.ini setup.py constraints.txt
 	@echo "installing the package and what it needs (once)"
@@ -36,6 +37,14 @@ $(VENV)/.nussl: $(VENV)/.dev
 	@touch $@
 
 setup: $(VENV)/.nussl ## install everything that the tests need
+
+# In one go, for a machine that runs all tests: five installations resolve the same tree five times.
+everything: $(BIN)/python ## install what tests, site and browser need, at once
+	@bash .ci/system-packages && bash .ci/system-packages --browser
+	@echo "installing the package and everything that its tests and its site need (once)"
+	@if $(PIP) -e '.[dev-core,ray,nussl,docs,browser]'; then \
+	  for part in package dev nussl docs browser; do touch $(VENV)/.$$part; done; \
+	else echo "not in one go: each part is installed when it is needed"; fi
 
 demo: $(VENV)/.package ## the first run: train, print Table 1, separate two songs (offline, minutes)
 	@$(BIN)/deepdemix demo --out $(OUT)
