@@ -106,8 +106,10 @@ def test_title_and_promise_reach_the_page(pages):
         front = next(
             yaml.safe_load(source(c).strip().strip("-")) for c in cells(made) if c["cell_type"] == "raw"
         )
-        title, promise = re.fullmatch(r"# (.+)\n\n> (.+)", source(cells(notebook)[0])).groups()
-        assert (front["title"], front["description"]) == (title, promise)
+        title, promise, needs = re.fullmatch(
+            r"# (.+)\n\n> (.+?)(?:\n\n- needs: (.+))?", source(cells(notebook)[0])
+        ).groups()
+        assert (front["title"], front["description"], front.get("needs")) == (title, promise, needs)
         assert title[0].isupper() or notebook.name == "index.ipynb", title
 
 

@@ -89,10 +89,10 @@ def test_no_sound_of_real_songs(path): check_audio(read(path))
 def test_small_and_whole(path):
     assert path.stat().st_size < LIMIT
     cells = read(path)["cells"]
-    for cell, pattern in zip(cells, (r"# [^\n]+\n\n> [^\n]+", r"(?!#)[^ ].+")):
+    for cell, pattern in zip(cells, (r"# [^\n]+\n\n> [^\n]+(\n\n- needs: [^\n]+)?", r"(?!#)[^ ].+")):
         assert cell["cell_type"] == "markdown" and re.fullmatch(
             pattern, "".join(cell["source"]), re.S
-        ), "title and promise, then a cell with the introduction"
+        ), "title and promise (and needs), then a cell with the introduction"
     titles = [line for c in cells if c["cell_type"] == "markdown"
               for line in re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S).splitlines()
               if line.startswith("# ")]

@@ -62,7 +62,7 @@ def test_every_page_is_there_and_every_notebook_is_a_page(site):
     listed = site.pages()
     assert len(listed) == len(set(listed)) and all((ROOT / "nbs" / page).is_file() for page in listed)
     assert {p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["notebooks"]()} == set(listed)
-    assert {*site.FRESH, *site.TIED} <= {Path(page).stem for page in listed}
+    assert {*site.FRESH} <= {Path(page).stem for page in listed}
 
 
 def test_rooms_in_folders_are_found(tmp_path):
@@ -334,7 +334,7 @@ def test_colab_only_where_it_can_run(site):
     page offers the same notebooks."""
     at = site.page_addresses()
     alone = {page for page in offered() if site.runs_alone(page)}
-    assert PAGES["metrics"] in alone and not {Path(page).stem for page in alone} & {*site.TIED, *site.FRESH}
+    assert PAGES["metrics"] in alone and not {Path(page).stem for page in alone} & {"cluster", *site.FRESH}
     for page in alone:
         assert (f"https://colab.research.google.com/github/{at['{slug}']}/blob/{at['{branch}']}/nbs/{page}"
                 in site.links(page) and "pip install git+" + at["{git_url}"] in site.links(page))

@@ -35,9 +35,7 @@ from deepdemix.pages import fill_cell, page_addresses
 site = root / "nbs/_site"
 source = site / "build/source"
 FRESH = ("pretraining_helps", "contrast_pays", "comparison")
-# to results/, to bench/, to settings.ini, to sounds/; to the packages demucs, ray, onnx and onnxscript
-TIED = ("09_experiment", "contest", "planned", "regimes", "cost", "writing_pages", "gallery",
-        "hybrid_demucs", "peers", "model_file", "catalogue", "cluster", "export", "onnx_file")
+NEEDS = re.compile(r"^- needs: ", re.M) # below a notebook's title, as nbdev's front matter is written
 
 
 @cache
@@ -263,12 +261,10 @@ def shown(cell) -> None:
 
 
 def runs_alone(page: str) -> bool:
-    """Whether a notebook needs no file of the repository and no other package; a test runs each of these
-    alone in an empty folder."""
-    code = "".join(
-        c.source for c in nbformat.read(root / "nbs" / page, as_version=4).cells if c.cell_type == "code"
-    )
-    return bool(code) and Path(page).stem not in TIED and not re.search(r'parents\[1\] / "results', code)
+    """Whether a notebook needs no file of the repository and no other package: what it needs it says below
+    its title; a test runs each of the others alone in an empty folder."""
+    cells = nbformat.read(root / "nbs" / page, as_version=4).cells
+    return any(c.cell_type == "code" for c in cells) and not NEEDS.search(cells[0].source)
 
 
 def links(page: str) -> str:
