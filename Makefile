@@ -90,7 +90,7 @@ $(VENV)/.browser: $(VENV)/.docs
 	@touch $@
 
 test-browser: $(VENV)/.browser docs ## the site and the listening desk in a real browser
-	@$(BIN)/python -m pytest tests -q -m browser -p no:cacheprovider
+	@$(BIN)/python -m pytest tests -q -n 2 --dist worksteal -m browser -p no:cacheprovider
 
 notebooks: $(VENV)/.nussl ## run every notebook top to bottom and save its outputs
 	@$(BIN)/python nbs/_site/execute.py nbs

@@ -170,7 +170,8 @@ def test_bundled_models_say_how_much_music_they_learned_from(musdb_path):
 
 
 @pytest.mark.musdb
-@pytest.mark.parametrize("name", pretrained_names())
+@pytest.mark.parametrize("name", [n if n == "default" else pytest.param(n, marks=pytest.mark.slow)
+                                  for n in pretrained_names()])
 def test_bundled_scores_are_those_of_the_card(name, musdb_path):
     """Every validation song, separated anew with the bundled files, has the score that is kept for it; their
     median is the number in the card."""

@@ -187,6 +187,7 @@ def test_a_cluster_of_our_own_is_for_this_machine_and_this_process(on_ray, tmp_p
     assert "inside" not in come_in(RAY_AUTH_TOKEN="0" * 64) and "inside" in come_in()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_does_nothing_twice(tmp_path, tiny, on_ray):
     songs, out, journal, killed = make_songs(tmp_path / "in", 30), tmp_path / "out", tmp_path / "journal", []
 

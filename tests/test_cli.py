@@ -14,6 +14,7 @@ import torch
 from deepdemix.cli import main
 from deepdemix.foundations.recipe import Recipe
 
+SLOW = pytest.mark.slow
 TINY = [word for setting in ("epochs=1", "examples_per_epoch=4", "batch_size=2", "valid_examples=2")
         for word in ("--set", setting)]
 
@@ -137,7 +138,7 @@ def test_a_model_is_trained_further(folder, tmp_path, capsys):
     assert "default" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("name", ["2024", "null", "1e5"])
+@pytest.mark.parametrize("name", ["null", *(pytest.param(x, marks=SLOW) for x in ("2024", "1e5"))])
 def test_a_run_may_be_called_anything(folder, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "encoder", name)
@@ -202,6 +203,7 @@ def test_counts_are_checked(folder, words, tmp_path, capsys):
     assert error.count("\n") == 1 and "1" in error and not (tmp_path / "x").exists()
 
 
+@SLOW
 def test_fields_for_all_models_may_stand_in_a_file(folder, tmp_path):
     (tmp_path / "few.json").write_text(
         json.dumps({"epochs": 1, "examples_per_epoch": 4, "batch_size": 2, "valid_examples": 2, "lr": 0.5})
@@ -240,25 +242,23 @@ def test_a_toy_store_in_16_bits(tmp_path):
     assert Store.open(tmp_path / "toy").songs[0].dtype == "int16"
 
 
-def test_a_stopped_training_has_the_status_of_its_signal(folder, tmp_path):
-    import signal
-    import subprocess
-    import sys
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143),
+                                            pytest.param(signal.SIGINT, 130, marks=SLOW)])
+def test_a_stopped_training_has_the_status_of_its_signal(folder, tmp_path, number, status):
     words = ["train", "--model", "baseline", "--data", str(folder / "toy"), "--profile", "demo", "--out",
              str(tmp_path / "run"), "--device", "cpu", "--set", "examples_per_epoch=8", "--set",
              "valid_examples=4", "--set", "epochs=10000"]
-    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", *words,
-             "--resume"],
-            stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        lines = iter(process.stderr.readline, "")
-        assert any(line.startswith("epoch") for line in lines)
-        process.send_signal(number)
-        error = process.communicate(timeout=60)[1]
-        assert process.returncode == status and "Traceback" not in error
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from deepdemix.cli import main; sys.exit(main())", *words,
+         "--resume"],
+        stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith("epoch") for line in lines)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == status and "Traceback" not in error
 
 
 def test_a_contest_prints_its_table_and_what_pretraining_changed(folder, tmp_path, monkeypatch, capsys):
@@ -286,6 +286,7 @@ def test_a_contest_prints_its_table_and_what_pretraining_changed(folder, tmp_pat
             and (tmp_path / "run" / "scores.json").exists())
 
 
+@SLOW
 def test_two_processes_share_a_contest(folder, tmp_path):
     "Each run is trained by one of the two, scored once, and both see all of it in the end."
     import csv
@@ -574,7 +575,7 @@ def test_standard_error_is_none(desk, monkeypatch, capsys):
     assert capsys.readouterr().out == "song.wav: 4 stems in separated/song\n"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp437", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", *(pytest.param(x, marks=SLOW) for x in ("cp437", "utf-8"))])
 def test_characters_that_the_output_does_not_know(desk, tiny, encoding):
     "An emoji, and a name that is no text at all."
     names = ["song \U0001f600.wav", os.fsdecode(b"latin \xe9.wav")]

@@ -55,6 +55,7 @@ def test_shuffled_labels_keep_the_excerpts_and_lose_the_roles(store):
     assert moved >= 8
 
 
+@pytest.mark.slow
 def test_controls_run(store, tmp_path):
     result = run_experiment(store, tmp_path / "out", profile="demo", controls=True, settings=TINY,
                             splits=("test",), progress=False)

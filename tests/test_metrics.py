@@ -282,7 +282,7 @@ def test_windows_of_nothing(spans):
     with pytest.raises(UserError, match="give a sample or more"): M.framewise_sdr(r, e, RATE, **spans)
 
 
-@pytest.mark.parametrize("perfect", [1, 2, 3, 4])
+@pytest.mark.parametrize("perfect", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4))])
 def test_a_perfect_second_counts_as_very_high_as_in_museval(museval, perfect):
     "Of five seconds; the median never forgets one."
     r, e = signals(15, seconds=5)

@@ -13,7 +13,8 @@ def covered(once, truth):
 
 
 @pytest.mark.parametrize("runs", [2, 3, 5])
-@pytest.mark.parametrize("average, spread", [("median", 0.), ("median", .3), ("mean", .1)])
+@pytest.mark.parametrize("average, spread", [pytest.param("median", 0., marks=pytest.mark.slow),
+                                             ("median", .3), ("mean", .1)])
 def test_paired_intervals_hold_the_truth(runs, spread, average):
     "Between 93 and 97 of 100, and what 400 studies add to that by chance (1.1 %)."
     def once(k):

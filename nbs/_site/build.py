@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -369,17 +370,22 @@ def contents() -> str:
                        for section, names in trees if names)
 
 
-def write_sources() -> None:
-    "Write every page into the folder that Sphinx reads."
+def write_page(page: str) -> None:
+    "Write one page into the folder that Sphinx reads."
     os.chdir(root)
+    path = source / (name_of(page) + Path(page).suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notebook = notebook_page(page)
+    if page == "index.ipynb": notebook.cells.append(nbformat.v4.new_markdown_cell(contents()))
+    path.write_text(nbformat.writes(notebook), encoding="utf-8")
+
+
+def write_sources() -> None:
+    "Write every page, several at a time; those that are run come first, because they take longest."
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(root / "nbs/images", source / "images")
-    for page in pages():
-        path = source / (name_of(page) + Path(page).suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        notebook = notebook_page(page)
-        if page == "index.ipynb": notebook.cells.append(nbformat.v4.new_markdown_cell(contents()))
-        path.write_text(nbformat.writes(notebook), encoding="utf-8")
+    listed = sorted(pages(), key=lambda page: Path(page).stem not in FRESH)
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool: list(pool.map(write_page, listed))
 
 
 def configuration() -> dict:
@@ -432,4 +438,6 @@ def main() -> int:
     return int(bool(problems))
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    import build as this  # by name: the shell that runs a page takes the place of `__main__`
+    sys.exit(this.main())
