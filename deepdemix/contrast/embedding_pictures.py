@@ -24,6 +24,7 @@ def show_pretraining(
     nearest-neighbour accuracy on songs never trained on."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
     runs = run if isinstance(run, dict) else {"": run}
     fig, (left, right) = plt.subplots(2, 1, figsize=(4.9, 4.2), dpi=75, layout="constrained")
     for i, (label, folder) in enumerate(runs.items()):
@@ -34,6 +35,7 @@ def show_pretraining(
         right.plot(table.epoch, table.valid_knn, color=f"C{i}", marker=".")
     left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="nearest-neighbour\naccuracy", ylim=(0, 1.02))
+    for ax in (left, right): ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     lines = [
         Line2D([], [], color="gray", ls=style, label=what)
         for what, style in (("training batches", "--"), ("validation songs", "-"), ("all one point", ":"))
