@@ -86,6 +86,16 @@ def test_no_sound_of_real_songs(path): check_audio(read(path))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_run_all_runs_what_the_tests_run(path):
+    "Jupyter knows no `eval: false`: a cell that stops a kernel stops a reader."
+    for cell in read(path)["cells"]:
+        code = "".join(cell["source"])
+        if cell["cell_type"] != "code": continue
+        assert not re.search(r"^#\|\s*eval:\s*false", code, re.M)
+        assert "__main__" not in code or "in_ipython()" in code or "sys.exit" not in code, code
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_small_and_whole(path):
     assert path.stat().st_size < LIMIT
     cells = read(path)["cells"]

@@ -1,9 +1,12 @@
 "The documentation site: the steps that turn notebooks into pages, and the built pages in a real browser."
+import ast
+import configparser
 import contextlib
 import functools
 import http.server
 import importlib
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -358,6 +361,30 @@ assert "site-packages" in where.cells[0].outputs[0].text
 def offered():
     "The notebooks of the repository except the first page."
     return [p.relative_to(ROOT / "nbs").as_posix() for p in LISTING["notebooks"]() if p.name != "index.ipynb"]
+
+
+def packages(key):
+    "The packages that a line of settings.ini asks for."
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return {re.match(r"[\w-]+", word)[0] for word in config["DEFAULT"][f"{key}requirements"].split()}
+
+
+@pytest.mark.parametrize("page", offered())
+def test_what_a_notebook_needs_stands_below_its_title(site, page):
+    """No cell of a notebook that runs alone imports a package that only an extra brings (but nussl's, which
+    does without); which files it reads, the slow test finds out."""
+    extras = ("dev_", "bench_", "docs_", "browser_", "export_", "peers_", "loggers_", "ray_")
+    extra = set().union(*map(packages, extras)) - packages("") - {"fsspec"} # torch brings that
+    assert {"demucs", "onnx", "onnxruntime", "ray"} <= extra and "torch" not in extra
+    if not site.runs_alone(page): return
+    for cell in json.loads((ROOT / "nbs" / page).read_text(encoding="utf-8"))["cells"]:
+        code = "".join(cell["source"])
+        if cell["cell_type"] != "code" or code.startswith("%"): continue
+        imported = {name.split(".")[0] for node in ast.walk(ast.parse(code)) for name in (
+            [a.name for a in node.names] if isinstance(node, ast.Import)
+            else [node.module] if isinstance(node, ast.ImportFrom) and node.module else [])}
+        assert not imported & extra, imported & extra
 
 
 @pytest.mark.slow

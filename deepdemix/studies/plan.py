@@ -104,7 +104,9 @@ def load(cls:Plan,
     "Read a plan; one that is damaged or does not fit together raises a `UserError`."
     path = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
     try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise UserError(f"{path} can't be read as a plan: {e}") from None
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path} can't be read as a plan: {reason}") from None
     try: plan = cls(**found | dict(runs=tuple(Run(**r) for r in found["runs"])))
     except (TypeError, KeyError) as e: raise UserError(f"{path} is no plan: {e}") from None
     return replace(plan, comparisons=tuple(map(tuple, plan.comparisons)), seeds=tuple(plan.seeds)).check()

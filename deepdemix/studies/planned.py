@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.imports import in_ipython
 from filelock import FileLock, Timeout
 
 from ..data import find_musdb, open_data
@@ -463,5 +464,4 @@ def main(
             return 2
 
 # %% ../../nbs/studies/planned.ipynb #bf6a0d20
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and not in_ipython(): sys.exit(main())
