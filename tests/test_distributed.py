@@ -194,11 +194,33 @@ def test_two_processes_are_one_for_contrast(tmp_path, toy, settings):
 @pytest.mark.slow
 def test_a_loss_that_sees_only_its_own_embeddings_is_another(tmp_path, toy, monkeypatch):
     "The test above can fail: without the exchange the gradients differ."
-    monkeypatch.setattr("deepdemix.contrast.losses.together", lambda part, world=1: part)
+    monkeypatch.setattr("deepdemix.contrast.losses.gather_all", lambda part, world=1: part)
     r = Recipe(**CONTRAST, loss="supcon", task_args=dict(places=2))
     train(tmp_path/"one", r, toy)
     assert together(tmp_path, lambda rank: train(tmp_path/"two", r, toy))[0] == [0, 0]
     with pytest.raises(AssertionError, match="gradients"): close(tmp_path/"one", tmp_path/"two")
+
+@pytest.mark.slow
+def test_cells_are_compared_within_each_process(tmp_path, toy):
+    "Dense contrast: both processes hold the same weights, and not those of one process."
+    network = dict(window_length=1024, hop_length=512, octave=16, band=8, bandwidth=16000.0, width=16,
+                   hidden=16, layers=1)
+    r = Recipe(**{**CONTRAST, "kind": "dense", "network": "compact", "network_args": network,
+                  "mixer": dict(duration=0.5, coherent=0.3, pitch=None, stretch=None)}, loss="supcon")
+    train(tmp_path/"one", r, toy)
+
+    def act(rank):
+        with seeded(r.seed): task = build_task(r, toy)
+        fit(r, toy, tmp_path/"two", progress=False, task=task)
+        write_weights(tmp_path / f"{rank}.safetensors", task.network.state_dict())
+
+    assert together(tmp_path, act)[0] == [0, 0]
+    first, second, one = map(read_weights, [*(tmp_path / f"{rank}.safetensors" for rank in (0, 1)),
+                                            tmp_path/"one/model.safetensors"])
+    # each keeps the statistics of its own rows
+    learnt = [k for k in first if "running" not in k and "batches" not in k]
+    assert len(learnt) > 20 and [k for k in learnt if not torch.equal(first[k], second[k])] == []
+    assert any(not torch.allclose(one[k], first[k], atol=1e-5) for k in learnt)
 
 @pytest.mark.slow
 def test_a_term_beside_separation(tmp_path, toy):

@@ -1,6 +1,8 @@
 """The rooms stand in order: no circle, no room that leans on one behind it, and none that grows without
 notice."""
 import ast
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +164,11 @@ def test_private_names_stay_in_their_room(room):
             if isinstance(n, ast.ImportFrom) and (n.level or "deepdemix" in n.module)]
     taken = [a.name for n in ours for a in n.names if a.name.startswith("_") and not a.name.startswith("__")]
     assert taken == []
+
+
+def test_what_tests_replace_is_there():
+    "A slow test that puts something in place of a name would learn late that the name is another now."
+    tests = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    found = {name for text in tests for name in re.findall(r'setattr\(\s*"(deepdemix\.[\w.]+)"', text)}
+    assert found
+    for name in sorted(found): pkgutil.resolve_name(name)
