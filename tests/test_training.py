@@ -25,7 +25,14 @@ from deepdemix.foundations.profiles import PROFILES, recipe_for
 from deepdemix.foundations.recipe import Recipe, read_record
 from deepdemix.foundations.registry import build_network, register_network
 from deepdemix.foundations.run_metrics import read_metrics
-from deepdemix.foundations.runs import file_digest, load_encoder, load_network, recipe_from, save_network
+from deepdemix.foundations.runs import (
+    file_digest,
+    load_encoder,
+    load_network,
+    load_start,
+    recipe_from,
+    save_network,
+)
 from deepdemix.foundations.state import read_state, write_state
 from deepdemix.foundations.weights import read_weights, write_weights
 from deepdemix.tasks import SeparationTask, build_task, check_monitor
@@ -318,6 +325,24 @@ def test_what_a_network_can_not_start_from(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         fit(recipe(start="nowhere"), STORE, tmp_path/"run", progress=False)
     assert not (tmp_path/"run").exists()
+
+def test_a_network_starts_from_a_smaller_one_and_not_from_a_larger_one(tmp_path):
+    "Attention begins as nothing, so what the smaller one gives stays; what is learnt is never left out."
+    small = dict(width=8, hidden=8, layers=1, octave=16, band=8, bandwidth=16000.0, window_length=512,
+                 hop_length=256)
+    for name, args in (("plain", small), ("heads", small | dict(attention=2))):
+        network = build_network("compact", **args)
+        save_network(network, Recipe(network="compact", network_args=network.args), tmp_path / name)
+    plain, larger = load_network(tmp_path/"plain"), build_network("compact", **small, attention=2).eval()
+    noise = torch.randn(1, 2, 8000)
+    with torch.no_grad():
+        assert not torch.allclose(larger(noise), plain(noise), atol=1e-5)
+        load_start(larger, tmp_path/"plain")
+        torch.testing.assert_close(larger(noise), plain(noise))
+    with pytest.raises(UserError, match="attention.0.norm.weight is unknown"):
+        load_start(build_network("compact", **small), tmp_path/"heads")
+    with pytest.raises(UserError, match="does not fit the network"):
+        load_start(build_network("open_unmix", channels=2), tmp_path/"plain")
 
 @register_network("tiny_normal")
 class TinyNormal(Tiny):

@@ -197,12 +197,15 @@ def load_start(
     network:nn.Module, # to be filled
     run:str, # a run folder, or the name of bundled weights
 ) -> nn.Module: # the network
-    "Take over all weights of a trained network; one of another kind or for other sound raises a `UserError`."
+    """Take over all weights of a trained network. Layers that a larger network of the same class has besides
+    keep what they begin with; a network of another kind or for other sound raises a `UserError`."""
     trained = load_network(run_folder(run))
     for name in ("sources", "sample_rate", "channels"):
         old, new = (getattr(x, name, None) for x in (trained, network))
         if old != new: raise UserError(f"{run} has {name} {old}, the network to be trained {new}")
-    return load_into(network, trained.state_dict(), f"{run}")
+    weights = trained.state_dict()
+    more = network.state_dict() if type(network) is type(trained) else {}
+    return load_into(network, more | weights, f"{run}")
 
 # %% ../../nbs/foundations/runs.ipynb #3abf496c
 def recipe_from(
