@@ -335,7 +335,8 @@ def prepare_toy(
     """Let the toy band play `n` songs into a store: song k is `toy_song(1000 * seed + k)`. The first are for
     training, the last for the test."""
     if n < 1: raise UserError(f"a toy store needs at least one song, not {n}")
-    n_test, n_valid = (max(n > 2, round(share * n)) for share in (test, valid))
+    _check_shares(valid, test)
+    n_test, n_valid = (max(bool(share) and n > 2, round(share * n)) for share in (test, valid))
     split = lambda k: "test" if k >= n - n_test else "valid" if k >= n - n_test - n_valid else "train"
     takes = [
         ToySource(f"toy {1000 * seed + k:04d}", split(k), dict.fromkeys(SOURCES), seed=1000 * seed + k,
