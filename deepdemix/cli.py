@@ -88,9 +88,9 @@ def _song_options(
     parser.add_argument("--seed", type=seed_number, default=0,
                         help="of the toy band, and of what is held out (default: 0)")
     parser.add_argument("--valid", type=float, metavar="SHARE",
-                        help="of the songs, for validation, unless a folder says which (default: 0.1; of toy songs 0.15)")
+                        help="held out for validation, unless a folder says what (default: 0.1; toys 0.15)")
     parser.add_argument("--test", type=float, metavar="SHARE",
-                        help="of the songs, for the test; 0 and 0: all are for training (default: 0.2; of toy songs 0.25)")
+                        help="held out for the test; 0 and 0 hold out none (default: 0.2; toys 0.25)")
 
 # %% ../nbs/11_cli.ipynb #f944a4ae
 def _add_data_commands(
