@@ -68,31 +68,15 @@ def prepare_command(
         name: getattr(args, name)
         for name in ("allow_missing", "trim", "skip_bad", "repair", "dtype", "parts")
     } | {"executor": ray_executor(args)}
-    shares = {k: v for k, v in dict(valid=args.valid, test=args.test).items() if v is not None}
-    if args.musdb and shares:
-        raise UserError("MUSDB18 says itself which songs are held out: leave --valid and --test out")
+    held_out = dict(valid=0, test=0) if args.train_only else {}
+    if args.musdb and held_out:
+        raise UserError("MUSDB18 says itself which songs are held out: leave --train-only out")
     if args.musdb: store = data.prepare_musdb(args.musdb, args.out, **options)
-    elif args.stems: store = data.prepare_stems(args.stems, args.out, seed=args.seed, **shares, **options)
-    else: store = data.prepare_toy(args.toy, args.out, seed=args.seed, **shares, **options)
+    elif args.stems: store = data.prepare_stems(args.stems, args.out, seed=args.seed, **held_out, **options)
+    else: store = data.prepare_toy(args.toy, args.out, seed=args.seed, **held_out, **options)
     print(f"{args.out}: {len(store)} songs")
 
 # %% ../nbs/11_cli.ipynb #e996707b
-def _song_options(
-    parser, # of `prepare`
-):
-    "Which songs, and which of them are held out."
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--musdb", metavar="DIR", help="MUSDB18: 7-second previews, full, or HQ")
-    kind.add_argument("--stems", metavar="DIR", help="a folder of song/{drums,bass,other,vocals}.*")
-    kind.add_argument("--toy", metavar="N", type=int, help="N songs of the toy band")
-    parser.add_argument("--seed", type=seed_number, default=0,
-                        help="of the toy band, and of what is held out (default: 0)")
-    parser.add_argument("--valid", type=float, metavar="SHARE",
-                        help="held out for validation, unless a folder says what (default: 0.1; toys 0.15)")
-    parser.add_argument("--test", type=float, metavar="SHARE",
-                        help="held out for the test; 0 and 0 hold out none (default: 0.2; toys 0.25)")
-
-# %% ../nbs/11_cli.ipynb #f944a4ae
 def _add_data_commands(
     commands, # argparse's subparsers
 ):
@@ -103,8 +87,13 @@ def _add_data_commands(
     p.add_argument("-o", "--out", required=True, metavar="DIR", help="the folder to make")
     p.set_defaults(run=download_command)
     p = commands.add_parser("prepare", help="decode songs once into a store")
-    _song_options(p)
+    kind = p.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--musdb", metavar="DIR", help="MUSDB18: 7-second previews, full, or HQ")
+    kind.add_argument("--stems", metavar="DIR", help="a folder of song/{drums,bass,other,vocals}.*")
+    kind.add_argument("--toy", metavar="N", type=int, help="N songs of the toy band")
     p.add_argument("-o", "--out", required=True, metavar="STORE", help="the folder of the store")
+    p.add_argument("--seed", type=seed_number, default=0, help="of toys and of what is held out (default: 0)")
+    p.add_argument("--train-only", action="store_true", help="hold out no songs for validation and test")
     p.add_argument("--dtype", choices=("float32", "int16", "auto"), default="float32",
                    help="int16: half the size; auto: only where nothing is lost (default: float32)")
     p.add_argument("--allow-missing", action="store_true", help="a song may lack stems: they become silence")

@@ -26,7 +26,7 @@ from .evaluation import evaluate, reference_rows, windowed
 from .foundations.console import say
 from .foundations.files import UserError, atomic_path, write_json
 from .foundations.profiles import recipe_for
-from .foundations.recipe import kept_settings, read_record
+from .foundations.recipe import Recipe, kept_settings, read_record
 from .foundations.run_metrics import show_metrics
 from .foundations.runs import load_network, trained_on
 from .foundations.statistics import average_songs
@@ -34,7 +34,8 @@ from .foundations.store import Store
 from .foundations.waveforms import to_mono
 from .scoring.pictures import plot_scores
 from .scoring.scores import Scores
-from .scoring.verdicts import compare
+from .scoring.tables import Table
+from .scoring.verdicts import Verdict, compare
 from .training import fit
 
 # %% ../nbs/09_experiment.ipynb #3c236b27
@@ -72,7 +73,7 @@ def step_recipe(
     seed:int, # the run's seed
     root:str|Path, # folder of this seed's runs
     settings:dict|None=None, # further recipe fields
-) -> Any: # a Recipe
+) -> Recipe:
     """The recipe of one step. Fields that say how an encoder is handed over reach the steps that start from
     one, and no others."""
     recipe = recipe_for(step.network, profile, seed=seed)
@@ -192,7 +193,7 @@ def runs(self:Experiment) -> dict: # (seed, step name): run folder
 def table(self:Experiment,
     split:str="test", # "train", "valid" or "test"
     metrics:tuple=("SNR", "SI-SDR", "SDR"), # columns
-) -> Any: # a `Table`
+) -> Table:
     "Table 1: the networks, the reference rows and, on MUSDB18, what the paper printed."
     return self.scores.filter(split=split).table(
         metrics, paper=self.real,
@@ -206,7 +207,7 @@ def verdict(self:Experiment,
     a:str="DDM", # a row
     b:str="DDM (pt)", # another
     split:str="test", # songs
-) -> Any: # a `Verdict`
+) -> Verdict:
     "The change from A to B, over songs and seeds."
     return compare(self.scores, self.scores, metric, model_a=a, model_b=b, split=split,
                    name="pretraining" if (a, b) == ("DDM", "DDM (pt)") else "")

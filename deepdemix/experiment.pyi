@@ -16,7 +16,7 @@ from .evaluation import evaluate as evaluate, reference_rows as reference_rows, 
 from .foundations.console import say as say
 from .foundations.files import UserError as UserError, atomic_path as atomic_path, write_json as write_json
 from .foundations.profiles import recipe_for as recipe_for
-from .foundations.recipe import kept_settings as kept_settings, read_record as read_record
+from .foundations.recipe import Recipe as Recipe, kept_settings as kept_settings, read_record as read_record
 from .foundations.run_metrics import show_metrics as show_metrics
 from .foundations.runs import load_network as load_network, trained_on as trained_on
 from .foundations.statistics import average_songs as average_songs
@@ -24,7 +24,8 @@ from .foundations.store import Store as Store
 from .foundations.waveforms import to_mono as to_mono
 from .scoring.pictures import plot_scores as plot_scores
 from .scoring.scores import Scores as Scores
-from .scoring.verdicts import compare as compare
+from .scoring.tables import Table as Table
+from .scoring.verdicts import Verdict as Verdict, compare as compare
 from .training import fit as fit
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ PAPER_STEPS: Any
 CONTROL_STEPS: Any
 HANDOVER: tuple
 
-def step_recipe(step: Step, profile: str, seed: int, root: str | Path, settings: dict | None=None) -> Any:
+def step_recipe(step: Step, profile: str, seed: int, root: str | Path, settings: dict | None=None) -> Recipe:
     """The recipe of one step. Fields that say how an encoder is handed over reach the steps that start from
     one, and no others.
 
@@ -50,8 +51,6 @@ def step_recipe(step: Step, profile: str, seed: int, root: str | Path, settings:
         seed: the run's seed
         root: folder of this seed's runs
         settings: further recipe fields
-
-    Returns: a Recipe
     """
 
 def find_step(name: str) -> Step:
@@ -120,17 +119,15 @@ class Experiment:
         Returns: (seed, step name): run folder
         """
 
-    def table(self, split: str='test', metrics: tuple=('SNR', 'SI-SDR', 'SDR')) -> Any:
+    def table(self, split: str='test', metrics: tuple=('SNR', 'SI-SDR', 'SDR')) -> Table:
         """Table 1: the networks, the reference rows and, on MUSDB18, what the paper printed.
 
         Parameters:
             split: "train", "valid" or "test"
             metrics: columns
-
-        Returns: a `Table`
         """
 
-    def verdict(self, metric: str='SDR', a: str='DDM', b: str='DDM (pt)', split: str='test') -> Any:
+    def verdict(self, metric: str='SDR', a: str='DDM', b: str='DDM (pt)', split: str='test') -> Verdict:
         """The change from A to B, over songs and seeds.
 
         Parameters:
@@ -138,8 +135,6 @@ class Experiment:
             a: a row
             b: another
             split: songs
-
-        Returns: a `Verdict`
         """
 
     def differences(self, metric: str='SDR', a: str='DDM', b: str='DDM (pt)', split: str='test') -> np.ndarray:

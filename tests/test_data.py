@@ -771,17 +771,17 @@ def test_the_command_says_in_single_lines_what_it_leaves_out(tmp_path):
             and "3 songs beside the folders test taken for training: a, b, c" in err)
 
 
-def test_the_command_holds_out_what_it_is_told_to(tmp_path, capsys):
+def test_the_command_can_hold_out_nothing(tmp_path, capsys):
     from deepdemix.cli import main
     for name in "abcd": make_song(tmp_path / "in" / name, .1, 44100)
-    for kind, out, shares, counts in (
-        (["--stems", str(tmp_path / "in")], "all", ("0", "0"), {"train": 4}),
-        (["--stems", str(tmp_path / "in")], "half", ("0.25", "0.25"), {"train": 2, "valid": 1, "test": 1}),
-        (["--toy", "3"], "toy", ("0", "0"), {"train": 3}),
-    ):
-        words = ["prepare", *kind, "--out", str(tmp_path / out), "--valid", shares[0], "--test", shares[1]]
-        assert main(words) == 0 and Store.open(tmp_path / out).splits == counts
-    assert main(["prepare", "--musdb", str(tmp_path), "--out", str(tmp_path / "x"), "--test", "0"]) == 2
+    folder, all_train = ["prepare", "--stems", str(tmp_path / "in"), "--out"], "--train-only"
+    assert main([*folder, str(tmp_path / "some")]) == 0
+    assert main([*folder, str(tmp_path / "all"), all_train]) == 0
+    assert Store.open(tmp_path / "some").splits == {"train": 2, "valid": 1, "test": 1}
+    assert Store.open(tmp_path / "all").splits == {"train": 4}
+    assert main(["prepare", "--toy", "3", "--out", str(tmp_path / "toy"), all_train]) == 0
+    assert Store.open(tmp_path / "toy").splits == {"train": 3}
+    assert main(["prepare", "--musdb", str(tmp_path), "--out", str(tmp_path / "x"), all_train]) == 2
     assert "MUSDB18 says itself which songs are held out" in capsys.readouterr().err
 
 

@@ -132,7 +132,7 @@ def stem_list(stems:Any) -> list:
 # %% ../../nbs/serving/catalogue.ipynb #ba000004
 def finished_row(
     state:Path, # folder of the records
-    job:Any, # a `Job`
+    job:Job,
     settings:dict, # what the stems depend on beside the song
 ) -> dict|None:
     "The record of a song that is finished with the same settings, else None."
@@ -193,7 +193,7 @@ class SongWorker:
     def identity(self) -> dict:
         return {**versions(), "model": model_digest(find_model(self.model, peers=True))[:12]}
 
-    def __call__(self, job:Any) -> Any: # a `Job`
+    def __call__(self, job:Job) -> dict:
         "The row of a song: what is known of it if it is finished, else what came of separating it."
         row = finished_row(self.state, job, self.settings)
         if row and (row["run"] == self.run or not self.overwrite): return row

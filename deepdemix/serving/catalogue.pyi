@@ -84,12 +84,11 @@ def settings_of(options: dict) -> dict:
 def stem_list(stems: Any) -> list:
     """A stem, or several in any kind of collection, as a list."""
 
-def finished_row(state: Path, job: Any, settings: dict) -> dict | None:
+def finished_row(state: Path, job: Job, settings: dict) -> dict | None:
     """The record of a song that is finished with the same settings, else None.
 
     Parameters:
         state: folder of the records
-        job: a `Job`
         settings: what the stems depend on beside the song
     """
 
@@ -138,11 +137,8 @@ is not finished."""
     def identity(self) -> dict:
         ...
 
-    def __call__(self, job: Any) -> Any:
-        """The row of a song: what is known of it if it is finished, else what came of separating it.
-
-        Returns: a `Job`
-        """
+    def __call__(self, job: Job) -> dict:
+        """The row of a song: what is known of it if it is finished, else what came of separating it."""
 GIVE_UP: int
 
 class CrashGuard:

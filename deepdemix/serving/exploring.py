@@ -57,7 +57,7 @@ def masks_of(
     stems:torch.Tensor, # (sources, channels, time)
     # (channels, time); None: shares of the sum of all magnitudes, as in the ideal ratio mask
     mixture:torch.Tensor|None=None,
-    stft:Any=None, # an `STFT`; None: 2048/512
+    stft:STFT|None=None, # None: 2048/512
 ) -> torch.Tensor: # (sources, n_t, n_f), from 0 to 1
     "The share of each bin of a mixture that each stem holds, all channels together."
     stft = stft or STFT(2048, 512)
@@ -71,7 +71,7 @@ def show_masks(
     masks:torch.Tensor, # {words: masks (sources, n_t, n_f)}, one column each
     sample_rate:float, # Hz
     names:tuple=SOURCES, # of the sources
-    seconds:Any=None, # length of the excerpt; None: from an `STFT` of 2048/512
+    seconds:float|None=None, # length of the excerpt; None: from an `STFT` of 2048/512
 ) -> Any:
     """Draw masks over seconds and kHz, one row a source, from black (nothing) to white (all); returns the
     figure."""

@@ -31,18 +31,18 @@ def remix(stems: torch.Tensor, sample_rate: float, levels: float=0.0, pitch: flo
     Returns: (sources, channels, time)
     """
 
-def masks_of(stems: torch.Tensor, mixture: torch.Tensor | None=None, stft: Any=None) -> torch.Tensor:
+def masks_of(stems: torch.Tensor, mixture: torch.Tensor | None=None, stft: STFT | None=None) -> torch.Tensor:
     """The share of each bin of a mixture that each stem holds, all channels together.
 
     Parameters:
         stems: (sources, channels, time)
         mixture: (channels, time); None: shares of the sum of all magnitudes, as in the ideal ratio mask
-        stft: an `STFT`; None: 2048/512
+        stft: None: 2048/512
 
     Returns: (sources, n_t, n_f), from 0 to 1
     """
 
-def show_masks(masks: torch.Tensor, sample_rate: float, names: tuple=SOURCES, seconds: Any=None) -> Any:
+def show_masks(masks: torch.Tensor, sample_rate: float, names: tuple=SOURCES, seconds: float | None=None) -> Any:
     """Draw masks over seconds and kHz, one row a source, from black (nothing) to white (all); returns the
     figure.
 

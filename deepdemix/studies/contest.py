@@ -33,7 +33,7 @@ from ..foundations.store import Store
 from ..networks.conv_tasnet import SMALL
 from ..scoring.oracles import REFERENCES, TRIVIAL_ROWS
 from ..scoring.scores import Scores, with_interval
-from ..scoring.tables import OVERALL
+from ..scoring.tables import OVERALL, Table
 from ..scoring.verdicts import compare
 from .records import publish_run
 from ..tasks import build_task
@@ -242,7 +242,7 @@ def run_contest(
     settings:dict|None=None, # further recipe fields for all
     progress:bool=True, # show the training
     logger:str="csv", # "tensorboard" writes event files besides
-) -> Any: # a `Contest`
+) -> "Contest":
     """Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a
     budget of nothing."""
     if minutes <= 0 or cores < 1 or seeds < 1:
@@ -314,7 +314,7 @@ class Contest:
 
     def table(self,
         metrics:tuple|None=("SDR",), # columns
-    ) -> Any: # a `Table`
+    ) -> Table:
         """Everybody's scores on the test songs, in the order of the entries, with intervals over seeds and
         songs, and the reference rows."""
         trained, rows = [e.name + words for e in self.entries for words in STARTS.values()], self.scores.rows

@@ -23,7 +23,7 @@ from ..foundations.store import Store as Store
 from ..networks.conv_tasnet import SMALL as SMALL
 from ..scoring.oracles import REFERENCES as REFERENCES, TRIVIAL_ROWS as TRIVIAL_ROWS
 from ..scoring.scores import Scores as Scores, with_interval as with_interval
-from ..scoring.tables import OVERALL as OVERALL
+from ..scoring.tables import OVERALL as OVERALL, Table as Table
 from ..scoring.verdicts import compare as compare
 from .records import publish_run as publish_run
 from ..tasks import build_task as build_task
@@ -120,7 +120,7 @@ def train_entry(store: Store, out: str | Path, entry: Entry, start: str, seed: i
     Returns: the separator's run folder
     """
 
-def run_contest(store: Store, out: str | Path, entries: tuple, minutes: float=30.0, cores: int=2, seeds: int=2, starts: tuple=tuple(STARTS), settings: dict | None=None, progress: bool=True, logger: str='csv') -> Any:
+def run_contest(store: Store, out: str | Path, entries: tuple, minutes: float=30.0, cores: int=2, seeds: int=2, starts: tuple=tuple(STARTS), settings: dict | None=None, progress: bool=True, logger: str='csv') -> 'Contest':
     """Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a
     budget of nothing.
 
@@ -135,8 +135,6 @@ def run_contest(store: Store, out: str | Path, entries: tuple, minutes: float=30
         settings: further recipe fields for all
         progress: show the training
         logger: "tensorboard" writes event files besides
-
-    Returns: a `Contest`
     """
 MEASURE: str
 
@@ -164,14 +162,12 @@ class Contest:
             out: the folder
         """
 
-    def table(self, metrics: tuple | None=('SDR',)) -> Any:
+    def table(self, metrics: tuple | None=('SDR',)) -> Table:
         """Everybody's scores on the test songs, in the order of the entries, with intervals over seeds and
         songs, and the reference rows.
 
         Parameters:
             metrics: columns
-
-        Returns: a `Table`
         """
 
     def verdicts(self, metric: str='SDR') -> list:

@@ -15,7 +15,7 @@ import numpy as np
 from ..foundations.recipe import read_record
 from ..foundations.statistics import MARGIN
 from ..scoring.scores import Scores
-from ..scoring.verdicts import compare
+from ..scoring.verdicts import Verdict, compare
 from .plan import Plan, Run
 from .planned import SEALED, checkpoint_epochs, study_table, units
 
@@ -64,7 +64,7 @@ OUTCOMES = {"gain": "#009E73", "loss": "#D55E00", "no difference that matters": 
 
 # %% ../../nbs/studies/study_report.ipynb #ad27e62b
 def outcome(
-    verdict:Any, # a `Verdict`
+    verdict:Verdict,
     margin:float=MARGIN, # dB: differences below don't matter
 ) -> str: # a key of `OUTCOMES`
     "The kind of answer that a verdict gives."
