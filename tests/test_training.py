@@ -326,7 +326,7 @@ def test_what_a_network_can_not_start_from(tmp_path):
         fit(recipe(start="nowhere"), STORE, tmp_path/"run", progress=False)
     assert not (tmp_path/"run").exists()
 
-def test_a_network_starts_from_a_smaller_one_and_not_from_a_larger_one(tmp_path):
+def test_a_network_starts_from_a_smaller_one_and_not_from_a_larger_one(tmp_path, capsys):
     "Attention begins as nothing, so what the smaller one gives stays; what is learnt is never left out."
     small = dict(width=8, hidden=8, layers=1, octave=16, band=8, bandwidth=16000.0, window_length=512,
                  hop_length=256)
@@ -338,6 +338,7 @@ def test_a_network_starts_from_a_smaller_one_and_not_from_a_larger_one(tmp_path)
     with torch.no_grad():
         assert not torch.allclose(larger(noise), plain(noise), atol=1e-5)
         load_start(larger, tmp_path/"plain")
+        assert capsys.readouterr().err.count("lacks 6 tensors (encoder.attention.0.") == 1
         torch.testing.assert_close(larger(noise), plain(noise))
     with pytest.raises(UserError, match="attention.0.norm.weight is unknown"):
         load_start(build_network("compact", **small), tmp_path/"heads")

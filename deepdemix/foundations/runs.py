@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import deepdemix
+from .console import say
 from .files import UserError, write_json
 from .outside import missing_line, needed
 from .recipe import RECIPE_FORMAT, Recipe, read_record
@@ -197,15 +198,17 @@ def load_start(
     network:nn.Module, # to be filled
     run:str, # a run folder, or the name of bundled weights
 ) -> nn.Module: # the network
-    """Take over all weights of a trained network. Layers that a larger network of the same class has besides
-    keep what they begin with; a network of another kind or for other sound raises a `UserError`."""
+    """Take over all weights of a trained network. What a larger network of the same class has besides keeps
+    what it begins with, which is said; one of another kind or for other sound raises a `UserError`."""
     trained = load_network(run_folder(run))
     for name in ("sources", "sample_rate", "channels"):
         old, new = (getattr(x, name, None) for x in (trained, network))
         if old != new: raise UserError(f"{run} has {name} {old}, the network to be trained {new}")
-    weights = trained.state_dict()
-    more = network.state_dict() if type(network) is type(trained) else {}
-    return load_into(network, more | weights, f"{run}")
+    weights, own = trained.state_dict(), network.state_dict()
+    more = [k for k in own if k not in weights] if type(network) is type(trained) else []
+    load_into(network, weights | {k: own[k] for k in more}, f"{run}")
+    if more: say(f"deepdemix: {run} lacks {len(more)} tensors ({more[0]}, ...): they begin anew")
+    return network
 
 # %% ../../nbs/foundations/runs.ipynb #3abf496c
 def recipe_from(
