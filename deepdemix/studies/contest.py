@@ -242,7 +242,7 @@ def run_contest(
     settings:dict|None=None, # further recipe fields for all
     progress:bool=True, # show the training
     logger:str="csv", # "tensorboard" writes event files besides
-) -> "Contest":
+) -> Any: # a `Contest`
     """Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a
     budget of nothing."""
     if minutes <= 0 or cores < 1 or seeds < 1:

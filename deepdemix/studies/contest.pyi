@@ -120,7 +120,7 @@ def train_entry(store: Store, out: str | Path, entry: Entry, start: str, seed: i
     Returns: the separator's run folder
     """
 
-def run_contest(store: Store, out: str | Path, entries: tuple, minutes: float=30.0, cores: int=2, seeds: int=2, starts: tuple=tuple(STARTS), settings: dict | None=None, progress: bool=True, logger: str='csv') -> 'Contest':
+def run_contest(store: Store, out: str | Path, entries: tuple, minutes: float=30.0, cores: int=2, seeds: int=2, starts: tuple=tuple(STARTS), settings: dict | None=None, progress: bool=True, logger: str='csv') -> Any:
     """Train and score everybody; waits for the runs that other processes are at. Raises `UserError` for a
     budget of nothing.
 
@@ -135,6 +135,8 @@ def run_contest(store: Store, out: str | Path, entries: tuple, minutes: float=30
         settings: further recipe fields for all
         progress: show the training
         logger: "tensorboard" writes event files besides
+
+    Returns: a `Contest`
     """
 MEASURE: str
 
